@@ -1,0 +1,279 @@
+"""MoVE-KD (arXiv 2501.01709): the LLaVA-style vision-language model around the distilled vision tower."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    LlavaNextModelOutputWithPast,
+    LlavaNextMultiModalProjector,
+    LlavaNextPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .configuration_movekd import MoveKDConfig
+from .vision_movekd import MoveKDCheckpointMixin, MoveKDVisionModel, MoveKDVisionOutput, load_strictly
+
+
+@dataclass
+class MoveKDModelOutputWithPast(LlavaNextModelOutputWithPast):
+    """As LLaVA-NeXT's, with what [`MoveKDVisionOutput`] recorded, for the images in their order."""
+
+    router_probabilities: tuple[torch.Tensor, ...] | None = None
+    expert_indices: tuple[torch.Tensor, ...] | None = None
+    cls_attention: torch.Tensor | None = None
+
+
+@dataclass
+class MoveKDCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
+    """As LLaVA-NeXT's, with what [`MoveKDVisionOutput`] recorded, for the images in their order."""
+
+    router_probabilities: tuple[torch.Tensor, ...] | None = None
+    expert_indices: tuple[torch.Tensor, ...] | None = None
+    cls_attention: torch.Tensor | None = None
+
+
+class MoveKDPreTrainedModel(MoveKDCheckpointMixin, LlavaNextPreTrainedModel):
+    config: MoveKDConfig
+    config_class = MoveKDConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        PreTrainedModel._init_weights(self, module)
+        if isinstance(module, MoveKDModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+
+class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
+    """The vision tower, the projector and the language model without its head."""
+
+    def __init__(self, config: MoveKDConfig):
+        # Past LlavaNextModel, which would build its tower by `AutoModel`
+        super(LlavaNextModel, self).__init__(config)
+        self.vision_tower = MoveKDVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        self.image_newline = None
+        if config.image_aspect_ratio == "anyres":
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self.vocab_size = config.text_config.vocab_size
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
+    ) -> MoveKDVisionOutput:
+        """
+        The tower's output, with the projected features of each image in `pooler_output` (a list of
+        `(num_tokens, text_hidden_size)`).
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)` for `pad`; for `anyres` the images' tiles, padded to
+                `(num_images, num_tiles, channels, height, width)`.
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`): Height and width of each image, for `anyres`.
+
+        Raises:
+            ValueError: if `anyres` gets no image sizes, or another number of them than of images.
+        """
+        if self.config.image_aspect_ratio == "pad":
+            return LlavaModel.get_image_features(self, pixel_values, **kwargs)
+        if image_sizes is None or len(image_sizes) != len(pixel_values):
+            raise ValueError(
+                "`image_sizes` must hold (height, width) of each image for `image_aspect_ratio='anyres'`: got "
+                f"{'none' if image_sizes is None else len(image_sizes)} for {len(pixel_values)} images. "
+                "LlavaNextProcessor returns them beside `pixel_values`."
+            )
+        return super().get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, MoveKDVisionOutput] | None = None,
+        output_router_probabilities: bool = False,
+        output_expert_indices: bool = False,
+        cls_attention_layer: int | None = None,
+        **kwargs: Any,
+    ) -> MoveKDModelOutputWithPast:
+        """As LLaVA-NeXT's, with the tower's records on request (see [`MoveKDVisionModel`])."""
+        if pixel_values is not None and mm_encoder_outputs is None:
+            vision_outputs = self.get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                output_router_probabilities=output_router_probabilities,
+                output_expert_indices=output_expert_indices,
+                cls_attention_layer=cls_attention_layer,
+                return_dict=True,
+            )
+            pixel_values, mm_encoder_outputs = None, {"image": vision_outputs}
+        outputs = super().forward(
+            input_ids, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs
+        )
+        vision_outputs = (mm_encoder_outputs or {}).get("image")
+        return MoveKDModelOutputWithPast(
+            **outputs,
+            router_probabilities=getattr(vision_outputs, "router_probabilities", None),
+            expert_indices=getattr(vision_outputs, "expert_indices", None),
+            cls_attention=getattr(vision_outputs, "cls_attention", None),
+        )
+
+
+class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
+    """
+    The student alone, as it is published: one vision tower, the projector and a causal language model.
+
+    `AutoModel` and `AutoModelForImageTextToText` both load it from a checkpoint with `trust_remote_code=True`.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _auto_map = {
+        "AutoConfig": "configuration_movekd.MoveKDConfig",
+        "AutoModel": "modeling_movekd.MoveKDForConditionalGeneration",
+        "AutoModelForImageTextToText": "modeling_movekd.MoveKDForConditionalGeneration",
+    }
+
+    def __init__(self, config: MoveKDConfig):
+        super().__init__(config)
+        self.model = MoveKDModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Where the language model keeps its embedding differs between architectures
+        embedding = self.model.language_model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> MoveKDVisionOutput:
+        """See [`MoveKDModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: MoveKDVisionModel,
+        language: PreTrainedModel,
+        image_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> "MoveKDForConditionalGeneration":
+        """
+        Join a vision tower and a causal language model by a new projector. The parts' weights become the model's own:
+        they are shared, not copied, except where the data type or the vocabulary changes.
+
+        Args:
+            vision: The tower, as from [`MoveKDVisionModel.from_clip`]; cast to the language model's dtype.
+            language: Any causal language model of transformers, loaded.
+            image_token_id (`int`, *optional*): Id of `<image>`; by default the first after the vocabulary. An id outside
+                the vocabulary enlarges the embeddings, the new rows drawn by transformers' resize.
+            kwargs: Fields of [`MoveKDConfig`], such as `image_aspect_ratio`.
+
+        Raises:
+            ValueError: if a weight of a part has no place in the model or a place gets no weight, naming the keys.
+        """
+        vocab_size = language.config.vocab_size
+        image_token_id = vocab_size if image_token_id is None else image_token_id
+        patches = (vision.config.image_size // vision.config.patch_size) ** 2
+        settings = {
+            "vision_feature_layer": -2 if vision.config.add_pooling_layer else -1,
+            "image_seq_length": patches,
+            "tie_word_embeddings": bool(language.config.tie_word_embeddings),
+            **kwargs,
+        }
+        if "image_grid_pinpoints" not in settings:
+            # LLaVA-NeXT's grid shapes, in units of this tower's image size
+            grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            size = vision.config.image_size
+            settings["image_grid_pinpoints"] = [[rows * size, columns * size] for rows, columns in grids]
+        config = MoveKDConfig(
+            vision_config=vision.config.to_dict(),
+            text_config=language.config.to_dict(),
+            image_token_index=image_token_id,
+            **settings,
+        )
+        config._attn_implementation = {
+            "vision_config": vision.config._attn_implementation,
+            "text_config": language.config._attn_implementation,
+        }
+        with init.no_init_weights():
+            model = cls._from_config(config, dtype=language.dtype)
+        head = next(name for name, module in language.named_modules() if module is language.get_output_embeddings())
+        places = {f"{language.base_model_prefix}.": "model.language_model.", f"{head}.": "lm_head."}
+        state_dict = {
+            f"model.vision_tower.{key}": value for key, value in vision.to(language.dtype).state_dict().items()
+        }
+        for key, value in language.state_dict().items():
+            part = next((part for part in places if key.startswith(part)), "")
+            state_dict[places.get(part, "") + key.removeprefix(part)] = value
+        new = ("model.multi_modal_projector.", "model.image_newline")
+        load_strictly(model, state_dict, may_lack=lambda key: key.startswith(new), assign=True)
+        model.to(language.device)
+        model.tie_weights()
+        model.generation_config = language.generation_config
+        if image_token_id >= vocab_size:
+            model.resize_token_embeddings(image_token_id + 1)
+        return model.eval()
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, MoveKDVisionOutput] | None = None,
+        **kwargs: Any,
+    ) -> MoveKDCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): One image token per image feature.
+            pixel_values, image_sizes: See [`MoveKDModel.get_image_features`].
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no loss.
+
+        Raises:
+            ValueError: if image tokens and features differ in number (both are named), for pixels of a wrong size, and
+                for missing image sizes under `anyres`.
+        """
+        outputs = self.model(
+            input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return MoveKDCausalLMOutputWithPast(
+            loss=loss, logits=logits, **{key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        )
+
+
+__all__ = ["MoveKDForConditionalGeneration", "MoveKDModel", "MoveKDPreTrainedModel"]

@@ -1,0 +1,299 @@
+"""The MoVE-KD student (arXiv 2501.01709): CLIP's vision tower with a mixture of LoRA experts in every MLP."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoderLayer,
+    CLIPPreTrainedModel,
+    CLIPVisionEmbeddings,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_movekd import MoveKDVisionConfig
+from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
+
+
+def load_strictly(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], may_lack: Callable[[str], bool], assign: bool
+) -> None:
+    """
+    Load `state_dict` into a model built without initialisation, then initialise what it may lack, and only that.
+
+    Args:
+        may_lack: Whether a key of the model may be missing from `state_dict`.
+        assign: Share the tensors instead of copying them.
+
+    Raises:
+        ValueError: if other keys are missing or keys are left over, listing them.
+    """
+    expected = set(model.state_dict())
+    missing = sorted(key for key in expected - set(state_dict) if not may_lack(key))
+    unexpected = sorted(set(state_dict) - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"The given weights do not fit {type(model).__name__}: missing {missing}, left over {unexpected}."
+        )
+    model.load_state_dict(state_dict, strict=False, assign=assign)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in state_dict:
+            tensor._is_hf_initialized = True
+    model.initialize_weights()
+
+
+@dataclass
+class MoveKDVisionOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_patches, hidden_size)`).
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a tower cut to the layers in use.
+        router_probabilities (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches, num_experts)`, float32.
+        expert_indices (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches)`, int64.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): the [CLS] query's row of the
+            chosen layer's attention, after the softmax.
+    """
+
+    router_probabilities: tuple[torch.Tensor, ...] | None = None
+    expert_indices: tuple[torch.Tensor, ...] | None = None
+    cls_attention: torch.Tensor | None = None
+
+
+class MoveKDCheckpointMixin:
+    """What both publishable models share: complete loading, and folders that carry their own code."""
+
+    _auto_map: dict[str, str] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, except that weights missing from the checkpoint are an error.
+
+        Raises:
+            ValueError: listing the missing keys, where transformers would leave them random and log a table.
+        """
+        return_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(loading_info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, which would stay "
+                f"random: {missing}. Build from other checkpoints with `MoveKDVisionModel.from_clip` or "
+                "`MoveKDForConditionalGeneration.from_parts`."
+            )
+        return (model, loading_info) if return_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside the weights."""
+        kwargs.setdefault("max_shard_size", "5GB")
+        self.config.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
+            code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
+            custom_object_save(code, save_directory)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        try:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        except ImportError as error:
+            raise ImportError(
+                f"{error}\nInstall FlashAttention with `pip install flash-attn --no-build-isolation` (a CUDA toolkit "
+                "is needed), or load the model with `attn_implementation='sdpa'`."
+            ) from error
+
+
+class MoveKDVisionEncoderLayer(CLIPEncoderLayer):
+    def __init__(self, config: MoveKDVisionConfig):
+        super().__init__(config)
+        if config.num_experts > 0:
+            self.mlp = MixtureOfLoraExpertsMLP(config)
+
+    def cls_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        The [CLS] query's row of this layer's attention, from the layer's input `(batch_size, sequence_length,
+        hidden_size)`: `(batch_size, num_heads, sequence_length)`. One row from this layer's q and k, so that the tower
+        itself may run any attention kernel.
+        """
+        attention = self.self_attn
+        hidden_states = self.layer_norm1(hidden_states)
+        heads = (attention.num_heads, attention.head_dim)
+        query = attention.q_proj(hidden_states[:, :1]).unflatten(-1, heads).transpose(1, 2)
+        key = attention.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        scores = (query @ key.transpose(-1, -2)).squeeze(-2) * attention.scale
+        return scores.softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
+
+
+class MoveKDVisionEncoder(nn.Module):
+    def __init__(self, config: MoveKDVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([MoveKDVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, cls_attention_layer: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cls_attention = None
+        if cls_attention_layer is not None:
+            if not -len(self.layers) <= cls_attention_layer < len(self.layers):
+                raise ValueError(
+                    f"`cls_attention_layer` is {cls_attention_layer}; the tower has {len(self.layers)} layers."
+                )
+            cls_attention_layer %= len(self.layers)
+        for index, layer in enumerate(self.layers):
+            if index == cls_attention_layer:
+                cls_attention = layer.cls_attention(hidden_states)
+            hidden_states = layer(hidden_states, None, **kwargs)
+        return hidden_states, cls_attention
+
+
+class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
+    """
+    CLIP's vision tower with a mixture of LoRA experts in every MLP. `num_experts=0` is plain CLIP.
+
+    Recorded on request, free otherwise: `output_router_probabilities=True`, `output_expert_indices=True`,
+    `cls_attention_layer=i`, besides transformers' own `output_hidden_states` and `output_attentions`.
+    """
+
+    config: MoveKDVisionConfig
+    config_class = MoveKDVisionConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _no_split_modules = ["CLIPVisionEmbeddings", "MoveKDVisionEncoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": MoveKDVisionEncoderLayer,
+        "attentions": CLIPAttention,
+        "router_probabilities": OutputRecorder(ExpertRouter, index=0),
+        "expert_indices": OutputRecorder(ExpertRouter, index=1),
+    }
+    _auto_map = {
+        "AutoConfig": "configuration_movekd.MoveKDVisionConfig",
+        "AutoModel": "vision_movekd.MoveKDVisionModel",
+    }
+
+    def __init__(self, config: MoveKDVisionConfig):
+        super().__init__(config)
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = MoveKDVisionEncoder(config)
+        self.post_layernorm = None
+        if config.add_pooling_layer:
+            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ExpertRouter):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, LoraExperts):
+            # Kaiming-uniform by each expert's own fan-in, which for the up-projection is the rank and not all ranks
+            in_features, rank = module.weight_a.shape[1], module.rank
+            if self.config.expert_init == "zero":
+                init.uniform_(module.weight_a, -(in_features**-0.5), in_features**-0.5)
+                init.zeros_(module.weight_b)
+            else:
+                init.uniform_(module.weight_a, -((6 / in_features) ** 0.5), (6 / in_features) ** 0.5)
+                init.uniform_(module.weight_b, -((6 / rank) ** 0.5), (6 / rank) ** 0.5)
+            if module.bias_a is not None:
+                init.zeros_(module.bias_a)
+                init.zeros_(module.bias_b)
+
+    @classmethod
+    def from_clip(
+        cls, clip: str | os.PathLike | PreTrainedModel, feature_layer: int | None = -2, **kwargs: Any
+    ) -> "MoveKDVisionModel":
+        """
+        Build the tower from any CLIP vision model, its weights copied strictly.
+
+        Args:
+            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which is left as it is.
+            feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector. The tower keeps
+                the layers up to it (23 of 24 for LLaVA) and neither final norm nor pooling. `None` keeps everything.
+            kwargs: Fields of [`MoveKDVisionConfig`]: `num_experts`, `lora_rank`, `lora_alpha`, ...
+
+        Raises:
+            ValueError: if weights are missing beyond the experts' and routers', or left over beyond the cut, naming
+                them; if `feature_layer` selects no layer; if `clip` holds no CLIP vision tower.
+        """
+        owned = not isinstance(clip, PreTrainedModel)
+        if owned:
+            source = clip
+            clip, loading_info = CLIPVisionModel.from_pretrained(source, output_loading_info=True)
+            if missing := sorted(loading_info["missing_keys"]):
+                raise ValueError(f"{source} is not a complete CLIP vision tower; missing: {missing}.")
+        clip = getattr(clip, "vision_model", clip)
+        if not isinstance(clip, CLIPVisionModel):
+            raise ValueError(f"`clip` is a {type(clip).__name__}; a model with a CLIP vision tower is needed.")
+
+        clip_fields = {field.name for field in fields(CLIPVisionConfig)} - {
+            field.name for field in fields(PreTrainedConfig)
+        }
+        config = MoveKDVisionConfig(**{name: getattr(clip.config, name) for name in clip_fields}, **kwargs)
+        if feature_layer is not None:
+            depth = clip.config.num_hidden_layers
+            layers = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+            if not 1 <= layers <= depth:
+                raise ValueError(
+                    f"`feature_layer` is {feature_layer}, which selects no layer of the {depth} in `clip`."
+                )
+            config.num_hidden_layers = layers
+            config.add_pooling_layer = False
+        config._attn_implementation = clip.config._attn_implementation
+
+        state_dict = clip.state_dict()
+        cut = tuple(f"encoder.layers.{i}." for i in range(config.num_hidden_layers, clip.config.num_hidden_layers))
+        if not config.add_pooling_layer:
+            cut += ("post_layernorm.",)
+        kept = {key: value for key, value in state_dict.items() if not (cut and key.startswith(cut))}
+        with init.no_init_weights():
+            model = cls._from_config(config, dtype=clip.dtype)
+        load_strictly(model, kept, may_lack=lambda key: "expert" in key or "router" in key, assign=owned)
+        return model.to(clip.device).eval()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        cls_attention_layer: int | None = None,
+        **kwargs: Any,
+    ) -> MoveKDVisionOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`).
+            cls_attention_layer (`int`, *optional*): Record the [CLS] row of this layer's attention.
+
+        Raises:
+            ValueError: for pixels of another rank or size than the tower's, with both.
+        """
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"`pixel_values` has {pixel_values.dim()} dimensions {tuple(pixel_values.shape)}; 4 are expected: "
+                "(batch_size, num_channels, height, width)."
+            )
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(hidden_states)
+        hidden_states, cls_attention = self.encoder(hidden_states, cls_attention_layer=cls_attention_layer, **kwargs)
+        pooler_output = None if self.post_layernorm is None else self.post_layernorm(hidden_states[:, 0])
+        return MoveKDVisionOutput(
+            last_hidden_state=hidden_states, pooler_output=pooler_output, cls_attention=cls_attention
+        )
+
+
+__all__ = ["MoveKDVisionModel", "MoveKDVisionOutput"]
