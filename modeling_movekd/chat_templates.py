@@ -1,0 +1,121 @@
+"""The two conversation formats of LLaVA as chat templates: `vicuna_v1` to converse, `plain` to align a projector on captions.
+
+Both accept a message's content as a string or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
+parts, and both move a turn's images in front of its text, as LLaVA does. An `<image>` written inside a string counts
+as an image. Answers stand between `{% generation %}` markers, so that a trainer can ask for their mask.
+The beginning-of-sequence token is left to the tokenizer, as in the templates of the stock LLaVA checkpoints.
+"""
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+IMAGE_TOKEN = "<image>"
+DEFAULT_SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# LLaVA tokenises the text on either side of an image apart, so the text after it starts with the word-boundary mark of a
+# SentencePiece vocabulary. In one string that mark is a space after the placeholder.
+_IMAGE_SUFFIX = "{%- set image_suffix = ' ' -%}"
+_NO_IMAGE_SUFFIX = "{%- set image_suffix = '' -%}"
+
+# `number_of_images(content)` and `text_of(content)`, for strings and for lists of parts.
+_MACROS = """
+{%- macro number_of_images(content) -%}
+{%- if content is string -%}{{ content.split('<image>') | length - 1 }}
+{%- else -%}{{ (content or []) | selectattr('type', 'equalto', 'image') | list | length }}{%- endif -%}
+{%- endmacro -%}
+{%- macro text_of(content) -%}
+{%- if content is string -%}{{ (content.replace('<image>', '') | trim) if '<image>' in content else content }}
+{%- else -%}{%- for part in content or [] if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+"""
+
+_VICUNA_V1 = """
+{%- macro turn(content) -%}
+{%- set images = number_of_images(content) | int -%}
+{%- set text = text_of(content) -%}
+{%- for _ in range(images) -%}{{ '<image>' + image_suffix }}{%- if text or not loop.last -%}{{ '\\n' }}{%- endif -%}
+{%- endfor -%}
+{{- text -}}
+{%- endmacro -%}
+{%- if messages and messages[0].role == 'system' -%}
+{%- set system = text_of(messages[0].content) -%}
+{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set system = SYSTEM_PROMPT -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{{- system + ' ' if system else '' -}}
+{%- for message in turns -%}
+{%- set body = turn(message.content) -%}
+{%- if message.role == 'user' -%}
+{{- 'USER: ' + body + ' ' if body else 'USER:' -}}
+{%- elif message.role == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + body + (eos_token or '') if body else '' -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception('Unknown role ' + message.role + ': expected one leading system message, then user and assistant.') -}}
+{%- endif -%}
+{%- endfor -%}
+{{- 'ASSISTANT:' if add_generation_prompt else '' -}}
+""".replace("SYSTEM_PROMPT", '"' + DEFAULT_SYSTEM_PROMPT + '"')
+
+_PLAIN = """
+{%- set seen = namespace(images=0) -%}
+{%- for message in messages -%}
+{%- set images = number_of_images(message.content) | int -%}
+{%- for _ in range(images) -%}{{ '<image>' }}{%- if not loop.last -%}{{ image_suffix }}{%- endif -%}{%- endfor -%}
+{%- set seen.images = seen.images + images -%}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{- (image_suffix if seen.images else '') + text_of(message.content) + '\\n' -}}{%- endgeneration -%}
+{%- set seen.images = 0 -%}
+{%- elif message.role not in ('system', 'user') -%}
+{{- raise_exception('Unknown role ' + message.role + ': expected system, user or assistant.') -}}
+{%- endif -%}
+{%- endfor -%}
+{{- image_suffix if add_generation_prompt and seen.images else '' -}}
+"""
+
+CHAT_TEMPLATES: dict[str, str] = {
+    "vicuna_v1": _IMAGE_SUFFIX + _MACROS + _VICUNA_V1,
+    "plain": _IMAGE_SUFFIX + _MACROS + _PLAIN,
+}
+
+
+def set_chat_template(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, name: str
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Put one of `CHAT_TEMPLATES` into a processor (and its tokenizer) or a tokenizer, in place.
+
+    A tokenizer that marks the beginning of a word after a special token by itself, or that marks no words at all, gets
+    the template without the space after the image placeholder: either way the ids are those of text tokenised apart
+    from the image.
+
+    Args:
+        processor: processor or tokenizer that knows the `<image>` token.
+        name: a key of `CHAT_TEMPLATES`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: for an unknown name, or if `<image>` is not a token of the vocabulary (it would be split into
+            pieces and no image would reach the model).
+    """
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"Unknown chat template {name!r}: choose from {sorted(CHAT_TEMPLATES)}.")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.tokenize(IMAGE_TOKEN) != [IMAGE_TOKEN]:
+        raise ValueError(
+            f"{IMAGE_TOKEN!r} is tokenised as {tokenizer.tokenize(IMAGE_TOKEN)}, not as one token. Add it first: "
+            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{IMAGE_TOKEN!r}]}})."
+        )
+    template = CHAT_TEMPLATES[name]
+    if tokenizer.tokenize(IMAGE_TOKEN + "\nA")[1:] == tokenizer.tokenize("\nA"):
+        template = template.replace(_IMAGE_SUFFIX, _NO_IMAGE_SUFFIX)
+    tokenizer.chat_template = template
+    if tokenizer is not processor:
+        processor.chat_template = template
+    return processor
