@@ -3,7 +3,6 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
@@ -26,8 +25,8 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             `"straight_through"` or `"none"` (only a balance loss does).
         expert_init (`str`, defaults to `"zero"`): `"zero"` starts as CLIP exactly (up-projections zero), `"kaiming"`
             draws both projections.
-        add_pooling_layer (`bool`, defaults to `True`): Whether the tower has CLIP's final layer norm and pooled output.
-            A tower cut to the layers in use has not.
+        add_pooling_layer (`bool`, defaults to `True`): Whether the tower has CLIP's final layer norm and pooled
+            output. A tower cut to the layers in use has not.
 
     Raises:
         ValueError: for a value outside the choices, naming the value and the choices.
@@ -68,8 +67,8 @@ class MoveKDConfig(LlavaNextConfig):
     Args:
         image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"`, one crop of the image padded to a square (LLaVA-1.5),
             or `"anyres"`, tiles of the image beside the whole of it (LLaVA-NeXT).
-        vision_feature_layer (`int` or `list[int]`, defaults to -1): Hidden state that feeds the projector. The tower is
-            cut to the layers in use, so it is the last one; a tower with all its layers uses -2 as LLaVA does.
+        vision_feature_layer (`int` or `list[int]`, defaults to -1): Hidden state that feeds the projector. The tower
+            is cut to the layers in use, so it is the last one; a tower with all its layers uses -2 as LLaVA does.
     """
 
     model_type = "movekd"

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from .configuration_movekd import MoveKDVisionConfig

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
@@ -176,8 +175,8 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         Args:
             vision: The tower, as from [`MoveKDVisionModel.from_clip`]; cast to the language model's dtype.
             language: Any causal language model of transformers, loaded.
-            image_token_id (`int`, *optional*): Id of `<image>`; by default the first after the vocabulary. An id outside
-                the vocabulary enlarges the embeddings, the new rows drawn by transformers' resize.
+            image_token_id (`int`, *optional*): Id of `<image>`; by default the first after the vocabulary. An id
+                outside the vocabulary enlarges the embeddings, the new rows drawn by transformers' resize.
             kwargs: Fields of [`MoveKDConfig`], such as `image_aspect_ratio`.
 
         Raises:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
@@ -57,11 +56,11 @@ class MoveKDVisionOutput(BaseModelOutputWithPooling):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_patches, hidden_size)`).
-        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a tower cut to the layers in use.
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a cut tower.
         router_probabilities (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches, num_experts)`, float32.
         expert_indices (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches)`, int64.
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): the [CLS] query's row of the
-            chosen layer's attention, after the softmax.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): the [CLS] query's row of
+            the chosen layer's attention, after the softmax.
     """
 
     router_probabilities: tuple[torch.Tensor, ...] | None = None
@@ -95,7 +94,7 @@ class MoveKDCheckpointMixin:
         return (model, loading_info) if return_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside the weights."""
+        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them."""
         kwargs.setdefault("max_shard_size", "5GB")
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
@@ -221,9 +220,9 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         Build the tower from any CLIP vision model, its weights copied strictly.
 
         Args:
-            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which is left as it is.
-            feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector. The tower keeps
-                the layers up to it (23 of 24 for LLaVA) and neither final norm nor pooling. `None` keeps everything.
+            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which stays as it is.
+            feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector. The tower
+                keeps the layers up to it (23 of 24 for LLaVA), no final norm and no pooling. `None` keeps everything.
             kwargs: Fields of [`MoveKDVisionConfig`]: `num_experts`, `lora_rank`, `lora_alpha`, ...
 
         Raises:

@@ -1,0 +1,159 @@
+"""The tower and its experts against golden numbers of the authors' code (see the fixtures' README)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from hub.authors import key_from_authors, state_dict_from_authors, state_dict_to_authors
+from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP
+
+
+pytestmark = pytest.mark.parity
+
+RELEASED = {"expert_bias": True, "router_gradient": "none", "expert_init": "kaiming"}
+
+
+def read_case(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    with safe_open(path, "pt") as file:
+        metadata = {}
+        for name, value in file.metadata().items():
+            try:
+                metadata[name] = json.loads(value)
+            except json.JSONDecodeError:
+                metadata[name] = value
+    return load_file(path), metadata
+
+
+def cases(parity_dir: Path, pattern: str) -> list[Path]:
+    paths = sorted(parity_dir.glob(pattern))
+    assert paths, f"no {pattern} in {parity_dir}"
+    return paths
+
+
+def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def assert_values(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
+
+
+def assert_gradients(actual: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor]) -> None:
+    for key, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        assert actual[key] is not None, f"no gradient for {key}"
+        difference = (actual[key] - gradient).abs().max().item()
+        assert difference <= 1e-4 * scale, f"{key}: off by {difference:.2e} at a scale of {scale:.2e}"
+
+
+def test_mole_layers(parity_dir: Path) -> None:
+    for path in cases(parity_dir, "mole_*.safetensors"):
+        tensors, metadata = read_case(path)
+        config = MoveKDVisionConfig(
+            hidden_size=metadata["hidden_size"],
+            intermediate_size=metadata["intermediate_size"],
+            hidden_act=metadata["hidden_act"],
+            num_attention_heads=1,
+            num_experts=metadata["num_experts"],
+            lora_rank=metadata["rank"],
+            lora_alpha=metadata["alpha"],
+            dense_routing=metadata["dense"],
+            **RELEASED,
+        )
+        layer = MixtureOfLoraExpertsMLP(config).eval()
+        layer.load_state_dict(state_dict_from_authors(with_prefix(tensors, "param.")), strict=True)
+
+        inputs = tensors["x"].clone().requires_grad_()
+        probabilities, indices = layer.router(inputs)
+        output = layer(inputs)
+        loss = (output * tensors["w"]).sum()
+        loss.backward()
+
+        assert_values(probabilities, tensors["routing"], f"{path.name} routing")
+        assert torch.equal(indices, tensors["expert_index"].long()), path.name
+        assert_values(
+            layer.expert_gates(probabilities, indices),
+            tensors["routing"] if metadata["dense"] else tensors["expert_choice"],
+            path.name,
+        )
+        assert_values(output, tensors["out"], f"{path.name} out")
+        torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=1e-5)
+        expected = state_dict_from_authors(with_prefix(tensors, "grad."))
+        assert_gradients(
+            {"x": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}, expected
+        )
+        without = {key_from_authors(key)[0] for key in metadata["grad_none"]}
+        assert {name for name, parameter in layer.named_parameters() if parameter.grad is None} == without
+
+
+def test_vision_towers(parity_dir: Path) -> None:
+    for config_path in cases(parity_dir, "vision_tower*.config.json"):
+        settings = json.loads(config_path.read_text())
+        tensors, metadata = read_case(config_path.with_name(config_path.name.replace(".config.json", ".safetensors")))
+        clip = CLIPVisionModel(CLIPVisionConfig(**settings["clip_vision_config"]))
+        tower = MoveKDVisionModel.from_clip(
+            clip,
+            feature_layer=None,
+            num_experts=settings["moe"]["num_experts"],
+            lora_rank=settings["moe"]["rank"],
+            lora_alpha=settings["moe"]["alpha"],
+            dense_routing=settings["moe"]["dense"],
+            **RELEASED,
+        )
+        authors = with_prefix(tensors, "param.")
+        state_dict = with_prefix(state_dict_from_authors(authors), "vision_tower.")
+        tower.load_state_dict(state_dict, strict=True)
+        check_tower(tower, tensors, metadata, settings["select_layer"])
+
+        # Cut to the layers in use, it gives the same features from the layers it keeps
+        cut = MoveKDVisionModel.from_clip(clip, settings["select_layer"], **tower_settings(tower.config))
+        cut.load_state_dict({key: value for key, value in state_dict.items() if key in cut.state_dict()}, strict=True)
+        assert_values(cut(tensors["pixel_values"]).last_hidden_state[:, 1:], tensors["selected_feature"], "cut tower")
+
+        back = state_dict_to_authors(
+            {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}, tower.config.num_experts
+        )
+        assert back.keys() == authors.keys()
+        assert all(torch.equal(back[key], authors[key]) for key in authors)
+
+
+def tower_settings(config: MoveKDVisionConfig) -> dict:
+    names = ("num_experts", "lora_rank", "lora_alpha", "dense_routing", *RELEASED)
+    return {name: getattr(config, name) for name in names}
+
+
+def check_tower(tower: MoveKDVisionModel, tensors: dict[str, torch.Tensor], metadata: dict, layer: int) -> None:
+    depth = tower.config.num_hidden_layers
+    for index in range(depth):
+        outputs = tower(
+            tensors["pixel_values"],
+            output_hidden_states=True,
+            output_router_probabilities=True,
+            output_expert_indices=True,
+            cls_attention_layer=index,
+        )
+        assert_values(outputs.cls_attention, tensors[f"attentions_cls_row.{index}"], f"[CLS] row of layer {index}")
+        assert_values(outputs.router_probabilities[index], tensors[f"routing_probs.{index}"], f"routing {index}")
+        assert torch.equal(outputs.expert_indices[index], tensors[f"expert_choice.{index}"].argmax(-1))
+    for index in range(depth + 1):
+        assert_values(outputs.hidden_states[index], tensors[f"hidden_states.{index}"], f"hidden state {index}")
+    assert_values(outputs.last_hidden_state, tensors["last_hidden_state"], "last hidden state")
+    assert_values(outputs.pooler_output, tensors["pooler_output"], "pooler output")
+    features = outputs.hidden_states[layer][:, 1:]
+    assert_values(features, tensors["selected_feature"], "selected feature")
+
+    loss = (features * tensors["w"]).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=1e-4)
+    expected = with_prefix(state_dict_from_authors(with_prefix(tensors, "grad.")), "vision_tower.")
+    assert_gradients({name: parameter.grad for name, parameter in tower.named_parameters()}, expected)
+    without = {key_from_authors(key)[0].removeprefix("vision_tower.") for key in metadata["grad_none"]}
+    packed_elsewhere = {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
+    assert not without & packed_elsewhere
