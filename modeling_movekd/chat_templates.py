@@ -1,4 +1,4 @@
-"""The two conversation formats of LLaVA as chat templates: `vicuna_v1` to converse, `plain` to align a projector on captions.
+"""LLaVA's two conversation formats as chat templates: `vicuna_v1` to converse, `plain` to train on bare captions.
 
 Both accept a message's content as a string or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
 parts, and both move a turn's images in front of its text, as LLaVA does. An `<image>` written inside a string counts
@@ -15,8 +15,8 @@ DEFAULT_SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# LLaVA tokenises the text on either side of an image apart, so the text after it starts with the word-boundary mark of a
-# SentencePiece vocabulary. In one string that mark is a space after the placeholder.
+# LLaVA tokenises the text on either side of an image apart, so the text after it starts with the word-boundary mark of
+# a SentencePiece vocabulary. In one string that mark is a space after the placeholder.
 _IMAGE_SUFFIX = "{%- set image_suffix = ' ' -%}"
 _NO_IMAGE_SUFFIX = "{%- set image_suffix = '' -%}"
 
@@ -56,7 +56,7 @@ _VICUNA_V1 = """
 {{- 'ASSISTANT:' -}}
 {%- generation -%}{{- ' ' + body + (eos_token or '') if body else '' -}}{%- endgeneration -%}
 {%- else -%}
-{{- raise_exception('Unknown role ' + message.role + ': expected one leading system message, then user and assistant.') -}}
+{{- raise_exception('Unknown role ' + message.role + ': expected user or assistant, and system only in front.') -}}
 {%- endif -%}
 {%- endfor -%}
 {{- 'ASSISTANT:' if add_generation_prompt else '' -}}

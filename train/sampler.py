@@ -1,4 +1,4 @@
-"""The order of LLaVA's training rows: batches of one modality, of similar length, the lengths even over the processes."""
+"""The order of LLaVA's training rows: batches of one modality and of similar length, even over the processes."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,0 +1,271 @@
+"""Rows of `train/data.py` into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from train.data import decode_image
+
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+GEOMETRIES = ("shared", "per_teacher")
+LABEL_RULES = ("answers", "released")
+# What stands between a question and its answer in `vicuna_v1`.
+ANSWER_SEPARATOR = " ASSISTANT: "
+
+
+def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of its longer side, as LLaVA pads.
+
+    Args:
+        image: RGB image.
+        background: colour of the margins, 0 to 255.
+    """
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The central square of the image's shorter side."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max_length: int | None) -> list[bool]:
+    """Which tokens of a `vicuna_v1` conversation are trained on, by the bookkeeping of the authors' code.
+
+    Each round is tokenised apart and its length added up. The result is the answers with their end tokens where the
+    sum agrees with the number of tokens, and nothing at all where it does not: an empty turn, an end token or the
+    answer's heading inside a text, or a vocabulary in which a round starts with another number of tokens when it
+    stands alone.
+
+    Args:
+        text: rendered conversation, one placeholder per image.
+        input_ids: its ids, one per image, not yet cut to `max_length`.
+        tokenizer: the tokenizer that made them.
+        max_length: limit from which on a disagreement is forgiven.
+
+    Returns:
+        One boolean per id.
+    """
+    rounds = text.split(tokenizer.eos_token) if tokenizer.eos_token else [text]
+    mask = [False] * len(input_ids)
+    position = 1
+    for number, round_text in enumerate(rounds):
+        parts = round_text.split(ANSWER_SEPARATOR)
+        if len(parts) != 2:
+            break
+        # A round after the first has no prefix of its own in the whole text, unless the tokenizer is a legacy one.
+        surplus = 1 if number > 0 and not getattr(tokenizer, "legacy", True) else 0
+        round_length = len(tokenizer(round_text).input_ids) - surplus
+        # Without the first token, counted by `position`, and the space before the answer, which is the answer's.
+        question_length = len(tokenizer(parts[0] + ANSWER_SEPARATOR).input_ids) - 2 - surplus
+        for index in range(position + question_length, min(position + round_length, len(mask))):
+            mask[index] = True
+        position += round_length
+    counted = sum(token != tokenizer.pad_token_id for token in input_ids)
+    if position != counted and (max_length is None or position < max_length):
+        return [False] * len(input_ids)
+    return mask
+
+
+@dataclass
+class MoveKDCollator:
+    """Collates rows of `messages` and `images`; picklable, so that loader workers decode, cut and resize.
+
+    Every teacher gets the crop that the student's image processor makes of the image, before its resize: the image
+    padded to a centred square where that processor pads, whole for anyres, the central square otherwise. So the
+    patches of all towers lie over the same pixels.
+
+    Args:
+        processor: LLaVA processor with a chat template that marks answers by `{% generation %}`.
+        teacher_preprocessors: by teacher name, a callable from n RGB images to a float32 tensor [n, 3, S, S].
+        max_length: longest row in tokens, image tokens included. Longer text is cut on the right.
+        geometry: `"shared"`, or `"per_teacher"`: each teacher's preprocessor gets the original image.
+        labels: `"answers"`, or `"released"`: the authors' bookkeeping, see `released_label_mask` (for `vicuna_v1`;
+            under a template without its answer headings both are the same).
+        pad_to_multiple_of: pad the batch to a multiple of this many tokens.
+
+    Returns (of a call):
+        `input_ids`, `attention_mask`, `labels`: int64 [batch, length], padded on the right; labels are -100 outside
+            the answers and at image tokens.
+        `image_rows`: int64 [num_images], the position in the batch of the row each image belongs to.
+        With at least one image, `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and
+            `image_sizes` [num_images, 2] for anyres), and `teacher_pixel_values`: by teacher name, float32
+            [num_images, 3, S, S].
+
+    Raises:
+        ValueError: for an unknown choice, a template without generation markers, an image that cannot be decoded, a
+            row whose image tokens are not as many as its images ask for, or a `max_length` that would cut into image
+            tokens.
+    """
+
+    processor: ProcessorMixin
+    teacher_preprocessors: Mapping[str, Callable[[list[Image.Image]], torch.Tensor]] = field(default_factory=dict)
+    max_length: int | None = None
+    geometry: str = "shared"
+    labels: str = "answers"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"Unknown geometry {self.geometry!r}: choose from {GEOMETRIES}.")
+        if self.labels not in LABEL_RULES:
+            raise ValueError(f"Unknown labels {self.labels!r}: choose from {LABEL_RULES}.")
+        if "generation" not in (self.processor.chat_template or ""):
+            raise ValueError(
+                "The processor's chat template has no {% generation %} markers, so no token would be trained on: put "
+                "one in with modeling_movekd.chat_templates.set_chat_template."
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        numbers = [int(row.get("row_index", position)) for position, row in enumerate(rows)]
+        images = [
+            [decode_image(image, number) for image in row.get("images") or []]
+            for row, number in zip(rows, numbers, strict=True)
+        ]
+        conversations = [
+            self._with_images(row["messages"], of_row, number)
+            for row, of_row, number in zip(rows, images, numbers, strict=True)
+        ]
+        encoded = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={
+                "padding": True,
+                "padding_side": "right",
+                "pad_to_multiple_of": self.pad_to_multiple_of,
+            },
+        )
+        image_rows = [position for position, of_row in enumerate(images) for _ in of_row]
+        is_image = encoded["input_ids"] == self.processor.image_token_id
+        self._check_image_tokens(encoded, is_image, image_rows, numbers)
+
+        trained = encoded["assistant_masks"].bool()
+        if self.labels == "released" and ANSWER_SEPARATOR.strip() in self.processor.chat_template:
+            trained = self._released(conversations, encoded["input_ids"], is_image)
+        trained = trained & encoded["attention_mask"].bool() & ~is_image
+        batch: dict[str, Any] = {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": encoded["input_ids"].masked_fill(~trained, IGNORE_INDEX),
+        }
+        if self.max_length is not None:
+            self._check_length(is_image, numbers)
+            batch = {name: values[:, : self.max_length] for name, values in batch.items()}
+        batch["image_rows"] = torch.tensor(image_rows, dtype=torch.long)
+        if image_rows:
+            batch["pixel_values"] = encoded["pixel_values"]
+            if "image_sizes" in encoded:
+                batch["image_sizes"] = encoded["image_sizes"]
+            batch["teacher_pixel_values"] = self._teacher_pixel_values(
+                [image for of_row in images for image in of_row]
+            )
+        return batch
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        image_processor = self.processor.image_processor
+        if getattr(image_processor, "image_grid_pinpoints", None) is not None:
+            return image
+        if image_processor.do_pad:
+            red, green, blue = (int(value * 255) for value in image_processor.image_mean)
+            return pad_to_square(image, (red, green, blue))
+        return centre_square(image)
+
+    @staticmethod
+    def _with_images(
+        messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
+    ) -> list[dict[str, Any]]:
+        """The messages with each image at its placeholder, in order."""
+        remaining = list(images)
+        placeholders = 0
+        filled = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                parts = []
+                for part in content:
+                    if part["type"] == "image":
+                        placeholders += 1
+                        part = {"type": "image", "image": remaining.pop(0)} if remaining else part
+                    parts.append(part)
+                content = parts
+            filled.append({"role": message["role"], "content": content})
+        if placeholders != len(images):
+            raise ValueError(
+                f"Row {number} has {placeholders} image placeholders and {len(images)} images: read the rows with "
+                "train.data.load_conversations, which skips and reports such rows."
+            )
+        return filled
+
+    def _check_image_tokens(
+        self, encoded: Mapping[str, Any], is_image: torch.Tensor, image_rows: list[int], numbers: list[int]
+    ) -> None:
+        """Each row has the image tokens that the processor makes of the row's images."""
+        expected = [0] * len(numbers)
+        for index, position in enumerate(image_rows):
+            expected[position] += self.processor.replace_image_token(encoded, index).count(self.processor.image_token)
+        for found, wanted, number in zip(is_image.sum(dim=1).tolist(), expected, numbers, strict=True):
+            if found != wanted:
+                raise ValueError(
+                    f"Row {number} has {found} image tokens, its images ask for {wanted}: an image was lost or added "
+                    "on the way through the chat template. Use a template of modeling_movekd.chat_templates, and no "
+                    f"{self.processor.image_token!r} inside a text."
+                )
+
+    def _check_length(self, is_image: torch.Tensor, numbers: list[int]) -> None:
+        for of_row, number in zip(is_image, numbers, strict=True):
+            positions = of_row.nonzero()
+            needed = int(positions[-1]) + 1 if len(positions) else 0
+            if self.max_length is not None and needed > self.max_length:
+                raise ValueError(
+                    f"Row {number}: max_length {self.max_length} would cut into its image tokens, which end at token "
+                    f"{needed}. Raise max_length to {needed} at least, set it to None, or drop the row."
+                )
+
+    def _released(
+        self, conversations: list[list[dict[str, Any]]], input_ids: torch.Tensor, is_image: torch.Tensor
+    ) -> torch.Tensor:
+        tokenizer = self.processor.tokenizer
+        texts = self.processor.apply_chat_template(conversations, tokenize=False)
+        trained = torch.zeros_like(is_image)
+        for position, text in enumerate(texts):
+            short_ids = tokenizer(text).input_ids
+            # The authors cut a text-only row before they count, a row with images after.
+            if self.processor.image_token_id not in short_ids:
+                short_ids = short_ids[: self.max_length]
+            mask = released_label_mask(text, short_ids, tokenizer, self.max_length)
+            if not any(mask):
+                logger.warning("No token of the row %r is trained on under the released label rule.", text[-80:])
+            # Images are runs of tokens in the batch and one token here; neither is trained on.
+            words = [
+                keep for keep, token in zip(mask, short_ids, strict=True) if token != self.processor.image_token_id
+            ]
+            columns = (~is_image[position]).nonzero().flatten()[: len(words)]
+            trained[position, columns] = torch.tensor(words, dtype=torch.bool)
+        return trained
+
+    def _teacher_pixel_values(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        if self.geometry == "shared" and self.teacher_preprocessors:
+            images = [self._crop(image) for image in images]
+        pixels = {}
+        for name, preprocessor in self.teacher_preprocessors.items():
+            pixels[name] = preprocessor(images)
+            if len(pixels[name]) != len(images):
+                raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
+        return pixels
