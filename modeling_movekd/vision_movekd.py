@@ -24,6 +24,10 @@ from .configuration_movekd import MoveKDVisionConfig
 from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
 
 
+# What a whole CLIP checkpoint has beside its vision tower
+CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
 def load_strictly(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor], may_lack: Callable[[str], bool], assign: bool
 ) -> None:
@@ -233,8 +237,10 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         if owned:
             source = clip
             clip, loading_info = CLIPVisionModel.from_pretrained(source, output_loading_info=True)
-            if missing := sorted(loading_info["missing_keys"]):
-                raise ValueError(f"{source} is not a complete CLIP vision tower; missing: {missing}.")
+            missing = sorted(loading_info["missing_keys"])
+            left_over = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(CLIP_TEXT_KEYS))
+            if missing or left_over:
+                raise ValueError(f"{source} is no CLIP vision tower: missing {missing}, left over {left_over}.")
         clip = getattr(clip, "vision_model", clip)
         if not isinstance(clip, CLIPVisionModel):
             raise ValueError(f"`clip` is a {type(clip).__name__}; a model with a CLIP vision tower is needed.")
