@@ -1,0 +1,155 @@
+"""Tiny random towers, language models and processors that the model's tests share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import build_processor
+
+
+VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+CLIP_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "projection_dim": 24,
+}
+TEXT_SIZES = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA_SIZES = TEXT_SIZES | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+
+
+def language_config(family: str) -> PreTrainedConfig:
+    if family == "llama":
+        return LlamaConfig(**LLAMA_SIZES)
+    if family == "smollm":
+        return LlamaConfig(**LLAMA_SIZES, tie_word_embeddings=True, rope_theta=1e5)
+    if family == "qwen3":
+        return Qwen3Config(**LLAMA_SIZES, head_dim=16)
+    if family == "mistral":
+        return MistralConfig(**LLAMA_SIZES, sliding_window=8)
+    if family == "gpt2":
+        return GPT2Config(**TEXT_SIZES, n_embd=32, n_layer=2, n_head=2, n_positions=256)
+    raise ValueError(family)
+
+
+@torch.no_grad()
+def spread(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Draw every weight wide enough that a layer, a norm or a bias left out shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., CLIPVisionModel]:
+    def make(seed: int = 0, **sizes) -> CLIPVisionModel:
+        return spread(CLIPVisionModel(CLIPVisionConfig(**(CLIP_SIZES | sizes))), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_language() -> Callable[..., PreTrainedModel]:
+    def make(family: str = "llama", seed: int = 1, **kwargs) -> PreTrainedModel:
+        return spread(AutoModelForCausalLM.from_config(language_config(family), **kwargs), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tower(make_clip) -> Callable[..., MoveKDVisionModel]:
+    """A tower whose experts do something: `expert_init="zero"` would hide them."""
+
+    def make(seed: int = 0, feature_layer: int | None = -2, **kwargs) -> MoveKDVisionModel:
+        settings = {"lora_rank": 4, "lora_alpha": 8.0, "expert_init": "kaiming"} | kwargs
+        tower = MoveKDVisionModel.from_clip(make_clip(seed), feature_layer=feature_layer, **settings)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in tower.named_parameters():
+            if "router" in name or "expert" in name:
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return tower
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_tower, make_language) -> Callable[..., MoveKDForConditionalGeneration]:
+    """A whole model; `tower` and `**kwargs` go to `make_tower` and `from_parts`."""
+
+    def make(family: str = "llama", seed: int = 0, tower: dict | None = None, **kwargs):
+        torch.manual_seed(seed)
+        language = make_language(family, seed + 1)
+        model = MoveKDForConditionalGeneration.from_parts(make_tower(seed, **(tower or {})), language, **kwargs)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[], PreTrainedTokenizerFast]:
+    """One token a byte."""
+
+    def make() -> PreTrainedTokenizerFast:
+        vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_processor(make_tokenizer) -> Callable:
+    def make(model: MoveKDForConditionalGeneration, **kwargs):
+        return build_processor(model.config, CLIPImageProcessor(), make_tokenizer(), **kwargs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., Image.Image]:
+    def make(width: int = 16, height: int = 16, seed: int = 0) -> Image.Image:
+        generator = torch.Generator().manual_seed(seed)
+        return Image.fromarray(torch.randint(256, (height, width, 3), generator=generator).byte().numpy())
+
+    return make
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
