@@ -1,10 +1,15 @@
 """Configurations of the MoVE-KD vision tower and of the vision-language model around it."""
 
-from typing import Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
 
 
 @strict
@@ -29,7 +34,8 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             output. A tower cut to the layers in use has not.
 
     Raises:
-        ValueError: for a value outside the choices, naming the value and the choices.
+        ValueError: for a value outside the choices, naming the value and the choices. A value of a wrong type is
+            refused as every configuration of transformers does, by a `StrictDataclassFieldValidationError`.
     """
 
     model_type = "movekd_vision"
@@ -40,12 +46,17 @@ class MoveKDVisionConfig(CLIPVisionConfig):
     lora_dropout: int | float = 0.05
     expert_bias: bool = False
     dense_routing: bool = False
-    router_gradient: Literal["straight_through", "none"] = "straight_through"
-    expert_init: Literal["zero", "kaiming"] = "zero"
+    router_gradient: str = "straight_through"
+    expert_init: str = "zero"
     add_pooling_layer: bool = True
 
-    def validate_experts(self):
-        """Part of `@strict` validation: ranges of the mixture's fields."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # `@strict` validates too, but what it raises is no `ValueError`
+        self.validate_experts()
+
+    def validate_experts(self) -> None:
+        """Part of `@strict` validation, which saving repeats: ranges of the mixture's fields."""
         if self.num_experts < 0:
             raise ValueError(f"`num_experts` is {self.num_experts}; it must be 0 (plain MLP) or more.")
         if self.lora_rank < 1:
@@ -54,6 +65,8 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must be in [0, 1).")
+        validate_choice("router_gradient", self.router_gradient, ("straight_through", "none"))
+        validate_choice("expert_init", self.expert_init, ("zero", "kaiming"))
 
 
 @strict
@@ -91,8 +104,16 @@ class MoveKDConfig(LlavaNextConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    image_aspect_ratio: Literal["pad", "anyres"] = "pad"
+    image_aspect_ratio: str = "pad"
     vision_feature_layer: int | list[int] = -1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.validate_image_aspect_ratio()
+
+    def validate_image_aspect_ratio(self) -> None:
+        """Part of `@strict` validation, as in [`MoveKDVisionConfig`]."""
+        validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))
 
 
 MoveKDVisionConfig.register_for_auto_class()

@@ -224,7 +224,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         Build the tower from any CLIP vision model, its weights copied strictly.
 
         Args:
-            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which stays as it is.
+            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which stays as it
+                is.
             feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector. The tower
                 keeps the layers up to it (23 of 24 for LLaVA), no final norm and no pooling. `None` keeps everything.
             kwargs: Fields of [`MoveKDVisionConfig`]: `num_experts`, `lora_rank`, `lora_alpha`, ...
