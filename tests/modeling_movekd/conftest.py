@@ -72,6 +72,7 @@ def spread(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def make_clip() -> Callable[..., CLIPVisionModel]:
     def make(seed: int = 0, **sizes) -> CLIPVisionModel:
+        torch.manual_seed(seed)
         return spread(CLIPVisionModel(CLIPVisionConfig(**(CLIP_SIZES | sizes))), seed)
 
     return make
@@ -80,6 +81,7 @@ def make_clip() -> Callable[..., CLIPVisionModel]:
 @pytest.fixture(scope="session")
 def make_language() -> Callable[..., PreTrainedModel]:
     def make(family: str = "llama", seed: int = 1, **kwargs) -> PreTrainedModel:
+        torch.manual_seed(seed)
         return spread(AutoModelForCausalLM.from_config(language_config(family), **kwargs), seed)
 
     return make
