@@ -33,10 +33,11 @@ _MACROS = """
 """
 
 _VICUNA_V1 = """
-{%- macro turn(content) -%}
+{%- macro turn(content, suffix_of_lone_image) -%}
 {%- set images = number_of_images(content) | int -%}
 {%- set text = text_of(content) -%}
-{%- for _ in range(images) -%}{{ '<image>' + image_suffix }}{%- if text or not loop.last -%}{{ '\\n' }}{%- endif -%}
+{%- for _ in range(images) -%}{{ '<image>' }}
+{%- if text or not loop.last -%}{{ image_suffix + '\\n' }}{%- else -%}{{ suffix_of_lone_image }}{%- endif -%}
 {%- endfor -%}
 {{- text -}}
 {%- endmacro -%}
@@ -49,7 +50,7 @@ _VICUNA_V1 = """
 {%- endif -%}
 {{- system + ' ' if system else '' -}}
 {%- for message in turns -%}
-{%- set body = turn(message.content) -%}
+{%- set body = turn(message.content, image_suffix if message.role == 'user' else '') -%}
 {%- if message.role == 'user' -%}
 {{- 'USER: ' + body + ' ' if body else 'USER:' -}}
 {%- elif message.role == 'assistant' -%}

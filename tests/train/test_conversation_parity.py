@@ -84,8 +84,17 @@ def test_text_tokenises_the_same_alone_and_after_an_image(parity_dir: Path) -> N
         text, ids = chunk["text"], chunk["ids_with_bos"]
         if not text.startswith(" "):  # a leading space merges with the word mark that the slow tokenizer puts before it
             assert tokenizer(text).input_ids == ids, text
-        if text:
-            assert tokenizer("<image> " + text).input_ids[2:] == ids[1:], text
+        if text:  # nor does it put a word mark before an end token
+            image = "<image>" if text.startswith(tokenizer.eos_token) else "<image> "
+            assert tokenizer(image + text).input_ids[2:] == ids[1:], text
+
+
+def is_regular(case: dict[str, Any]) -> bool:
+    """Whether the authors' bookkeeping can count the sample; where it cannot, the default rule keeps the answers."""
+    values = [turn["value"] for turn in case["conversations"]]
+    odd = ("</s>", "<unk>", " ASSISTANT: ")
+    countable = all(value and not any(text in value for text in odd) for value in values)
+    return countable and any(label >= 0 for label in case["labels"])
 
 
 @pytest.mark.parametrize("rule", ["released", "answers"])
@@ -100,11 +109,8 @@ def test_ids_and_labels(parity_dir: Path, template: str, file: str, rule: str) -
         assert rendered.replace("<image> ", "<image>") == case["prompt"], case["name"]
         ids, labels = short_form(collator([row]), 0, processor.image_token_id)
         assert ids == case["input_ids"], case["name"]
-        expected = golden_labels(case["labels"])
-        if rule == "answers" and set(expected) == {IGNORE_INDEX}:
-            # The authors drop a sample whose rounds they cannot count; the default rule keeps its answers.
-            continue
-        assert labels == expected, case["name"]
+        if rule == "released" or is_regular(case):
+            assert labels == golden_labels(case["labels"]), case["name"]
 
 
 def test_multimodal_step(parity_dir: Path) -> None:
