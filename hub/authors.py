@@ -82,7 +82,8 @@ def state_dict_from_authors(state_dict: dict[str, torch.Tensor]) -> dict[str, to
     Raises:
         ValueError: if experts of a layer are missing from their sequence, naming the key and the indices found.
     """
-    converted, experts = {}, defaultdict(dict)
+    converted: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
     for their_key, tensor in state_dict.items():
         key, expert = key_from_authors(their_key)
         if expert is None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec
 
 
 def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -102,8 +102,6 @@ class MoveKDConfig(LlavaNextConfig):
         ),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
     image_aspect_ratio: str = "pad"
     vision_feature_layer: int | list[int] = -1
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_next.modeling_llava_next import (
@@ -89,6 +89,16 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
             )
         return super().get_image_features(pixel_values, image_sizes, **kwargs)
 
+    def _check_no_image_tokens(self, input_ids: torch.LongTensor, past_key_values: Cache | None) -> None:
+        """Image tokens without images would be taken for words. What a model generates itself is not looked at."""
+        if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+            return
+        if image_tokens := int((input_ids == self.config.image_token_id).sum()):
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {image_tokens}, features: 0. Pass "
+                "`pixel_values` beside `input_ids`."
+            )
+
     @can_return_tuple
     @merge_with_config_defaults
     def forward(
@@ -105,6 +115,10 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         **kwargs: Any,
     ) -> MoveKDModelOutputWithPast:
         """As LLaVA-NeXT's, with the tower's records on request (see [`MoveKDVisionModel`])."""
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
+        if pixel_values is None and mm_encoder_outputs is None and input_ids is not None:
+            self._check_no_image_tokens(input_ids, kwargs.get("past_key_values"))
         if pixel_values is not None and mm_encoder_outputs is None:
             vision_outputs = self.get_image_features(
                 pixel_values,
@@ -120,12 +134,12 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         outputs = super().forward(
             input_ids, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs
         )
-        vision_outputs = (mm_encoder_outputs or {}).get("image")
+        recorded = (mm_encoder_outputs or {}).get("image")
         return MoveKDModelOutputWithPast(
             **outputs,
-            router_probabilities=getattr(vision_outputs, "router_probabilities", None),
-            expert_indices=getattr(vision_outputs, "expert_indices", None),
-            cls_attention=getattr(vision_outputs, "cls_attention", None),
+            router_probabilities=getattr(recorded, "router_probabilities", None),
+            expert_indices=getattr(recorded, "expert_indices", None),
+            cls_attention=getattr(recorded, "cls_attention", None),
         )
 
 
@@ -180,8 +194,11 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
             kwargs: Fields of [`MoveKDConfig`], such as `image_aspect_ratio`.
 
         Raises:
-            ValueError: if a weight of a part has no place in the model or a place gets no weight, naming the keys.
+            ValueError: if a weight of a part has no place in the model or a place gets no weight, naming the keys; if
+                `language` has no head, or one that does more than multiply.
         """
+        if language.get_output_embeddings() is None:
+            raise ValueError(f"`language` is a {type(language).__name__}; a causal language model is needed.")
         vocab_size = language.config.vocab_size
         image_token_id = vocab_size if image_token_id is None else image_token_id
         patches = (vision.config.image_size // vision.config.patch_size) ** 2
@@ -221,9 +238,26 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         model.to(language.device)
         model.tie_weights()
         model.generation_config = language.generation_config
+        if language.device.type != "meta":
+            model._check_against(language)
         if image_token_id >= vocab_size:
             model.resize_token_embeddings(image_token_id + 1)
         return model.eval()
+
+    @torch.no_grad()
+    def _check_against(self, language: PreTrainedModel) -> None:
+        """Some architectures scale or cap their logits outside of the head, which would be lost without a word."""
+        input_ids = torch.arange(min(4, language.config.vocab_size), device=language.device)[None]
+        training = language.training
+        expected = language.eval()(input_ids, use_cache=False).logits
+        language.train(training)
+        difference = (self.eval()(input_ids, use_cache=False).logits - expected).abs().max()
+        # Rounding enters where a cast of the whole language model has cast its rotary frequencies too
+        if difference > 16 * torch.finfo(expected.dtype).eps * expected.abs().max():
+            raise ValueError(
+                f"{type(language).__name__} does more for its logits than a linear head on its last hidden state (they "
+                f"differ by up to {difference:.3g}). Such a language model is not supported."
+            )
 
     @can_return_tuple
     @merge_with_config_defaults

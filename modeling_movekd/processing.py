@@ -9,11 +9,8 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from .chat_templates import CHAT_TEMPLATES
+from .chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, set_chat_template
 from .configuration_movekd import MoveKDConfig
-
-
-IMAGE_TOKEN = "<image>"
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -61,12 +58,13 @@ def build_processor(
     else:
         processor_class = LlavaNextProcessor
         images = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **settings)
-    return processor_class(
+    processor = processor_class(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # [CLS], which the default strategy takes off again
         image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATES.get(chat_template, chat_template),
+        chat_template=chat_template,
     )
+    return set_chat_template(processor, chat_template) if chat_template in CHAT_TEMPLATES else processor

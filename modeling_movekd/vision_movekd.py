@@ -72,7 +72,7 @@ class MoveKDVisionOutput(BaseModelOutputWithPooling):
     cls_attention: torch.Tensor | None = None
 
 
-class MoveKDCheckpointMixin:
+class MoveKDCheckpointMixin(PreTrainedModel):
     """What both publishable models share: complete loading, and folders that carry their own code."""
 
     _auto_map: dict[str, str] = {}
@@ -156,7 +156,7 @@ class MoveKDVisionEncoder(nn.Module):
             cls_attention_layer %= len(self.layers)
         for index, layer in enumerate(self.layers):
             if index == cls_attention_layer:
-                cls_attention = layer.cls_attention(hidden_states)
+                cls_attention = layer.cls_attention(hidden_states)  # type: ignore[operator]
             hidden_states = layer(hidden_states, None, **kwargs)
         return hidden_states, cls_attention
 

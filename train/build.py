@@ -1,0 +1,220 @@
+"""Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
+
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import add_image_token, build_processor
+from train.config import ModelArguments, MoveKDSFTConfig
+from train.distillation import Distiller
+from train.teachers import FrozenTeacher, load_teacher, resolve_teacher
+
+
+if TYPE_CHECKING:
+    from train.trainer import MoveKDTrainer
+
+DISTILLER_NAME = "distiller.safetensors"
+
+
+def build_student(
+    args: MoveKDSFTConfig, model_args: ModelArguments
+) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
+    """
+    The student and its processor: a saved one if `model_name_or_path` is given, else a new one from `vision_model` and
+    `language_model`.
+
+    Raises:
+        ValueError: if neither or both are given, or the language model has no template of its own to keep.
+    """
+    source, parts = model_args.model_name_or_path, (args.vision_model, args.language_model)
+    if (source is None and not all(parts)) or (source is not None and any(parts)):
+        raise ValueError(
+            f"`model_name_or_path` is {source}, `vision_model` {parts[0]} and `language_model` {parts[1]}: give the "
+            "first to continue a checkpoint, or both others to build a student."
+        )
+    model_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if source is not None:
+        model = MoveKDForConditionalGeneration.from_pretrained(source, **model_kwargs)
+        return model, AutoProcessor.from_pretrained(source)
+
+    # The new weights (experts, routers, projector) depend on the seed alone
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+    own_template = tokenizer.chat_template
+    language = AutoModelForCausalLM.from_pretrained(args.language_model, **model_kwargs)
+    vision = MoveKDVisionModel.from_clip(
+        args.vision_model,
+        feature_layer=-2 if args.cut_tower else None,
+        num_experts=args.num_experts,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        expert_bias=args.expert_bias,
+        router_gradient=args.router_gradient,
+        expert_init=args.expert_init,
+    )
+    if model_args.attn_implementation is not None:
+        vision.set_attn_implementation(model_args.attn_implementation)
+    model = MoveKDForConditionalGeneration.from_parts(
+        vision, language, image_token_id=add_image_token(tokenizer), image_aspect_ratio=args.image_aspect_ratio
+    )
+    chat_template = own_template if args.chat_template == "own" else args.chat_template
+    if chat_template is None:
+        raise ValueError(f"`chat_template` is 'own', but {args.language_model} has none; choose 'vicuna_v1'.")
+    image_processor = AutoImageProcessor.from_pretrained(args.vision_model)
+    return model, build_processor(model.config, image_processor, tokenizer, chat_template)
+
+
+def build_teachers(args: MoveKDSFTConfig) -> dict[str, FrozenTeacher]:
+    """
+    The frozen teachers by name, in the order given; empty if `distill` is false.
+
+    Raises:
+        ValueError: if two teachers have one name.
+    """
+    if not args.distill:
+        return {}
+    configs = [resolve_teacher(spec) for spec in args.teachers or []]
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Teachers need different names, got {names}; give each mapping a `name` of its own.")
+    return {config.name: load_teacher(config) for config in configs}
+
+
+def build_distiller(
+    args: MoveKDSFTConfig,
+    model: MoveKDForConditionalGeneration,
+    teachers: Mapping[str, FrozenTeacher],
+    checkpoint: str | None = None,
+) -> Distiller | None:
+    """
+    The adapters or heads between the student and the teachers; read from `distiller.safetensors` where `checkpoint` is
+    a folder that has one, new otherwise. `None` without teachers.
+    """
+    if not teachers:
+        return None
+    vision_config = model.config.vision_config
+    side = vision_config.image_size // vision_config.patch_size
+    set_seed(args.seed)
+    distiller = Distiller(
+        student_width=vision_config.hidden_size,
+        student_grid=(side, side),
+        teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
+        head_side=args.head_side,
+        feature_normalization=args.feature_normalization,
+        whitening_components=args.whitening_components,
+        grid_matching=args.grid_matching,
+        token_weighting=args.token_weighting,
+        teacher_weighting=args.teacher_weighting,
+        clip_share=args.clip_share,
+    )
+    if checkpoint is not None and (path := Path(checkpoint) / DISTILLER_NAME).is_file():
+        distiller.load(path)
+    return distiller
+
+
+def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
+    """
+    Freeze what the stage does not train (section 3.4 of the paper). Both stages train projector and distiller.
+
+    - `pretrain`: of the tower the experts and routers; of the language model nothing. Without experts the whole tower
+      is trained, since distillation would otherwise have nothing to change; without distillation either, none of it.
+    - `finetune`: tower and language model too.
+
+    Frozen in any case: the tower under `freeze_vision_tower`, and what lies behind the layer that feeds the projector,
+    except the routers there, which a balance loss reaches.
+    """
+    depth = model.config.vision_config.num_hidden_layers
+    layer = model.config.vision_feature_layer
+    layers = [layer] if isinstance(layer, int) else layer
+    used = max(index if index >= 0 else depth + 1 + index for index in layers)
+    unused = (*(f"encoder.layers.{index}." for index in range(used, depth)), "post_layernorm.")
+    experts = model.config.vision_config.num_experts > 0
+    for name, parameter in model.named_parameters():
+        is_expert = "expert" in name or "router" in name
+        if "vision_tower." in name:
+            behind = any(part in name for part in unused)
+            if behind:
+                trains = "router" in name and bool(args.lambda_balance)
+            elif args.stage == "pretrain":
+                trains = is_expert if experts else args.distill
+            else:
+                trains = True
+            if "router" in name and not behind and args.router_gradient == "none":
+                trains = trains and bool(args.lambda_balance)
+            trains = trains and not args.freeze_vision_tower
+        elif "language_model." in name or "lm_head." in name:
+            trains = args.stage == "finetune"
+        else:
+            trains = True
+        parameter.requires_grad_(trains)
+
+
+def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, FrozenTeacher], args: MoveKDSFTConfig) -> str:
+    """One line: what trains, what is frozen, and how many parameters each."""
+    groups = {"experts and routers": [0, 0], "vision tower": [0, 0], "projector": [0, 0], "distiller": [0, 0]}
+    groups["language model"] = [0, 0]
+    for name, parameter in model.named_parameters():
+        if "vision_tower." in name:
+            group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
+        elif "distiller." in name:
+            group = "distiller"
+        elif "language_model." in name or "lm_head." in name:
+            group = "language model"
+        else:
+            group = "projector"
+        groups[group][0 if parameter.requires_grad else 1] += parameter.numel()
+    trained = ", ".join(f"{group} {count:,}" for group, (count, _) in groups.items() if count)
+    frozen = ", ".join(f"{group} {count:,}" for group, (_, count) in groups.items() if count)
+    taught = ", ".join(
+        f"{name} {sum(value.numel() for value in teacher.parameters()):,}" for name, teacher in teachers.items()
+    )
+    return (
+        f"Stage {args.stage}, preset {args.distillation_preset}. Trains: {trained or 'nothing'}. "
+        f"Frozen: {frozen or 'nothing'}. Teachers (frozen): {taught or 'none'}."
+    )
+
+
+def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
+    """What a model card needs to say about the run so far; measured or configured, nothing inferred."""
+    args = trainer.args
+    last: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        last.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
+    losses = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")
+    return {
+        "stage": args.stage,
+        "distillation_preset": args.distillation_preset if args.distill else None,
+        "knobs": args.knobs(),
+        "vision_model": args.vision_model,
+        "language_model": args.language_model,
+        "teachers": [
+            {"name": name, "model": teacher.config.model, "revision": teacher.config.revision}
+            for name, teacher in trainer.teachers.items()
+        ],
+        "steps": trainer.state.global_step,
+        "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "learning_rate": args.learning_rate,
+        "vision_tower_learning_rate": args.vision_tower_learning_rate,
+        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+        "losses": {name: last[name] for name in last if name in losses or name.startswith("kd/")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "processes": args.world_size,
+        "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
+    }

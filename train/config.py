@@ -1,0 +1,214 @@
+"""Configuration of a MoVE-KD training run: TRL's `SFTConfig` with the method's own keys and presets."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trl import SFTConfig
+
+
+# Every knob that tells the three forms of the method apart. A knob of the configuration that is left at `None` takes
+# the preset's value. `paper` is what the paper's text says, `released` what the authors' code does, `student_heads`
+# this project's form: heads on the student's side against whitened features of the teachers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "router_gradient": "straight_through",
+        "expert_init": "zero",
+        "expert_bias": False,
+        "head_side": "teacher",
+        "feature_normalization": "none",
+        "grid_matching": "learned",
+        "token_weighting": "cls_attention",
+        "teacher_weighting": "cls_similarity",
+        "clip_share": 0.8,
+        "lambda_kd": 0.5,
+        "balance_form": "per_layer",
+        "lambda_balance": 0.01,
+        "distill_text_only_rows": False,
+        "geometry": "shared",
+        "cut_tower": True,
+    },
+}
+PRESETS["released"] = PRESETS["paper"] | {
+    "router_gradient": "none",
+    "expert_init": "kaiming",
+    "expert_bias": True,
+    "token_weighting": "released",
+    "teacher_weighting": "released",
+    "balance_form": "pooled",
+    "distill_text_only_rows": True,
+    "geometry": "per_teacher",
+    "cut_tower": False,
+}
+PRESETS["student_heads"] = PRESETS["paper"] | {
+    "head_side": "student",
+    "feature_normalization": "whiten",
+    "grid_matching": "resample",
+    "teacher_weighting": "equal",
+    "clip_share": 0.2,
+    "lambda_kd": 1.0,
+}
+
+
+@dataclass
+class DataArguments:
+    """
+    What to train on.
+
+    Args:
+        dataset_name (`str`): LLaVA JSON file, Parquet file or folder, `save_to_disk` folder, or Hub id.
+        dataset_train_split, dataset_test_split (`str`): Splits of a data set that has several.
+        image_folder (`str`, *optional*): Where the paths in the data's `image` field start.
+        max_bad_row_share (`float`, defaults to 0.01): Share of unusable rows above which the run stops.
+    """
+
+    dataset_name: str = field(metadata={"help": "LLaVA JSON, Parquet, save_to_disk folder, or Hub id."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if asked to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the data's image paths start."})
+    max_bad_row_share: float = field(default=0.01, metadata={"help": "Share of unusable rows that stops the run."})
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which student to train, besides `vision_model` and `language_model` of [`MoveKDSFTConfig`].
+
+    Args:
+        model_name_or_path (`str`, *optional*): A saved student (and its distiller) to continue.
+        dtype (`str`, defaults to `"float32"`): Data type the weights are loaded in.
+        attn_implementation (`str`, *optional*): `sdpa`, `eager`, `flex_attention` or `flash_attention_2`.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved student to continue."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Data type of the loaded weights.", "choices": ["float32", "bfloat16", "float16", "auto"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel."})
+
+
+@dataclass
+class MoveKDSFTConfig(SFTConfig):
+    r"""
+    Arguments of [`MoveKDTrainer`]. Beside TRL's own (whose names and meanings stay):
+
+    Args:
+        stage (`str`, defaults to `"finetune"`): `"pretrain"` trains the experts, routers, distillation heads and
+            projector (section 3.4 of the paper); `"finetune"` everything but the teachers.
+        vision_model (`str`, *optional*): CLIP checkpoint (Hub id or folder) that becomes the student.
+        language_model (`str`, *optional*): Causal language model (Hub id or folder). `vision_model` and
+            `language_model` build a new student; `model_name_or_path` continues one.
+        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT).
+        chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`.
+            Stage `pretrain` trains on `plain`, whatever the published template is.
+        teachers (`list[str]`, *optional*): Names of built-in rows, Hub ids, folders, or (in YAML) mappings of
+            [`TeacherConfig`]. The one called `clip` gives the token and teacher weights.
+        distill (`bool`, defaults to `True`): Whether to distil at all. `False` with `num_experts=0` is plain LLaVA.
+        distillation_preset (`str`, defaults to `"paper"`): `"paper"`, `"released"` or `"student_heads"`; sets every
+            knob below that is left at `None` (see `PRESETS`).
+        num_experts, lora_rank, lora_alpha, lora_dropout: The mixture of LoRA experts. `num_experts=0` turns it off.
+        freeze_vision_tower (`bool`, defaults to `False`): Keep the whole tower, experts included, as it is.
+        vision_tower_learning_rate (`float`, *optional*): Learning rate of the tower; `learning_rate` by default.
+        feature_statistics_images (`int`, defaults to 1024): Images in the first pass over the data that measures the
+            teachers' statistics, where the preset normalises their features.
+        whitening_components (`int`, defaults to 64): Principal components kept of each teacher's features.
+        group_by_modality_length (`bool`, defaults to `False`): Batches of one modality and similar length.
+
+    Raises:
+        ValueError: for settings that would silently do nothing or train wrongly; the message names the way out.
+    """
+
+    stage: Literal["pretrain", "finetune"] = field(default="finetune", metadata={"help": "Training stage."})
+    vision_model: str | None = field(default=None, metadata={"help": "CLIP checkpoint that becomes the student."})
+    language_model: str | None = field(default=None, metadata={"help": "Causal language model of the student."})
+    image_aspect_ratio: Literal["pad", "anyres"] = field(default="pad", metadata={"help": "How images are cut."})
+    chat_template: str = field(default="vicuna_v1", metadata={"help": "Conversation format: vicuna_v1, plain or own."})
+    teachers: list[str] | None = field(
+        default=None, metadata={"help": "Teachers: names of built-in rows, Hub ids, folders, or YAML mappings."}
+    )
+    distill: bool = field(default=True, metadata={"help": "Whether to distil."})
+    distillation_preset: Literal["paper", "released", "student_heads"] = field(
+        default="paper", metadata={"help": "Form of the method; sets every knob that is not given."}
+    )
+    num_experts: int = field(default=3, metadata={"help": "LoRA experts per MLP; 0 turns MoLE off."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of each expert."})
+    lora_alpha: float = field(default=1.0, metadata={"help": "Experts are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Keep the whole vision tower as it is."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the tower."})
+    feature_statistics_images: int = field(default=1024, metadata={"help": "Images that measure the teachers."})
+    whitening_components: int = field(default=64, metadata={"help": "Principal components kept per teacher."})
+    group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of one modality and length."})
+
+    # Knobs of the preset
+    router_gradient: Literal["straight_through", "none"] | None = field(
+        default=None, metadata={"help": "Preset knob."}
+    )
+    expert_init: Literal["zero", "kaiming"] | None = field(default=None, metadata={"help": "Preset knob."})
+    expert_bias: bool | None = field(default=None, metadata={"help": "Preset knob."})
+    head_side: Literal["teacher", "student"] | None = field(default=None, metadata={"help": "Preset knob."})
+    feature_normalization: Literal["none", "standardize", "whiten"] | None = field(
+        default=None, metadata={"help": "Preset knob."}
+    )
+    grid_matching: Literal["learned", "resample"] | None = field(default=None, metadata={"help": "Preset knob."})
+    token_weighting: Literal["cls_attention", "released", "none"] | None = field(
+        default=None, metadata={"help": "Preset knob."}
+    )
+    teacher_weighting: Literal["cls_similarity", "released", "equal"] | None = field(
+        default=None, metadata={"help": "Preset knob."}
+    )
+    clip_share: float | None = field(default=None, metadata={"help": "Preset knob: share of the CLIP teacher."})
+    lambda_kd: float | None = field(default=None, metadata={"help": "Preset knob: weight of the distillation loss."})
+    balance_form: Literal["per_layer", "pooled"] | None = field(default=None, metadata={"help": "Preset knob."})
+    lambda_balance: float | None = field(default=None, metadata={"help": "Preset knob: weight of the balance loss."})
+    distill_text_only_rows: bool | None = field(default=None, metadata={"help": "Preset knob."})
+    geometry: Literal["shared", "per_teacher"] | None = field(default=None, metadata={"help": "Preset knob."})
+    cut_tower: bool | None = field(default=None, metadata={"help": "Preset knob: drop the layers not in use."})
+
+    # Defaults that differ from TRL's
+    max_length: int | None = field(default=2048, metadata={"help": "Longest sequence in tokens; longer text is cut."})
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Loss on the assistant's turns only."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for knob, value in PRESETS[self.distillation_preset].items():
+            if getattr(self, knob) is None:
+                setattr(self, knob, value)
+        if self.distill and not self.teachers:
+            raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
+        if self.distill and self.freeze_vision_tower:
+            raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}; with it TRL computes the text loss in a "
+                "second forward, apart from the distillation loss. Set it to 0."
+            )
+        refuse_reentrant_checkpointing(self)
+
+    def knobs(self) -> dict[str, Any]:
+        """The preset's knobs as they stand, overrides included."""
+        return {knob: getattr(self, knob) for knob in PRESETS["paper"]}
+
+
+def refuse_reentrant_checkpointing(args: SFTConfig) -> None:
+    """
+    Raises:
+        ValueError: if activation checkpointing is on in its reentrant form, which silently cuts the routers off.
+    """
+    kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if (args.activation_checkpointing or args.gradient_checkpointing) and kwargs.get("use_reentrant"):
+        raise ValueError(
+            "Activation checkpointing with `use_reentrant: true` gives the routers no gradient. Set it to false."
+        )
+
+
+TRAINING_FACTS_NAME = "training_facts.json"
+
+
+def save_json(content: dict[str, Any], path: Path) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)

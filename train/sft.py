@@ -1,0 +1,91 @@
+"""
+Train a MoVE-KD student.
+
+    accelerate launch train/sft.py                                    # the demo: both stages in a generated world
+    accelerate launch train/sft.py --config train/recipes/X.yaml      # a recipe; flags override it
+    accelerate launch train/sft.py --stage pretrain --teachers clip convnext --learning_rate 1e-3 \
+        --vision_model openai/clip-vit-large-patch14-336 --language_model lmsys/vicuna-7b-v1.5 \
+        --dataset_name blip_laion_cc_sbu_558k.json --image_folder images --output_dir outputs/pretrain
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+
+# Run as a script, Python puts train/ first on the path, where its file names would shadow other packages
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from datasets import Dataset
+from transformers import ProcessorMixin
+from trl import TrlParser
+
+from modeling_movekd.chat_templates import set_chat_template
+from train.build import build_distiller, build_student, build_teachers, fit_feature_statistics
+from train.collator import MoveKDCollator
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.data import load_conversations
+from train.teachers import FrozenTeacher
+from train.trainer import MoveKDTrainer
+
+
+def build_collator(
+    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: dict[str, FrozenTeacher]
+) -> MoveKDCollator:
+    """The collator of a stage. Stage `pretrain` trains on bare captions, whatever template is published."""
+    if args.stage == "pretrain":
+        processor = set_chat_template(copy.deepcopy(processor), "plain")
+    return MoveKDCollator(
+        processor,
+        teacher_preprocessors={name: teacher.preprocessor for name, teacher in teachers.items()},
+        max_length=args.max_length,
+        geometry=args.knobs()["geometry"],
+        labels="released" if args.distillation_preset == "released" else "answers",
+        distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
+    )
+
+
+def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments) -> MoveKDTrainer:
+    """Load, train and save one stage; gives back the trainer."""
+    model, processor = build_student(args, model_args)
+    teachers = build_teachers(args)
+    distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
+
+    def load(split: str) -> Dataset:
+        return load_conversations(data_args.dataset_name, data_args.image_folder, split, data_args.max_bad_row_share)
+
+    train_dataset = load(data_args.dataset_train_split)
+    collator = build_collator(args, processor, teachers)
+    fit_feature_statistics(args, distiller, teachers, train_dataset, collator)
+    trainer = MoveKDTrainer(
+        model,
+        args,
+        teachers=teachers,
+        distiller=distiller,
+        train_dataset=train_dataset,
+        eval_dataset=load(data_args.dataset_test_split) if args.eval_strategy != "no" else None,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
+    return trainer
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments == ["--rebuild_towers"]:
+        from train.demo import run_demo
+
+        run_demo(rebuild_towers=bool(arguments))
+        return
+    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
+    trainer = train(*parser.parse_args_and_config(arguments))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,328 @@
+"""TRL's `SFTTrainer` with the distillation and balance losses of MoVE-KD inside its forward."""
+
+import functools
+import time
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import is_peft_available
+from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from train.build import DISTILLER_NAME, parameter_summary, set_trainable, training_facts
+from train.config import TRAINING_FACTS_NAME, MoveKDSFTConfig, refuse_reentrant_checkpointing, save_json
+from train.distillation import Distiller
+from train.guards import GradientGuard
+from train.losses import balance_loss, check_finite
+from train.sampler import ModalityLengthGroupedSampler
+from train.teachers import FrozenTeacher
+
+
+@dataclass
+class MoveKDTrainingOutput(FusedCausalLMOutput):
+    """
+    TRL's fused output with the terms of the method, per image, in declared fields: DDP rebuilds an output from those.
+
+    Args:
+        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, summed over the weighted teachers.
+        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient.
+        balance (`torch.Tensor` of shape `(num_crops,)`): Router balance loss; for `pad` an image is one crop.
+        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Tokens each expert got.
+    """
+
+    kd: torch.Tensor | None = None
+    teacher_losses: torch.Tensor | None = None
+    balance: torch.Tensor | None = None
+    expert_tokens: torch.Tensor | None = None
+
+
+def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
+    """
+    Wrap the forward that TRL installed on this model, so that one call runs the student's tower once, feeds the
+    projector and the distiller with its features, and returns a [`MoveKDTrainingOutput`].
+
+    The losses are computed in here and nowhere else: only what happens inside the forward of the wrapped model is seen
+    by DDP, ZeRO and FSDP2. The tower is run first and handed on through `mm_encoder_outputs`, also for blank images,
+    so that every process makes the same calls whatever its batch holds.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_weights: torch.Tensor | None = None,
+        num_blank_images: int = 0,
+        teacher_features: Mapping[str, Any] | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        num_images = 0 if pixel_values is None else len(pixel_values) - num_blank_images
+        if image_weights is None or not fused_lm_head:
+            pixel_values = pixel_values[:num_images] if pixel_values is not None and num_images else None
+            image_sizes = None if image_sizes is None else image_sizes[:num_images]
+            images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+            return fused_forward(*args, **images, fused_lm_head=fused_lm_head, **kwargs)
+
+        vision = self.get_image_features(
+            pixel_values, image_sizes, output_router_probabilities=True, output_expert_indices=True, return_dict=True
+        )
+        # Blank images have no place in the text; a zero ties what they passed through to the loss
+        zero = 0.0 * torch.cat(list(vision.pooler_output[num_images:]) or [vision.last_hidden_state[0]]).sum()
+        vision.pooler_output = vision.pooler_output[:num_images]
+        outputs = fused_forward(
+            *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
+        )
+
+        whole_images, crop_weights = split_crops(self, image_weights, image_sizes)
+        kd, teacher_losses = image_weights * 0.0 + zero, None
+        if teacher_features:
+            tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
+            distilled = self.distiller(tokens[whole_images], teacher_features)
+            kd = kd + distilled.loss * image_weights
+            teacher_losses = torch.stack([distilled.teacher_losses[name] for name in teacher_features])
+            teacher_losses = teacher_losses.detach() * image_weights
+        balance = expert_tokens = None
+        if vision.router_probabilities:
+            balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)
+            balance = balance * crop_weights
+            num_experts = vision.router_probabilities[0].shape[-1]
+            one_hot = nn.functional.one_hot(torch.stack(vision.expert_indices), num_experts)
+            expert_tokens = (one_hot.sum(dim=2) * (crop_weights > 0).unsqueeze(-1)).sum(dim=1)
+        return MoveKDTrainingOutput(
+            **outputs, kd=kd, teacher_losses=teacher_losses, balance=balance, expert_tokens=expert_tokens
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def split_crops(
+    model: PreTrainedModel, image_weights: torch.Tensor, image_sizes: torch.Tensor | None
+) -> tuple[slice | torch.Tensor, torch.Tensor]:
+    """
+    Which of the tower's inputs is each whole image, and the weight of every input: for `pad` the image and its weight,
+    for `anyres` the first of the image's crops, and its weight shared by all of them.
+    """
+    if model.config.image_aspect_ratio == "pad" or image_sizes is None:
+        return slice(None), image_weights
+    size, grids = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+    counts = torch.tensor([image_size_to_num_patches(image_size, grids, size) for image_size in image_sizes])
+    total, counts = int(counts.sum()), counts.to(image_weights.device)
+    return counts.cumsum(0) - counts, (image_weights / counts).repeat_interleave(counts, output_size=total)
+
+
+class MoveKDTrainer(SFTTrainer):
+    """
+    Trains a MoVE-KD student: text loss + `lambda_kd` * distillation + `lambda_balance` * router balance (section 3.4).
+
+    Args:
+        model: The student, from [`train.build.build_student`].
+        args ([`MoveKDSFTConfig`]): Arguments.
+        teachers (`dict[str, FrozenTeacher]`): Frozen teachers by name; empty without distillation.
+        distiller (`Distiller`, *optional*): Their adapters or heads; becomes a submodule of the model while it trains.
+        kwargs: As for [`~trl.SFTTrainer`].
+
+    Logs beside TRL's metrics: `text`, `kd`, `kd/{teacher}` (unweighted), `balance`, `experts/{i}` (share of tokens),
+    `images_per_second`.
+    """
+
+    _tag_names = ["movekd", "knowledge-distillation", "mixture-of-experts"]
+    _name = "MoVE-KD"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MoveKDSFTConfig,
+        teachers: Mapping[str, FrozenTeacher] | None = None,
+        distiller: Distiller | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.teachers = dict(teachers or {})
+        if args.distill != bool(self.teachers) or bool(self.teachers) != (distiller is not None):
+            raise ValueError(
+                f"`distill` is {args.distill}, with teachers {list(self.teachers)} and "
+                f"{'a' if distiller is not None else 'no'} distiller; give all of them or none."
+            )
+        if self.teachers and not isinstance(model.config.vision_feature_layer, int):
+            raise ValueError(
+                f"`vision_feature_layer` is {model.config.vision_feature_layer}; one layer can be distilled into."
+            )
+        if distiller is not None:
+            model.distiller = distiller.to(device=model.device, dtype=model.dtype)
+            # Published weights are the student's alone; the distiller has a file of its own
+            model._keys_to_ignore_on_save.update(f"distiller.{key}" for key in distiller.state_dict())
+        set_trainable(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        refuse_reentrant_checkpointing(self.args)
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
+        add_distilling_forward(self._student(), args.knobs()["balance_form"])
+        for teacher in self.teachers.values():
+            teacher.to(self.args.device)
+        self.gradient_guard = GradientGuard(self.model, self.accelerator)
+        self.add_callback(self.gradient_guard)
+        self._images, self._logged_at = torch.zeros(()), time.perf_counter()
+        self._images_since_log = torch.zeros((), device=self.args.device)
+        self.accelerator.print(parameter_summary(self.model, self.teachers, args))
+
+    def _student(self) -> PreTrainedModel:
+        if is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(self.model, PeftModel):
+                return self.model.get_base_model()
+        return self.model
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in Trainer, counting the images of the whole step besides its tokens, over all processes."""
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        images = sum((batch["image_weights"].sum() for batch in batch_samples), torch.zeros(()))
+        self._images = self.accelerator.reduce(images.to(device), reduction="sum")
+        self._images_since_log += self._images
+        return batch_samples, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        inputs.pop("image_rows", None)
+        teacher_pixels = inputs.pop("teacher_pixel_values", None)
+        if self.teachers:
+            inputs["teacher_features"] = {
+                name: teacher(teacher_pixels[name]) for name, teacher in self.teachers.items()
+            }
+        # TRL keeps the model's output to itself, so it is noted where TRL gets it
+        noted: list[Any] = []
+
+        def noting_model(*args: Any, **kwargs: Any) -> Any:
+            noted.append(model(*args, **kwargs))
+            return noted[-1]
+
+        text = super().compute_loss(
+            noting_model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        text, logits_outputs = text if return_outputs else (text, None)
+        outputs = noted[0]
+        if outputs.kd is None:
+            raise ValueError("The forward returned no distillation terms: something replaced `model.forward`.")
+
+        if num_items_in_batch is None:
+            share = 1 / inputs["image_weights"].sum().clamp(min=1)
+        else:
+            # Trainer sums over micro-batches and averages over processes; this is a mean over all images of the step
+            share = self.accelerator.num_processes / self.get_tp_size() / self._images.clamp(min=1)
+        loss = text + self.args.lambda_kd * outputs.kd.sum() * share
+        if outputs.balance is not None:
+            loss = loss + self.args.lambda_balance * outputs.balance.sum() * share
+        self._note_terms(text.detach(), outputs, inputs["image_weights"], num_items_in_batch is not None)
+        return (loss, logits_outputs) if return_outputs else loss
+
+    def _note_terms(
+        self, text: torch.Tensor, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor, is_scaled: bool
+    ) -> None:
+        """Log and check the terms. One reduction of a fixed length on every process, also for a text-only batch."""
+        mode = "train" if self.model.training else "eval"
+        names, values = ["text", "images"], [text, image_weights.sum()]
+        if outputs.kd is not None and outputs.teacher_losses is not None:
+            names += ["kd", *(f"kd/{name}" for name in self.teachers)]
+            values += [outputs.kd.sum(), *outputs.teacher_losses.sum(dim=1)]
+        if outputs.balance is not None and outputs.expert_tokens is not None:
+            names += ["balance", *(f"experts/{index}" for index in range(outputs.expert_tokens.shape[1]))]
+            values += [outputs.balance.sum(), *outputs.expert_tokens.sum(dim=0)]
+        stacked = torch.stack([value.detach().double() for value in values])
+        totals = dict(zip(names, self.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
+        check_finite({name: torch.tensor(value) for name, value in totals.items()})
+
+        steps = self.current_gradient_accumulation_steps if is_scaled else 1
+        metrics = {"text": totals.pop("text") * steps / self.accelerator.num_processes}
+        images = totals.pop("images")
+        tokens = sum(value for name, value in totals.items() if name.startswith("experts/"))
+        for name, value in totals.items():
+            if name.startswith("experts/"):
+                metrics[name] = value / tokens
+            elif images:
+                metrics[name] = value / images
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if outputs.expert_tokens is not None and mode == "train":
+            self.gradient_guard.count_tokens(self.accelerator.reduce(outputs.expert_tokens, reduction="sum"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and self._metrics["train"]:
+            now = time.perf_counter()
+            rate = self._images_since_log.item() / (now - self._logged_at)
+            self._metrics["train"]["images_per_second"].append(rate)
+            self._images_since_log.zero_()
+            self._logged_at = now
+        super().log(logs, start_time)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in Trainer, with the vision tower in groups of their own if it has its own learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.vision_tower_learning_rate
+        if not is_new or rate is None:
+            return optimizer
+        tower = {id(value) for name, value in self.model.named_parameters() if "vision_tower." in name}
+        for group in list(optimizer.param_groups):
+            own = [value for value in group["params"] if id(value) in tower]
+            group["params"] = [value for value in group["params"] if id(value) not in tower]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        world_size = self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityLengthGroupedSampler(
+            dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "row_index" not in self._signature_columns:
+            self._signature_columns += ["row_index"]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card describes a text model; the facts for ours are saved with every checkpoint instead."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save and self.teachers:
+            weights = state_dict if state_dict is not None else self.model.state_dict()
+            weights = {key.split("distiller.", 1)[1]: value for key, value in weights.items() if "distiller." in key}
+        super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            if self.teachers:
+                self._student().distiller.save(folder / DISTILLER_NAME, weights)
+            save_json(training_facts(self), folder / TRAINING_FACTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_distiller(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_distiller(self.state.best_model_checkpoint)
+
+    def _load_distiller(self, folder: str) -> None:
+        # FSDP and DeepSpeed keep it in their own state, with the rest of the module
+        own_state = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.teachers and self.accelerator.distributed_type not in own_state:
+            self._student().distiller.load(Path(folder) / DISTILLER_NAME)
