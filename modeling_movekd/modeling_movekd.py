@@ -255,7 +255,7 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         # Rounding enters where a cast of the whole language model has cast its rotary frequencies too
         if difference > 16 * torch.finfo(expected.dtype).eps * expected.abs().max():
             raise ValueError(
-                f"{type(language).__name__} does more for its logits than a linear head on its last hidden state (they "
+                f"{type(language).__name__} does more for its logits than apply a linear head to its hidden states (they "
                 f"differ by up to {difference:.3g}). Such a language model is not supported."
             )
 
