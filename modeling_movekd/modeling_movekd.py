@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextModelOutputWithPast,
     LlavaNextMultiModalProjector,
     LlavaNextPreTrainedModel,
+    image_size_to_num_patches,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -77,7 +78,7 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
             image_sizes (`torch.Tensor` of shape `(num_images, 2)`): Height and width of each image, for `anyres`.
 
         Raises:
-            ValueError: if `anyres` gets no image sizes, or another number of them than of images.
+            ValueError: if `anyres` gets no image sizes, or another number of them than of images, or too few tiles.
         """
         if self.config.image_aspect_ratio == "pad":
             return LlavaModel.get_image_features(self, pixel_values, **kwargs)
@@ -86,6 +87,15 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
                 "`image_sizes` must hold (height, width) of each image for `image_aspect_ratio='anyres'`: got "
                 f"{'none' if image_sizes is None else len(image_sizes)} for {len(pixel_values)} images. "
                 "LlavaNextProcessor returns them beside `pixel_values`."
+            )
+        tiles = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+            for size in image_sizes
+        ]
+        if pixel_values.dim() != 5 or max(tiles) > pixel_values.shape[1]:
+            raise ValueError(
+                f"`pixel_values` of shape {tuple(pixel_values.shape)} do not hold the {max(tiles)} tiles that "
+                "`image_sizes` ask for; (num_images, num_tiles, channels, height, width) is expected."
             )
         return super().get_image_features(pixel_values, image_sizes, **kwargs)
 
@@ -255,7 +265,7 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         # Rounding enters where a cast of the whole language model has cast its rotary frequencies too
         if difference > 16 * torch.finfo(expected.dtype).eps * expected.abs().max():
             raise ValueError(
-                f"{type(language).__name__} does more for its logits than apply a linear head to its hidden states (they "
+                f"{type(language).__name__} does more for its logits than apply a linear head to hidden states (they "
                 f"differ by up to {difference:.3g}). Such a language model is not supported."
             )
 
