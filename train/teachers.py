@@ -1,0 +1,279 @@
+"""Teachers: frozen vision models whose patch features the student learns from.
+
+A teacher is a row of data, [`TeacherConfig`], read by one of two loaders, transformers or timm. Nothing but an id is
+needed: image size, mean and standard deviation come from the model's own preprocessing configuration, the grid and the
+width of its features from one blank image.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from train.teacher_loaders import (
+    DTYPES,
+    INTERPOLATIONS,
+    TeacherFeatures,
+    TeacherPreprocessor,
+    load_clip,
+    load_timm,
+    load_transformers,
+)
+
+
+__all__ = [
+    "TEACHERS",
+    "FrozenTeacher",
+    "TeacherConfig",
+    "TeacherFeatures",
+    "TeacherPreprocessor",
+    "load_teacher",
+    "resolve_teacher",
+]
+
+
+@dataclass
+class TeacherConfig:
+    """
+    One teacher.
+
+    Args:
+        name: Short name, used in logs (`kd/{name}`) and as key of its adapters or heads. `"clip"` is kept for the CLIP
+            model that the student started from: it alone gives the CLS embedding and the CLS attention.
+        model: Hub id, folder, or timm name (also `hf-hub:ID` and `local-dir:FOLDER`).
+        loader: `"transformers"` or `"timm"`; inferred from `model` if None.
+        revision: Branch, tag or commit on the Hub.
+        image_size: Side in pixels of the square input; None reads it from the preprocessing configuration.
+        mean: Per-channel mean of pixels in [0, 1]; None as above.
+        std: Per-channel standard deviation of pixels in [0, 1]; None as above.
+        interpolation: `"bicubic"` or `"bilinear"`; None as above.
+        output: Which output to distil: None for the last hidden state, an integer for that entry of the hidden states
+            (timm: of the intermediate features), a string for a field of a transformers model's output that holds
+            patches alone. For `"clip"` an integer, and None stands for -2, the layer LLaVA reads.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`, the teacher's own, whatever the student's.
+        trust_remote_code: Run code from the Hub; asks for `revision` to be a full commit hash.
+
+    Raises:
+        ValueError: for a value outside the choices above.
+    """
+
+    name: str
+    model: str
+    loader: str | None = None
+    revision: str | None = None
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: str | None = None
+    output: int | str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(
+                f"Teacher name {self.name!r}: only letters, digits, '-' and '_' can be used in state-dict keys."
+            )
+        choices = {"loader": (None, "transformers", "timm"), "interpolation": (None, *INTERPOLATIONS)}
+        for field, values in {**choices, "dtype": tuple(DTYPES)}.items():
+            if getattr(self, field) not in values:
+                raise ValueError(
+                    f"Teacher {self.name}: {field} is {getattr(self, field)!r}, expected one of {values}."
+                )
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(
+                f"Teacher {self.name}: image_size is {self.image_size}, expected a positive number of pixels."
+            )
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            if value is not None:
+                if len(value) != 3:
+                    raise ValueError(f"Teacher {self.name}: {field} has {len(value)} values {value}, expected 3.")
+                setattr(self, field, tuple(float(channel) for channel in value))
+        if self.name == "clip" and (self.loader == "timm" or isinstance(self.output, str)):
+            raise ValueError(
+                f"Teacher clip is a hidden state of a transformers model, found loader {self.loader!r} and output "
+                f"{self.output!r}."
+            )
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"Teacher {self.name}: trust_remote_code runs code of {self.model}; set revision to the full commit "
+                f"hash that was read (40 hex digits), found {self.revision!r}."
+            )
+
+
+TEACHERS: dict[str, TeacherConfig] = {
+    row.name: row
+    for row in (
+        TeacherConfig("clip", "openai/clip-vit-large-patch14-336", "transformers"),
+        TeacherConfig("convnext", "convnext_xxlarge.clip_laion2b_soup", "timm", image_size=1024),
+        TeacherConfig("sam", "facebook/sam-vit-large", "transformers"),
+        TeacherConfig("dinov2", "facebook/dinov2-large", "transformers", image_size=518),
+        TeacherConfig("dinov3", "facebook/dinov3-vitl16-pretrain-lvd1689m", "transformers", image_size=512),
+        TeacherConfig("siglip2", "google/siglip2-large-patch16-384", "transformers"),
+        TeacherConfig("c-radio", "vit_large_patch16_radio_v3.c_radio", "timm"),
+    )
+}
+
+
+def resolve_teacher(spec: str | Mapping[str, Any] | TeacherConfig) -> TeacherConfig:
+    """
+    The configuration that a name in a recipe or on the command line stands for.
+
+    Args:
+        spec: The name of a built-in row; a Hub id, folder or timm name, whose last part becomes the teacher's name; or
+            a mapping of [`TeacherConfig`] fields, which changes a built-in row if it names one and no other model.
+
+    Raises:
+        ValueError: for an unknown name or field, or a folder that neither transformers nor timm wrote.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec} if spec in TEACHERS else {"model": spec}
+    if isinstance(spec, TeacherConfig):
+        config = spec
+    else:
+        fields = [field.name for field in dataclasses.fields(TeacherConfig)]
+        if unknown := sorted(set(spec) - set(fields)):
+            raise ValueError(f"Teacher {dict(spec)} has unknown fields {unknown}; known are {fields}.")
+        row = TEACHERS.get(spec.get("name", ""))
+        if row is not None and spec.get("model", row.model) == row.model:
+            config = dataclasses.replace(row, **spec)
+        elif "model" in spec:
+            name = re.sub(r"^(hf-hub|local-dir):|@[^@/]*$", "", str(spec["model"])).rstrip("/").split("/")[-1]
+            config = TeacherConfig(**{"name": re.sub(r"[^A-Za-z0-9_-]", "_", name), **spec})
+        else:
+            raise ValueError(
+                f"Teacher {dict(spec)} names no model; give `model`, or a built-in name: {list(TEACHERS)}."
+            )
+    return dataclasses.replace(config, loader=config.loader or _infer_loader(config.model))
+
+
+def _infer_loader(model: str) -> str:
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return "timm"
+    if os.path.isdir(model):
+        file = Path(model) / "config.json"
+        keys = json.loads(file.read_text()).keys() if file.is_file() else ()
+        if "model_type" in keys:
+            return "transformers"
+        if "architecture" in keys:
+            return "timm"
+        raise ValueError(
+            f"{model} has no config.json of transformers (`model_type`) or timm (`architecture`); set `loader`."
+        )
+    if "/" in model:
+        return "timm" if model.startswith("timm/") else "transformers"
+    if timm.is_model(model.split(".")[0]):
+        return "timm"
+    raise ValueError(
+        f"{model!r} is no teacher of ours {list(TEACHERS)}, no folder, no timm model and no Hub id (owner/name)."
+    )
+
+
+class FrozenTeacher(nn.Module):
+    """
+    A vision model that only ever gives features: no gradient, no training mode, its own dtype also under autocast.
+
+    Built by [`load_teacher`]. Attributes: `name`, `config`, `preprocessor`, `grid` `(h, w)`, `width` (channels).
+
+    Raises:
+        ValueError: if weights are absent on this process, or if the features of a blank image are not finite, not the
+            same twice, or not on a square grid.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        model: nn.Module,
+        features: Callable[[nn.Module, torch.Tensor], TeacherFeatures],
+        preprocessor: TeacherPreprocessor,
+    ) -> None:
+        super().__init__()
+        absent = [name for name, weight in model.named_parameters() if weight.is_meta or hasattr(weight, "ds_id")]
+        if absent:
+            raise ValueError(
+                f"Teacher {config.name}: {len(absent)} weights, {absent[0]} first, are not on this process. Every "
+                "process needs the whole teacher: set fsdp_cpu_ram_efficient_loading and zero3_init_flag to false."
+            )
+        self.name = config.name
+        self.config = config
+        self.preprocessor = preprocessor
+        self.model = model.requires_grad_(False)
+        self._features = features
+        self.eval()
+
+        size = preprocessor.image_size
+        try:
+            blank, again = self(torch.zeros(1, 3, size, size)), self(torch.zeros(1, 3, size, size))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Teacher {config.name}: {type(model).__name__} of {config.model} gives no grid of patch features for "
+                f"a blank image of {size} x {size} pixels: {error}"
+            ) from error
+        if not torch.isfinite(blank.tokens).all():
+            raise ValueError(
+                f"Teacher {self.name}: features of a blank image are not finite in {self.dtype}; set another dtype."
+            )
+        if not torch.allclose(blank.tokens, again.tokens, rtol=1e-2, atol=1e-3 * blank.tokens.abs().max().item()):
+            raise ValueError(
+                f"Teacher {self.name}: {type(model).__name__} gives other features for the same image the second "
+                "time; a model that masks or samples patches cannot teach."
+            )
+        self.grid: tuple[int, int] = blank.grid
+        self.width: int = blank.tokens.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stays in evaluation mode, whatever the model around it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> TeacherFeatures:
+        """
+        Args:
+            pixel_values: `(batch_size, 3, image_size, image_size)` from this teacher's preprocessor, any float dtype.
+
+        Raises:
+            ValueError: for pixels of another shape.
+        """
+        size = self.preprocessor.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"Teacher {self.name} takes pixels of shape (batch_size, 3, {size}, {size}) from its preprocessor, "
+                f"got {tuple(pixel_values.shape)}."
+            )
+        weight = next(self.model.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._features(self.model, pixel_values.to(device=weight.device, dtype=weight.dtype))
+
+
+def load_teacher(config: TeacherConfig, device: torch.device | str | None = None) -> FrozenTeacher:
+    """
+    Read a teacher, strictly.
+
+    Args:
+        config: As [`resolve_teacher`] gives it.
+        device: Where it runs, the CPU if None.
+
+    Raises:
+        ValueError: if a weight that the features pass through is not in the file, or the file holds more than a tower
+            and its heads, with the keys; if the preprocessing configuration is absent or of an unknown kind.
+    """
+    config = resolve_teacher(config)
+    loader = load_clip if config.name == "clip" else load_timm if config.loader == "timm" else load_transformers
+    try:
+        model, features, preprocessor = loader(config)
+    except RuntimeError as error:  # how both libraries report missing keys and sizes that do not fit
+        raise ValueError(f"Teacher {config.name}: {config.model} cannot be read fully: {error}") from error
+    return FrozenTeacher(config, model.to(device=device, dtype=DTYPES[config.dtype]), features, preprocessor)
