@@ -96,15 +96,20 @@ class MoveKDCollator:
         geometry: `"shared"`, or `"per_teacher"`: each teacher's preprocessor gets the original image.
         labels: `"answers"`, or `"released"`: the authors' bookkeeping, see `released_label_mask` (for `vicuna_v1`;
             under a template without its answer headings both are the same).
+        distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
+            authors' way).
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
 
     Returns (of a call):
         `input_ids`, `attention_mask`, `labels`: int64 [batch, length], padded on the right; labels are -100 outside
             the answers and at image tokens.
+        `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and `image_sizes` int64
+            [num_images, 2] for anyres). Every batch has at least one image: after the images of the text come the
+            black ones, `num_blank_images` (int) of them, which no text refers to.
+        `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S].
+        `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
+            that a batch without any other gets, so that all processes run the vision path.
         `image_rows`: int64 [num_images], the position in the batch of the row each image belongs to.
-        With at least one image, `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and
-            `image_sizes` [num_images, 2] for anyres), and `teacher_pixel_values`: by teacher name, float32
-            [num_images, 3, S, S].
 
     Raises:
         ValueError: for an unknown choice, a template without generation markers, an image that cannot be decoded, a
@@ -117,6 +122,7 @@ class MoveKDCollator:
     max_length: int | None = None
     geometry: str = "shared"
     labels: str = "answers"
+    distill_text_only_rows: bool = False
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
@@ -168,14 +174,35 @@ class MoveKDCollator:
         if self.max_length is not None:
             self._check_length(is_image, numbers)
             batch = {name: values[:, : self.max_length] for name, values in batch.items()}
-        batch["image_rows"] = torch.tensor(image_rows, dtype=torch.long)
-        if image_rows:
-            batch["pixel_values"] = encoded["pixel_values"]
-            if "image_sizes" in encoded:
-                batch["image_sizes"] = encoded["image_sizes"]
-            batch["teacher_pixel_values"] = self._teacher_pixel_values(
-                [image for of_row in images for image in of_row]
-            )
+        flat = [image for of_row in images for image in of_row]
+        blank_rows = [position for position, of_row in enumerate(images) if not of_row]
+        if not self.distill_text_only_rows:
+            blank_rows = [] if flat else [0]
+        return batch | self._pixels(flat, encoded, image_rows, blank_rows)
+
+    def _pixels(
+        self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], blank_rows: list[int]
+    ) -> dict[str, Any]:
+        """What the towers get: the images of the text, then a black one for each of `blank_rows`."""
+        pixels = encoded
+        if blank_rows:
+            size = self.processor.image_processor.crop_size
+            blank = Image.new("RGB", (size["width"], size["height"]))
+            images = [*images, *[blank] * len(blank_rows)]
+            pixels = self.processor(images=images, return_tensors="pt")
+        weights = torch.ones(len(images))
+        if not self.distill_text_only_rows:
+            weights[len(image_rows) :] = 0
+        batch = {
+            "pixel_values": pixels["pixel_values"],
+            "image_weights": weights,
+            "num_blank_images": len(blank_rows),
+            "image_rows": torch.tensor([*image_rows, *blank_rows], dtype=torch.long),
+        }
+        if "image_sizes" in pixels:
+            batch["image_sizes"] = pixels["image_sizes"]
+        if self.teacher_preprocessors:
+            batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
         return batch
 
     def _crop(self, image: Image.Image) -> Image.Image:
