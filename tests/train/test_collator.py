@@ -173,9 +173,7 @@ def test_text_only_batch_gets_a_black_image(aspect: str, distill: bool) -> None:
     image_processor = processor.image_processor
     black = -torch.tensor(image_processor.image_mean) / torch.tensor(image_processor.image_std)
     torch.testing.assert_close(batch["pixel_values"].flatten(0, -4)[0, :, 3, 3], black)
-    assert torch.equal(
-        batch["teacher_pixel_values"]["first"], TEACHERS["first"]([Image.new("RGB", (4, 4))] * blanks)
-    )
+    assert torch.equal(batch["teacher_pixel_values"]["first"], TEACHERS["first"]([Image.new("RGB", (4, 4))] * blanks))
 
 
 def test_black_images_come_after_those_of_the_text() -> None:

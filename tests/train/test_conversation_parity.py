@@ -82,7 +82,9 @@ def test_text_tokenises_the_same_alone_and_after_an_image(parity_dir: Path) -> N
     assert chunks
     for chunk in chunks:
         text, ids = chunk["text"], chunk["ids_with_bos"]
-        if not text.startswith(" "):  # a leading space merges with the word mark that the slow tokenizer puts before it
+        if not text.startswith(
+            " "
+        ):  # a leading space merges with the word mark that the slow tokenizer puts before it
             assert tokenizer(text).input_ids == ids, text
         if text:  # nor does it put a word mark before an end token
             image = "<image>" if text.startswith(tokenizer.eos_token) else "<image> "
@@ -98,7 +100,9 @@ def is_regular(case: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("rule", ["released", "answers"])
-@pytest.mark.parametrize(("template", "file"), [("vicuna_v1", "preprocess_v1.json"), ("plain", "preprocess_plain.json")])
+@pytest.mark.parametrize(
+    ("template", "file"), [("vicuna_v1", "preprocess_v1.json"), ("plain", "preprocess_plain.json")]
+)
 def test_ids_and_labels(parity_dir: Path, template: str, file: str, rule: str) -> None:
     processor = build_processor(parity_dir, template, tokens_per_side=2)
     cases = read(parity_dir, file)
