@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_next.modeling_llava_next import (
@@ -99,9 +99,9 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
             )
         return super().get_image_features(pixel_values, image_sizes, **kwargs)
 
-    def _check_no_image_tokens(self, input_ids: torch.LongTensor, past_key_values: Cache | None) -> None:
-        """Image tokens without images would be taken for words. What a model generates itself is not looked at."""
-        if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+    def _check_no_image_tokens(self, input_ids: torch.LongTensor) -> None:
+        """Image tokens of a prompt without images would be taken for words."""
+        if torch.compiler.is_compiling():
             return
         if image_tokens := int((input_ids == self.config.image_token_id).sum()):
             raise ValueError(
@@ -127,8 +127,10 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         """As LLaVA-NeXT's, with the tower's records on request (see [`MoveKDVisionModel`])."""
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        if pixel_values is None and mm_encoder_outputs is None and input_ids is not None:
-            self._check_no_image_tokens(input_ids, kwargs.get("past_key_values"))
+        # `generate` gives its first forward a dict of what it encoded, even an empty one, and later ones none
+        prompt = kwargs.get("past_key_values") is None or mm_encoder_outputs is not None
+        if prompt and pixel_values is None and not mm_encoder_outputs and input_ids is not None:
+            self._check_no_image_tokens(input_ids)
         if pixel_values is not None and mm_encoder_outputs is None:
             vision_outputs = self.get_image_features(
                 pixel_values,
