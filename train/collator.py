@@ -214,25 +214,24 @@ class MoveKDCollator:
             return pad_to_square(image, (red, green, blue))
         return centre_square(image)
 
-    @staticmethod
     def _with_images(
-        messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
+        self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
     ) -> list[dict[str, Any]]:
         """The messages with each image at its placeholder, in order."""
         remaining = list(images)
         placeholders = 0
         filled = []
         for message in messages:
+            parts = []
             content = message["content"]
-            if not isinstance(content, str):
-                parts = []
-                for part in content:
-                    if part["type"] == "image":
-                        placeholders += 1
-                        part = {"type": "image", "image": remaining.pop(0)} if remaining else part
-                    parts.append(part)
-                content = parts
-            filled.append({"role": message["role"], "content": content})
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "image":
+                    placeholders += 1
+                    part = {"type": "image", "image": remaining.pop(0)} if remaining else part
+                else:
+                    placeholders += part["text"].count(self.processor.image_token)
+                parts.append(part)
+            filled.append({"role": message["role"], "content": parts})
         if placeholders != len(images):
             raise ValueError(
                 f"Row {number} has {placeholders} image placeholders and {len(images)} images: read the rows with "
@@ -250,9 +249,8 @@ class MoveKDCollator:
         for found, wanted, number in zip(is_image.sum(dim=1).tolist(), expected, numbers, strict=True):
             if found != wanted:
                 raise ValueError(
-                    f"Row {number} has {found} image tokens, its images ask for {wanted}: an image was lost or added "
-                    "on the way through the chat template. Use a template of modeling_movekd.chat_templates, and no "
-                    f"{self.processor.image_token!r} inside a text."
+                    f"Row {number} has {found} image tokens, its images ask for {wanted}: the chat template lost or "
+                    "added an image. Use one of modeling_movekd.chat_templates."
                 )
 
     def _check_length(self, is_image: torch.Tensor, numbers: list[int]) -> None:

@@ -248,19 +248,44 @@ def test_placeholders_and_images_must_agree(shown: int, given: int) -> None:
         MoveKDCollator(build_processor())([row(picture()), example])
 
 
-def test_a_template_that_drops_images_is_refused() -> None:
+@pytest.mark.parametrize("rule", ["loop.index < 2", "loop.index > 3"])
+def test_a_template_that_drops_images_is_refused(rule: str) -> None:
+    """The library compares the sums over the batch."""
     processor = build_processor()
     processor.chat_template = (
-        "{% for message in messages %}{% generation %}{% for part in message.content if part.type == 'text' %}"
-        "{{ part.text }}{% endfor %}{% endgeneration %}{% endfor %}"
+        "{% for message in messages %}{% generation %}{% for part in message.content %}"
+        "{{ part.text if part.type == 'text' else '<image>' if " + rule + " else '' }}"
+        "{% endfor %}{% endgeneration %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="0 image tokens|[Ii]mage"):
-        MoveKDCollator(processor)([row(picture())])
+    with pytest.raises(ValueError, match="number of images passed"):
+        MoveKDCollator(processor)([row(picture(), picture())])
+
+
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+def test_a_template_that_moves_images_to_another_row_is_refused(aspect: str) -> None:
+    """Each row's own number is checked, where the sums agree and the library is content."""
+    processor = build_processor(aspect)
+    processor.chat_template = (
+        "{% for message in messages %}{% generation %}{% for part in message.content %}"
+        "{{ part.text | replace('IMAGE', '<image>') if part.type == 'text' }}"
+        "{% endfor %}{% endgeneration %}{% endfor %}"
+    )
+    rows = [row(question="IMAGE"), row(picture()) | {"row_index": 8}]
+    with pytest.raises(ValueError, match="Row 0 has [1-9][0-9]* image tokens, its images ask for 0"):
+        MoveKDCollator(processor)(rows)
+    with pytest.raises(ValueError, match="Row 8 has 0 image tokens, its images ask for [1-9][0-9]"):
+        MoveKDCollator(processor)(rows[::-1])
 
 
 def test_a_placeholder_inside_a_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="[Ii]mage"):
-        MoveKDCollator(build_processor())([row(picture(), answer="an <image> token")])
+    with pytest.raises(ValueError, match="Row 3 has 2 image placeholders and 1 images"):
+        MoveKDCollator(build_processor())([row(picture(), answer="an <image> token") | {"row_index": 3}])
+
+
+def test_messages_may_be_plain_strings() -> None:
+    messages = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
+    collator = MoveKDCollator(build_processor())
+    assert torch.equal(collator([{"messages": messages}])["labels"], collator([row()])["labels"])
 
 
 def test_bad_choices_are_refused() -> None:
