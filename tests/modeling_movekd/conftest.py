@@ -107,9 +107,8 @@ def make_tower(make_clip) -> Callable[..., MoveKDVisionModel]:
 def make_model(make_tower, make_language) -> Callable[..., MoveKDForConditionalGeneration]:
     """A whole model; `tower` and `**kwargs` go to `make_tower` and `from_parts`."""
 
-    def make(family: str = "llama", seed: int = 0, tower: dict | None = None, **kwargs):
-        torch.manual_seed(seed)
-        language = make_language(family, seed + 1)
+    def make(family: str = "llama", seed: int = 0, tower: dict | None = None, dtype=torch.float32, **kwargs):
+        language = make_language(family, seed + 1, dtype=dtype)
         model = MoveKDForConditionalGeneration.from_parts(make_tower(seed, **(tower or {})), language, **kwargs)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.model.multi_modal_projector.parameters():
