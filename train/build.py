@@ -1,12 +1,14 @@
 """Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
+from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -19,15 +21,26 @@ from transformers import (
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
+from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
-from train.teachers import FrozenTeacher, load_teacher, resolve_teacher
+from train.teachers import FrozenTeacher, TeacherFeatures, load_teacher, resolve_teacher
 
 
 if TYPE_CHECKING:
     from train.trainer import MoveKDTrainer
 
 DISTILLER_NAME = "distiller.safetensors"
+DISTILLER_KNOBS = (
+    "head_side",
+    "feature_normalization",
+    "grid_matching",
+    "token_weighting",
+    "teacher_weighting",
+    "clip_share",
+)
+# What the saved student decides, and the arguments of a run that continues it must agree with
+STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")
 
 
 def build_student(
@@ -49,6 +62,14 @@ def build_student(
     model_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if source is not None:
         model = MoveKDForConditionalGeneration.from_pretrained(source, **model_kwargs)
+        saved = model.config.vision_config
+        compared = STUDENT_FIELDS if saved.num_experts or args.num_experts else STUDENT_FIELDS[:1]
+        differing = {name: (getattr(saved, name), getattr(args, name)) for name in compared}
+        if differing := {name: values for name, values in differing.items() if values[0] != values[1]}:
+            raise ValueError(
+                f"{source} was made with other settings than this run asks for (saved, asked): {differing}. They are "
+                "part of the student and cannot be changed: give the saved ones."
+            )
         return model, AutoProcessor.from_pretrained(source)
 
     # The new weights (experts, routers, projector) depend on the seed alone
@@ -114,17 +135,45 @@ def build_distiller(
         student_width=vision_config.hidden_size,
         student_grid=(side, side),
         teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
-        head_side=args.head_side,
-        feature_normalization=args.feature_normalization,
         whitening_components=args.whitening_components,
-        grid_matching=args.grid_matching,
-        token_weighting=args.token_weighting,
-        teacher_weighting=args.teacher_weighting,
-        clip_share=args.clip_share,
+        **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
     )
     if checkpoint is not None and (path := Path(checkpoint) / DISTILLER_NAME).is_file():
         distiller.load(path)
     return distiller
+
+
+@torch.no_grad()
+def fit_feature_statistics(
+    args: MoveKDSFTConfig,
+    distiller: Distiller | None,
+    teachers: Mapping[str, FrozenTeacher],
+    dataset: Dataset,
+    collator: MoveKDCollator,
+) -> None:
+    """
+    The first pass over a sample of the data that measures the teachers' features, where the distiller needs it. Every
+    process measures the same sample and so gets the same statistics.
+
+    Raises:
+        ValueError: if the data has no images.
+    """
+    if distiller is None or not distiller.needs_statistics:
+        return
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
+
+    def batches() -> Iterator[dict[str, TeacherFeatures]]:
+        left, size = args.feature_statistics_images, args.per_device_train_batch_size
+        for start in tqdm(range(0, len(order), size), desc="teachers' statistics", leave=False):
+            rows = [row for row in (dataset[index] for index in order[start : start + size]) if row["images"]]
+            if rows and left > 0:
+                pixels = collator(rows)["teacher_pixel_values"]
+                left -= len(next(iter(pixels.values())))
+                yield {
+                    name: teacher.to(args.device)(pixels[name].to(args.device)) for name, teacher in teachers.items()
+                }
+
+    distiller.fit_statistics(batches())
 
 
 def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:

@@ -243,7 +243,7 @@ class MoveKDTrainer(SFTTrainer):
         if outputs.balance is not None and outputs.expert_tokens is not None:
             names += ["balance", *(f"experts/{index}" for index in range(outputs.expert_tokens.shape[1]))]
             values += [outputs.balance.sum(), *outputs.expert_tokens.sum(dim=0)]
-        stacked = torch.stack([value.detach().double() for value in values])
+        stacked = torch.stack([value.detach().float() for value in values])
         totals = dict(zip(names, self.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
         check_finite({name: torch.tensor(value) for name, value in totals.items()})
 
