@@ -232,7 +232,8 @@ class Distiller(nn.ModuleDict):
         if CLIP not in teachers and (token_weighting != "none" or teacher_weighting != "equal"):
             raise ValueError(
                 f"`token_weighting` {token_weighting!r} and `teacher_weighting` {teacher_weighting!r} take their "
-                f"weights from a teacher named {CLIP!r}; there are {sorted(teachers)}. Add it, or choose 'none' and 'equal'."
+                f"weights from a teacher named {CLIP!r}; there are {sorted(teachers)}. Add it, or choose 'none' and "
+                "'equal'."
             )
         self.student_grid, self.head_side = student_grid, head_side
         self.token_weighting, self.teacher_weighting = token_weighting, teacher_weighting

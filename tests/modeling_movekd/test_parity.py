@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from parity import assert_gradients, assert_values, cases, read_case, with_prefix
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hub.authors import key_from_authors, state_dict_from_authors, state_dict_to_authors
@@ -17,40 +16,6 @@ from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP
 pytestmark = pytest.mark.parity
 
 RELEASED = {"expert_bias": True, "router_gradient": "none", "expert_init": "kaiming"}
-
-
-def read_case(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    with safe_open(path, "pt") as file:
-        metadata = {}
-        for name, value in file.metadata().items():
-            try:
-                metadata[name] = json.loads(value)
-            except json.JSONDecodeError:
-                metadata[name] = value
-    return load_file(path), metadata
-
-
-def cases(parity_dir: Path, pattern: str) -> list[Path]:
-    paths = sorted(parity_dir.glob(pattern))
-    assert paths, f"no {pattern} in {parity_dir}"
-    return paths
-
-
-def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def assert_values(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
-
-
-def assert_gradients(actual: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor]) -> None:
-    for key, gradient in expected.items():
-        scale = gradient.abs().max().item()
-        assert actual[key] is not None, f"no gradient for {key}"
-        difference = (actual[key] - gradient).abs().max().item()
-        assert difference <= 1e-4 * scale, f"{key}: off by {difference:.2e} at a scale of {scale:.2e}"
 
 
 def test_mole_layers(parity_dir: Path) -> None:

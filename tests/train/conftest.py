@@ -1,0 +1,104 @@
+"""Tiny parts of a run, saved as the folders a user would name, and rows of generated pictures to train on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+
+
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "parity" / "conversation" / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a CLIP (4 x 4 patches), a ViT teacher (6 x 6), and a language model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**size, num_hidden_layers=3, image_size=16, patch_size=4)).save_pretrained(
+        folder / "clip"
+    )
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder / "clip"
+    )
+    vit = size | {"hidden_size": 24, "num_hidden_layers": 2, "image_size": 36, "patch_size": 6}
+    ViTModel(ViTConfig(**vit), add_pooling_layer=False).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 36, "width": 36}).save_pretrained(folder / "vit")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
+    tokenizer.save_pretrained(folder / "language")
+    config = LlamaConfig(
+        **size, vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=512
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "language")
+    return {name: str(folder / name) for name in ("clip", "vit", "language")}
+
+
+def llava_rows(count: int, text_only: tuple[int, ...] = (), seed: int = 0) -> list[dict[str, Any]]:
+    """LLaVA rows whose answer is the picture's colour; those of `text_only` have no picture."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        colour = ("red", "green", "blue")[index % 3]
+        pixels = random.integers(0, 60, (24, 20, 3)).astype(np.uint8)
+        pixels[..., index % 3] += 180
+        image = None if index in text_only else Image.fromarray(pixels)
+        prefix = "" if image is None else "<image>\n"
+        turns = [("human", f"{prefix}What colour is it?"), ("gpt", f"It is {colour}.")]
+        rows.append({"image": image, "conversations": [{"from": who, "value": text} for who, text in turns]})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """48 rows with pictures, saved by `save_to_disk`."""
+    folder = str(tmp_path_factory.mktemp("data") / "colours")
+    Dataset.from_list(llava_rows(48)).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any:
+    """Makes the three argument objects of `train.sft.train`, small and on the processor; keywords override."""
+
+    def make(**overrides: Any) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
+        data = {"dataset_name": overrides.pop("dataset_name", dataset_folder)}
+        model = {"model_name_or_path": overrides.pop("model_name_or_path", None)}
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "output"),
+            "teachers": [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": parts["vit"]}],
+            "lora_rank": 4,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "feature_statistics_images": 24,
+            "whitening_components": 8,
+        }
+        if model["model_name_or_path"] is None:
+            settings |= {"vision_model": parts["clip"], "language_model": parts["language"]}
+        return DataArguments(**data), MoveKDSFTConfig(**settings | overrides), ModelArguments(**model)
+
+    return make
