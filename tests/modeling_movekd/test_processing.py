@@ -35,6 +35,19 @@ def test_the_stock_processor_of_each_kind(pair, tmp_path):
     assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
 
 
+def test_pixels_of_the_saved_processor(pair, make_image, tmp_path):
+    """transformers keeps no backend in the file: resizing by PIL, as in training, is asked for when loading."""
+    _, processor = pair
+    processor.save_pretrained(tmp_path)
+    image = make_image(50, 37)
+    expected = processor(text="<image>", images=image, return_tensors="pt")
+    same = AutoProcessor.from_pretrained(tmp_path, backend="pil")(text="<image>", images=image, return_tensors="pt")
+    assert torch.equal(same["pixel_values"], expected["pixel_values"])
+    assert torch.equal(same["input_ids"], expected["input_ids"])
+    near = AutoProcessor.from_pretrained(tmp_path)(text="<image>", images=image, return_tensors="pt")
+    torch.testing.assert_close(near["pixel_values"], expected["pixel_values"], atol=0.02, rtol=0)
+
+
 def test_token_that_is_not_the_model_s(make_model, make_tokenizer):
     model, tokenizer = make_model(image_token_id=5), make_tokenizer()
     token = add_image_token(tokenizer)
