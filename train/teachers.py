@@ -213,7 +213,7 @@ class FrozenTeacher(nn.Module):
         size = preprocessor.image_size
         try:
             blank, again = self(torch.zeros(1, 3, size, size)), self(torch.zeros(1, 3, size, size))
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Teacher {config.name}: {type(model).__name__} of {config.model} gives no grid of patch features for "
                 f"a blank image of {size} x {size} pixels: {error}"
