@@ -1,0 +1,362 @@
+"""A generated world of coloured shapes and a two-digit number: the data of the demo and of the replication.
+
+A scene is a 128-pixel picture on a 4 x 4 grid of cells: one to five objects, each of one colour and one shape and
+no two alike, and a two-digit number written in two neighbouring cells, on a noisy light or dark ground. Questions
+come in five families, after the benchmarks a vision-language model is measured on. Captions place everything but
+never say which number is written, so that reading has to be learnt from a teacher or from the questions.
+
+    scenes("pretrain", 4000)                    # LLaVA rows, one caption per image
+    scenes("finetune", 4000)                    # LLaVA rows, five questions per image in one conversation
+    scenes("test", 500)                         # one question per image, the families in turn
+    chance_levels("test")                       # what the best constant answer scores in each family
+"""
+
+import io
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+
+IMAGE_SIZE = 128
+GRID = 4
+CELL = IMAGE_SIZE // GRID
+COLOURS = {
+    "red": (214, 44, 44),
+    "green": (48, 158, 66),
+    "blue": (48, 84, 220),
+    "yellow": (232, 204, 44),
+    "purple": (146, 54, 178),
+    "cyan": (64, 200, 214),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+COUNTS = ("one", "two", "three", "four", "five")
+ROWS = COUNTS[:GRID]
+COLUMNS = ("A", "B", "C", "D")
+FAMILIES = ("attribute", "relation", "presence", "count", "read")
+FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
+CAPTION_REQUEST = "What is in the image?"
+
+# The content of a scene decides which split it may appear in (a hash of it, modulo 8), so that no scene is ever in two.
+SPLITS = {"towers": (0, 1, 2, 3), "pretrain": (4,), "finetune": (5,), "validation": (6,), "test": (7,)}
+
+_FEATURES = Features(
+    {
+        "image": Image(),
+        "conversations": [{"from": Value("string"), "value": Value("string")}],
+        "family": Value("string"),
+        "scene": {
+            "objects": [
+                {
+                    "colour": Value("string"),
+                    "shape": Value("string"),
+                    "row": Value("int32"),
+                    "column": Value("int32"),
+                    "x": Value("int32"),
+                    "y": Value("int32"),
+                    "radius": Value("int32"),
+                }
+            ],
+            "number": Value("string"),
+            "number_row": Value("int32"),
+            "number_column": Value("int32"),
+            "digit_centres": [[Value("int32")]],
+        },
+    }
+)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: its cell counted from 0 at the top left, its centre and radius in pixels of the 128-pixel picture."""
+
+    colour: str
+    shape: str
+    row: int
+    column: int
+    x: int
+    y: int
+    radius: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth of one picture. `number_column` is the column of the tens; the units stand in the next one."""
+
+    objects: tuple[SceneObject, ...]
+    number: str
+    number_row: int
+    number_column: int
+    digit_centres: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def content(self) -> str:
+        """What the scene shows, without jitter: equal for two scenes that no question can tell apart."""
+        objects = sorted(f"{item.name} {item.row} {item.column}" for item in self.objects)
+        return "; ".join([*objects, f"{self.number} {self.number_row} {self.number_column}"])
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer; `kind` names the wording, of which a family may have several."""
+
+    family: str
+    kind: str
+    text: str
+    answer: str
+
+
+def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Scene number `index` of a split, always the same for the same three arguments.
+
+    Raises:
+        ValueError: if `split` is not one of `SPLITS`.
+    """
+    rng = _generator(split, index, seed, "scene")
+    while True:
+        scene = _draw_scene(rng)
+        if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and _attributes(scene):
+            return scene
+
+
+def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
+    """Paints a scene as an RGB picture of 128 x 128 pixels; ground, noise, shades and typeface come from `rng`."""
+    light = bool(rng.integers(2))
+    ground = rng.integers(185, 240) if light else rng.integers(15, 70)
+    canvas = PILImage.new(
+        "RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE), tuple(int(ground + v) for v in rng.integers(-12, 13, 3))
+    )
+    draw = ImageDraw.Draw(canvas)
+    for item in scene.objects:
+        shade = rng.integers(-18, 19, 3)
+        colour = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[item.colour], shade))
+        _draw_shape(draw, item.shape, 2 * item.x, 2 * item.y, 2 * item.radius, colour)
+    font = _font(FONTS[rng.integers(len(FONTS))], 2 * int(rng.integers(25, 30)))
+    ink = int(rng.integers(0, 50) if light else rng.integers(205, 256))
+    for digit, (x, y) in zip(scene.number, scene.digit_centres):
+        draw.text((2 * x, 2 * y), digit, fill=(ink, ink, ink), font=font, anchor="mm")
+    # Painted at twice the size and halved, for smooth edges.
+    pixels = np.asarray(canvas.reduce(2), dtype=np.int16)
+    noise = rng.integers(-20, 21, pixels.shape, dtype=np.int16)
+    return PILImage.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def scene_image(split: str, index: int, seed: int = 0) -> PILImage.Image:
+    """The picture of scene number `index` of a split, always the same for the same three arguments."""
+    return render(sample_scene(split, index, seed), _generator(split, index, seed, "image"))
+
+
+def caption(scene: Scene) -> str:
+    """Names and places everything in a scene except the digits: "a red circle at B two, ... and a number at C one"."""
+    objects = sorted(scene.objects, key=lambda item: (item.row, item.column))
+    parts = [f"a {item.name} at {COLUMNS[item.column]} {ROWS[item.row]}" for item in objects]
+    return f"{', '.join(parts)} and a number at {COLUMNS[scene.number_column]} {ROWS[scene.number_row]}"
+
+
+def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
+    """A random question of one family about a scene, with its answer.
+
+    - attribute: the colour of a shape, or the shape of a colour, that occurs once;
+    - relation: left or right, above or below, between two objects or an object and the number;
+    - presence: whether a colour and shape occur together; half yes, most others share colour or shape with an object;
+    - count: the number of objects, one to five;
+    - read: the two-digit number.
+
+    Raises:
+        ValueError: if `family` is not one of `FAMILIES`.
+    """
+    if family == "attribute":
+        return _pick(_attributes(scene), rng)
+    if family == "relation":
+        return _pick(_relations(scene), rng)
+    if family == "presence":
+        return _presence(scene, rng)
+    if family == "count":
+        return Question("count", "count", "How many objects are there?", COUNTS[len(scene.objects) - 1])
+    if family == "read":
+        return Question("read", "read", "Which number is written?", scene.number)
+    raise ValueError(f"unknown question family {family!r}; choose one of {', '.join(FAMILIES)}")
+
+
+def scenes(split: str, size: int, seed: int = 0, questions: int | None = None) -> Dataset:
+    """`size` pictures of a split as LLaVA rows.
+
+    Args:
+        split: one of `SPLITS`; a split never shares a scene with another one, whatever the seeds.
+        size: number of pictures, one row each.
+        seed: another seed gives other pictures.
+        questions: turns of each conversation. 0 asks for a caption; 1 asks one question, the families in turn, so that
+            row `i` belongs to `FAMILIES[i % 5]`; up to 5 ask that many different families in random order. By default 0
+            for `pretrain`, 1 for `validation` and `test`, 5 otherwise.
+
+    Returns:
+        A dataset with the columns `image` (PIL, RGB, 128 x 128), `conversations` (LLaVA turns, `from` and `value`),
+        `family` (the family of a single question, else `caption` or `several`) and `scene` (the truth: the fields of
+        `Scene`).
+
+    Raises:
+        ValueError: if `split` is unknown, `size` is not positive or `questions` is not between 0 and 5.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; a data set needs at least 1 picture")
+    if questions is None:
+        questions = {"pretrain": 0, "validation": 1, "test": 1}.get(split, len(FAMILIES))
+    if not 0 <= questions <= len(FAMILIES):
+        raise ValueError(f"questions is {questions}; choose 0 (captions) to {len(FAMILIES)} (one of each family)")
+    rows = [_row(split, index, seed, questions) for index in range(size)]
+    return Dataset.from_list(rows, features=_FEATURES)
+
+
+def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[str, float]:
+    """What a model without eyes can reach: the share (0 to 1) of each family's questions that the best constant answer
+    gets right, over `size` scenes of a split.
+
+    A wording counts as a question of its own, so that "what shape" is not answered with a colour; that makes the bar
+    higher than the best answer for the family as a whole.
+    """
+    answers: dict[str, dict[str, Counter[str]]] = {family: {} for family in FAMILIES}
+    for index in range(size):
+        scene, rng = sample_scene(split, index, seed), _generator(split, index, seed, "questions")
+        for family in FAMILIES:
+            question = ask(scene, family, rng)
+            answers[family].setdefault(question.kind, Counter())[question.answer] += 1
+    return {family: sum(max(c.values()) for c in kinds.values()) / size for family, kinds in answers.items()}
+
+
+def _row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
+    scene = sample_scene(split, index, seed)
+    buffer = io.BytesIO()
+    render(scene, _generator(split, index, seed, "image")).save(buffer, format="BMP")  # noise does not compress
+    rng = _generator(split, index, seed, "questions")
+    if questions == 0:
+        family, turns = "caption", [(CAPTION_REQUEST, caption(scene))]
+    else:
+        chosen = rng.permutation(len(FAMILIES))[:questions] if questions > 1 else [index % len(FAMILIES)]
+        asked = [ask(scene, FAMILIES[i], rng) for i in chosen]
+        family, turns = asked[0].family if questions == 1 else "several", [(q.text, q.answer) for q in asked]
+    conversation = []
+    for text, answer in turns:
+        prefix = "" if conversation else "<image>\n"
+        conversation += [{"from": "human", "value": prefix + text}, {"from": "gpt", "value": answer}]
+    return {
+        "image": {"bytes": buffer.getvalue(), "path": None},
+        "conversations": conversation,
+        "family": family,
+        "scene": asdict(scene),
+    }
+
+
+def _generator(split: str, index: int, seed: int, purpose: str) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    return np.random.default_rng([seed, index, zlib.crc32(f"{split}/{purpose}".encode())])
+
+
+def _draw_scene(rng: np.random.Generator) -> Scene:
+    number_row, number_column = int(rng.integers(GRID)), int(rng.integers(GRID - 1))
+    number = str(rng.integers(10, 100))
+    taken = (number_row * GRID + number_column, number_row * GRID + number_column + 1)
+    free = [cell for cell in range(GRID * GRID) if cell not in taken]
+    count = int(rng.integers(1, len(COUNTS) + 1))
+    names = rng.permutation(len(COLOURS) * len(SHAPES))[:count]
+    cells = rng.permutation(len(free))[:count]
+    radii, jitter = rng.integers(9, 14, count), rng.integers(-2, 3, (count + 2, 2))
+    objects = []
+    for i in range(count):
+        row, column = divmod(free[cells[i]], GRID)
+        x, y = _centre(row, column, jitter[i])
+        colour, shape = tuple(COLOURS)[names[i] // len(SHAPES)], SHAPES[names[i] % len(SHAPES)]
+        objects.append(SceneObject(colour, shape, row, column, x, y, int(radii[i])))
+    tens = _centre(number_row, number_column, jitter[count])
+    units = _centre(number_row, number_column + 1, jitter[count + 1])
+    return Scene(tuple(objects), number, number_row, number_column, (tens, units))
+
+
+def _centre(row: int, column: int, jitter: np.ndarray) -> tuple[int, int]:
+    return CELL * column + CELL // 2 + int(jitter[0]), CELL * row + CELL // 2 + int(jitter[1])
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, colour: tuple[int, ...]) -> None:
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif shape == "square":
+        half = round(0.86 * radius)
+        draw.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    else:
+        arm = round(0.34 * radius)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+
+
+@lru_cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib brings these files along; a bare system may have no font at all.
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _pick(questions: list[Question], rng: np.random.Generator) -> Question:
+    """A random question: first the kind, then one of that kind, so that no wording crowds out another."""
+    kinds = sorted({question.kind for question in questions})
+    kind = kinds[rng.integers(len(kinds))]
+    choices = [question for question in questions if question.kind == kind]
+    return choices[rng.integers(len(choices))]
+
+
+def _attributes(scene: Scene) -> list[Question]:
+    colours = Counter(item.colour for item in scene.objects)
+    shapes = Counter(item.shape for item in scene.objects)
+    questions = []
+    for item in scene.objects:
+        if shapes[item.shape] == 1:
+            questions.append(Question("attribute", "colour", f"What colour is the {item.shape}?", item.colour))
+        if colours[item.colour] == 1:
+            questions.append(Question("attribute", "shape", f"What shape is the {item.colour} object?", item.shape))
+    return questions
+
+
+def _relations(scene: Scene) -> list[Question]:
+    # The number covers two cells of one row, so an object is beside it or in another row: there is always a question.
+    places = [(item.name, item.row, item.column, item.column) for item in scene.objects]
+    places.append(("number", scene.number_row, scene.number_column, scene.number_column + 1))
+    questions = []
+    for name, row, first, last in places:
+        for other, other_row, other_first, other_last in places:
+            if last < other_first or other_last < first:
+                text = f"Is the {name} left or right of the {other}?"
+                questions.append(
+                    Question("relation", "left or right", text, "left" if last < other_first else "right")
+                )
+            if row != other_row:
+                text = f"Is the {name} above or below the {other}?"
+                questions.append(Question("relation", "above or below", text, "above" if row < other_row else "below"))
+    return questions
+
+
+def _presence(scene: Scene, rng: np.random.Generator) -> Question:
+    present = {(item.colour, item.shape) for item in scene.objects}
+    if rng.integers(2):
+        colour, shape = sorted(present)[rng.integers(len(present))]
+        answer = "yes"
+    else:
+        absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
+        if rng.random() < 0.8:
+            seen = {item.colour for item in scene.objects}, {item.shape for item in scene.objects}
+            absent = [(colour, shape) for colour, shape in absent if colour in seen[0] or shape in seen[1]]
+        colour, shape = absent[rng.integers(len(absent))]
+        answer = "no"
+    return Question("presence", "presence", f"Is there a {colour} {shape}?", answer)
