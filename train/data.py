@@ -106,6 +106,8 @@ def _open(source: Any, split: str) -> Dataset | Sequence[Any]:
         return load_dataset("parquet", data_files=str(path), split="train")
     if path.is_dir() and (path / "state.json").is_file():
         return load_from_disk(str(path))
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))[split]
     if path.exists() and not path.is_dir():
         raise ValueError(f"Cannot read {path}: expected .json, .jsonl or .parquet, a folder, or a data set id.")
     if path.suffix in (".json", ".jsonl", ".parquet"):

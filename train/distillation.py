@@ -1,28 +1,40 @@
-"""What stands between the student's tokens and the teachers' features while training (MoVE-KD, section 3.3)."""
+"""What stands between the student's tokens and the teachers' features while training (MoVE-KD, arXiv 2501.01709)."""
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from train.losses import CLIP, distillation_loss, teacher_weights, token_weights
+from train.distillation_heads import Moments, StudentHead, Target, TeacherAdapter
+from train.losses import (
+    CLIP,
+    TEACHER_WEIGHTINGS,
+    TOKEN_WEIGHTINGS,
+    distillation_loss,
+    teacher_weights,
+    token_weights,
+)
 
 
 if TYPE_CHECKING:
     from train.teachers import TeacherFeatures
 
+HEAD_SIDES = ("teacher", "student")
+FEATURE_NORMALIZATIONS = ("none", "standardize", "whiten")
+GRID_MATCHINGS = ("learned", "resample")
 
-@dataclass
-class DistillationOutput:
+
+class DistillationOutput(NamedTuple):
     """
     Args:
-        loss (`torch.Tensor` of shape `(batch_size,)`): Sum over the weighted teachers.
-        teacher_losses (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`, unweighted.
-        teacher_weights (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`.
+        loss (`torch.Tensor` of shape `(batch_size,)`): Sum over the weighted teachers, float32, with gradient.
+        teacher_losses (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`, unweighted, detached.
+        teacher_weights (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`, detached.
     """
 
     loss: torch.Tensor
@@ -30,170 +42,28 @@ class DistillationOutput:
     teacher_weights: dict[str, torch.Tensor]
 
 
-def resample_grid(tokens: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """
-    Bring features to another grid: several cells become one cell with all their channels where the grid divides by
-    the same factor in both directions (nothing is lost), else antialiased bilinear interpolation.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch_size, h * w, num_channels)`), `grid` its (h, w).
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, H * W, num_channels * factor**2)` for the target (H, W).
-    """
-    features = tokens.transpose(1, 2).unflatten(2, grid)
-    if factor := unshuffle_factor(grid, target):
-        features = nn.functional.pixel_unshuffle(features, factor)
-    else:
-        features = nn.functional.interpolate(features, size=target, mode="bilinear", antialias=True)
-    return features.flatten(2).transpose(1, 2)
-
-
-def unshuffle_factor(grid: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """How many cells in a row become one, if it is the same whole number for rows and columns, else `None`."""
-    factor, rest = divmod(grid[0], target[0])
-    return factor if rest == 0 and grid == (target[0] * factor, target[1] * factor) else None
-
-
-class TeacherAdapter(nn.Module):
-    """
-    Teacher's side: the teacher's channels to the student's width, GELU, its tokens to the student's (a learned mixing,
-    or a resampling before the channels). Trained with the student.
-    """
-
-    def __init__(
-        self, width: int, grid: tuple[int, int], student_width: int, student_grid: tuple[int, int], grid_matching: str
-    ) -> None:
-        super().__init__()
-        self.grid, self.student_grid = grid, student_grid
-        self.tokens: nn.Linear | None = None
-        if grid_matching == "learned":
-            self.tokens = nn.Linear(grid[0] * grid[1], student_grid[0] * student_grid[1])
-        else:
-            width *= (unshuffle_factor(grid, student_grid) or 1) ** 2
-        self.channels = nn.Linear(width, student_width)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, h * w, width)` to `(batch_size, num_student_tokens, student_width)`."""
-        if self.tokens is None:
-            return self.channels(resample_grid(tokens, self.grid, self.student_grid))
-        adapted = nn.functional.gelu(self.channels(tokens).transpose(1, 2))
-        return self.tokens(adapted).transpose(1, 2)
-
-
-class StudentHead(nn.Module):
-    """
-    Student's side: an MLP d-2d-k from the student's tokens to one teacher's features, which are a fixed target.
-
-    The target is normalised per channel to zero mean and unit variance, brought to the student's grid, and, to whiten,
-    projected to its first principal components at unit variance. The statistics are measured by
-    [`Distiller.fit_statistics`] and saved with the head.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    components: torch.Tensor | None
-
-    def __init__(
-        self,
-        width: int,
-        grid: tuple[int, int],
-        student_width: int,
-        student_grid: tuple[int, int],
-        normalization: str,
-        num_components: int,
-    ) -> None:
-        super().__init__()
-        self.grid, self.student_grid, self.normalization = grid, student_grid, normalization
-        self.num_channels = width * (unshuffle_factor(grid, student_grid) or 1) ** 2
-        num_targets = min(num_components, self.num_channels) if normalization == "whiten" else self.num_channels
-        self.head = nn.Sequential(
-            nn.Linear(student_width, 2 * student_width), nn.GELU(), nn.Linear(2 * student_width, num_targets)
-        )
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-        self.register_buffer("components", None)
-        if normalization == "whiten":
-            self.components = torch.zeros(num_targets, self.num_channels)
-        self.is_fitted = normalization == "none"
-        self.sums: list[torch.Tensor] = []
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_tokens, student_width)` to `(batch_size, num_tokens, num_targets)`."""
-        return self.head(tokens)
-
-    def target(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, h * w, width)` to `(batch_size, num_student_tokens, num_targets)`, without gradient."""
-        if not self.is_fitted:
-            raise ValueError("The teacher's statistics are not measured yet; call `Distiller.fit_statistics` first.")
-        with torch.no_grad():
-            scaled = (tokens.to(self.mean.dtype) - self.mean) / self.variance.sqrt().clamp(min=1e-6)
-            scaled = resample_grid(scaled, self.grid, self.student_grid)
-            return scaled if self.components is None else scaled @ self.components.t()
-
-    @torch.no_grad()
-    def observe(self, tokens: torch.Tensor) -> None:
-        """Add features `(batch_size, h * w, width)` to the sums, kept in float64, that [`StudentHead.finish`] uses."""
-        tokens = tokens.to(self.mean.device).double()
-        flat = tokens.flatten(0, 1)
-        sums = [torch.tensor(float(len(flat))), flat.sum(0), flat.square().sum(0)]
-        if self.components is not None:
-            resampled = resample_grid(tokens, self.grid, self.student_grid).flatten(0, 1)
-            sums += [torch.tensor(float(len(resampled))), resampled.sum(0), resampled.t() @ resampled]
-        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """
-        Set the statistics from what was observed.
-
-        Raises:
-            ValueError: if nothing was, or the sample has fewer independent directions than components are asked for.
-        """
-        if not self.sums:
-            raise ValueError("No features were given to measure the teacher's statistics from.")
-        count, total, squares, *resampled = self.sums
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0)
-        if self.components is not None:
-            # Standardising and resampling commute, so the moments of the raw features are enough
-            repeats = self.num_channels // len(mean)
-            centre, scale = (value.repeat_interleave(repeats) for value in (mean, variance.sqrt().clamp(min=1e-6)))
-            moment, first = resampled[2] / resampled[0], resampled[1] / resampled[0]
-            covariance = moment - torch.outer(first, centre) - torch.outer(centre, first) + torch.outer(centre, centre)
-            values, vectors = torch.linalg.eigh(covariance / torch.outer(scale, scale))
-            asked = len(self.components)
-            values, vectors = values.flip(0)[:asked], vectors.flip(1)[:, :asked].t()
-            found = min(int((values > 1e-8 * values[0]).sum()), int(resampled[0]))
-            if found < asked:
-                raise ValueError(
-                    f"The features have {found} independent directions, {asked} principal components are asked for. "
-                    "Set `whitening_components` lower, or measure more images."
-                )
-            # An eigenvector's sign is arbitrary: its largest entry is made positive
-            largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
-            self.components.copy_(vectors * largest.sign() / values.sqrt().unsqueeze(1))
-        self.mean.copy_(mean)
-        self.variance.copy_(variance)
-        self.sums, self.is_fitted = [], True
-
-
 class Distiller(nn.ModuleDict):
     """
-    Adapters or heads of all teachers, by name, and the distillation loss they give. CLIP, the teacher that the student
-    started from, has no adapter on the teacher's side.
+    The adapters or heads of all teachers, by teacher, and the distillation loss they give.
+
+    The teacher `"clip"` is the model that the student started from: beside adapters it has none and is compared as it
+    is; beside heads on the student's side it has a head like all others.
 
     Args:
-        student_width, student_grid: Width and grid (h, w) of the student's tokens.
-        teachers: By name the width and the grid of each teacher's features.
-        head_side: `"teacher"` (adapters) or `"student"` (heads against fixed targets).
-        feature_normalization: `"none"`, `"standardize"` or `"whiten"`; only fixed targets are normalised.
-        whitening_components: Principal components kept of each teacher.
-        grid_matching: `"learned"` mixing of tokens (adapters only) or `"resample"`.
-        token_weighting, teacher_weighting, clip_share: See `train/losses.py`.
+        student_width (`int`): Channels of the student's tokens.
+        student_grid (`tuple[int, int]`): Their (h, w).
+        teachers (`Mapping[str, tuple[int, tuple[int, int]]]`): By name the width and the grid of a teacher's features.
+        head_side (`str`): `"teacher"`, adapters on the features; `"student"`, heads on the student's tokens.
+        feature_normalization (`str`): `"none"`; `"standardize"`, zero mean and unit variance per channel; `"whiten"`,
+            that and then the first principal components, scaled to unit variance.
+        whitening_components (`int`): How many, at most as many as there are channels.
+        grid_matching (`str`): `"learned"`, tokens mixed by the adapter; `"resample"`, see [`resample_grid`].
+        token_weighting (`str`): See [`~train.losses.token_weights`].
+        teacher_weighting (`str`): See [`~train.losses.teacher_weights`].
+        clip_share (`float`): Share of the teacher `"clip"`, if there are others.
 
     Raises:
-        ValueError: for forms that do not go together, naming what to change.
+        ValueError: for values outside the choices, or that do not go together, with what to change.
     """
 
     def __init__(
@@ -210,20 +80,21 @@ class Distiller(nn.ModuleDict):
         clip_share: float = 0.8,
     ) -> None:
         super().__init__()
-        for value, choices in (
-            (head_side, ("teacher", "student")),
-            (feature_normalization, ("none", "standardize", "whiten")),
-            (grid_matching, ("learned", "resample")),
+        for option, value, choices in (
+            ("head_side", head_side, HEAD_SIDES),
+            ("feature_normalization", feature_normalization, FEATURE_NORMALIZATIONS),
+            ("grid_matching", grid_matching, GRID_MATCHINGS),
+            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
+            ("teacher_weighting", teacher_weighting, TEACHER_WEIGHTINGS),
         ):
             if value not in choices:
-                raise ValueError(f"{value!r} is none of {choices}.")
+                raise ValueError(f"`{option}` is {value!r}, expected one of {choices}.")
         if not 0 <= clip_share <= 1:
             raise ValueError(f"`clip_share` is {clip_share}; a share lies between 0 and 1.")
-        if head_side == "teacher" and feature_normalization != "none":
-            raise ValueError(
-                f"`feature_normalization` is {feature_normalization!r}, which is for fixed targets: adapters on the "
-                "teacher's side learn their own scale. Set `head_side` to 'student', or the normalisation to 'none'."
-            )
+        if whitening_components < 1:
+            raise ValueError(f"`whitening_components` is {whitening_components}; at least 1 is needed.")
+        if not teachers:
+            raise ValueError("There are no teachers; name at least one, or train without distillation.")
         if head_side == "student" and (grid_matching == "learned" or teacher_weighting != "equal"):
             raise ValueError(
                 f"Heads on the student's side need `grid_matching` 'resample' and `teacher_weighting` 'equal', got "
@@ -231,112 +102,180 @@ class Distiller(nn.ModuleDict):
             )
         if CLIP not in teachers and (token_weighting != "none" or teacher_weighting != "equal"):
             raise ValueError(
-                f"`token_weighting` {token_weighting!r} and `teacher_weighting` {teacher_weighting!r} take their "
-                f"weights from a teacher named {CLIP!r}; there are {sorted(teachers)}. Add it, or choose 'none' and "
+                f"`token_weighting` {token_weighting!r} and `teacher_weighting` {teacher_weighting!r} look at the CLS "
+                f"token of a teacher named {CLIP!r}; there are only {list(teachers)}. Add it, or choose 'none' and "
                 "'equal'."
             )
-        self.student_grid, self.head_side = student_grid, head_side
+        student_grid = (student_grid[0], student_grid[1])
+        self.student_width, self.student_grid = student_width, student_grid
         self.token_weighting, self.teacher_weighting = token_weighting, teacher_weighting
-        self.clip_share, self.teachers = clip_share, dict(teachers)
-        for name, (width, grid) in teachers.items():
-            if head_side == "student":
-                self[name] = StudentHead(
-                    width, grid, student_width, student_grid, feature_normalization, whitening_components
-                )
-            elif name != CLIP:
-                self[name] = TeacherAdapter(width, grid, student_width, student_grid, grid_matching)
-            elif (width, grid) != (student_width, student_grid):
-                raise ValueError(
-                    f"The teacher {CLIP!r} has width {width} and grid {grid}, the student {student_width} and "
-                    f"{student_grid}: it must be the model the student started from. Give it another name otherwise."
-                )
-
-    def _check_features(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> None:
-        if sorted(features) != sorted(self.teachers):
-            raise ValueError(
-                f"Features of {sorted(features)} were given, those of {sorted(self.teachers)} are needed."
-            )
-        expected = self.student_grid[0] * self.student_grid[1]
-        if student_tokens.shape[1] != expected:
-            raise ValueError(f"The student gave {student_tokens.shape[1]} tokens, its grid is {self.student_grid}.")
+        self.clip_share = clip_share
+        self.teachers = {name: (width, (grid[0], grid[1])) for name, (width, grid) in teachers.items()}
+        kwargs = {
+            "feature_normalization": feature_normalization,
+            "whitening_components": whitening_components,
+            "grid_matching": grid_matching,
+        }
         for name, (width, grid) in self.teachers.items():
-            found = (features[name].tokens.shape[2], tuple(features[name].grid), features[name].tokens.shape[1])
-            if found != (width, tuple(grid), grid[0] * grid[1]):
+            if "." in name or hasattr(self, name):
+                raise ValueError(f"A teacher cannot be named {name!r}, which is no state-dict key; rename it.")
+            if name == CLIP and head_side == "teacher" and (width, grid) != (student_width, student_grid):
                 raise ValueError(
-                    f"Teacher {name} gave {found[2]} tokens of width {found[0]} on a grid of {found[1]}; its head was "
-                    f"built for {grid[0] * grid[1]} tokens of width {width} on {grid}. Keep the teacher and its image "
-                    "size, or start a new distiller."
+                    f"Teacher {CLIP} has width {width} and grid {grid}, the student {student_width} and {student_grid}; "
+                    "it must be the model that the student started from. Give another model another name."
                 )
+            if name == CLIP and token_weighting != "none" and grid != student_grid:
+                raise ValueError(
+                    f"Teacher {CLIP} has the grid {grid}, the student {student_grid}: its attention cannot weigh the "
+                    "student's tokens. Use one image size, or set `token_weighting` to 'none'."
+                )
+            if head_side == "student":
+                self[name] = StudentHead(width, grid, student_width, student_grid, **kwargs)
+            elif name == CLIP:
+                self[name] = Target(width, grid, student_grid)
+            else:
+                self[name] = TeacherAdapter(width, grid, student_width, student_grid, **kwargs)
 
     def forward(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> DistillationOutput:
         """
-        The distillation loss of each image (equations 5 to 7 of the paper).
+        The distillation loss of each image, before `lambda_kd`.
 
         Args:
-            student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, student_width)`): Patches, without [CLS].
+            student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, student_width)`): Patches, without CLS.
             features: By teacher, for the same images.
 
         Raises:
-            ValueError: if the features are not those the heads were built for, with both shapes.
+            ValueError: if student or teachers are not what the heads were built for, with both shapes; if statistics
+                were not measured yet; or if the CLIP teacher gave no CLS token where it is needed.
         """
-        self._check_features(student_tokens, features)
-        dtype = student_tokens.dtype
-        if self.head_side == "student":
-            pairs = {name: (self[name](student_tokens), self[name].target(features[name].tokens)) for name in features}
-        else:
-            # CLIP is compared as it is
-            pairs = {
-                name: (student_tokens, self[name](value.tokens.to(dtype)) if name in self else value.tokens)
-                for name, value in features.items()
-            }
-        clip = features.get(CLIP)
-        if self.token_weighting == "none" or clip is None or clip.cls_attention is None:
-            tokens = student_tokens.new_full(
-                student_tokens.shape[:2], 1 / student_tokens.shape[1], dtype=torch.float32
-            )
-        else:
-            tokens = token_weights(clip.cls_attention, self.token_weighting)
+        self._check_inputs(student_tokens, features)
+        cls, cls_attention = self._clip_outputs(features)
+        weights = None if cls_attention is None else token_weights(cls_attention, self.token_weighting)
+        pairs = {name: self[name](student_tokens, features[name].tokens) for name in self.teachers}
         shares = teacher_weights(
-            None if clip is None else clip.cls,
+            cls,
             {name: target for name, (_, target) in pairs.items()},
             self.teacher_weighting,
             self.clip_share,
         )
-        losses = {name: distillation_loss(*pair, tokens, self.token_weighting) for name, pair in pairs.items()}
+        losses = {
+            name: distillation_loss(student, target, weights, self.token_weighting)
+            for name, (student, target) in pairs.items()
+        }
         loss = torch.stack([shares[name] * losses[name] for name in losses]).sum(dim=0)
-        return DistillationOutput(loss, losses, shares)
+        return DistillationOutput(
+            loss,
+            {name: value.detach() for name, value in losses.items()},
+            {name: value.detach() for name, value in shares.items()},
+        )
+
+    def _check_inputs(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> None:
+        if set(features) != set(self.teachers):
+            raise ValueError(
+                f"Features of {sorted(features)} were given, those of {sorted(self.teachers)} are needed."
+            )
+        height, width = self.student_grid
+        if tuple(student_tokens.shape[1:]) != (height * width, self.student_width):
+            raise ValueError(
+                f"The student gave {student_tokens.shape[1]} tokens of width {student_tokens.shape[2]}; the distiller "
+                f"was built for {height * width} ({height} x {width}) of width {self.student_width}."
+            )
+        for name, (width, grid) in self.teachers.items():
+            tokens = features[name].tokens
+            if tuple(features[name].grid) != grid or tuple(tokens.shape[1:]) != (grid[0] * grid[1], width):
+                raise ValueError(
+                    f"Teacher {name} gave {tokens.shape[1]} tokens on a grid of {tuple(features[name].grid)} and of "
+                    f"width {tokens.shape[2]}; its head was built for {grid[0] * grid[1]} on {grid} of width {width}. "
+                    "Keep the teacher and its image size, or start a new distiller."
+                )
+            if len(tokens) != len(student_tokens):
+                raise ValueError(f"Teacher {name} saw {len(tokens)} images, the student {len(student_tokens)}.")
+            if self[name].needs_statistics:
+                raise ValueError(
+                    f"The statistics of teacher {name} are not measured yet: call `fit_statistics` or `load` first."
+                )
+
+    def _clip_outputs(
+        self, features: "Mapping[str, TeacherFeatures]"
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The CLS embedding and the CLS attention of the CLIP teacher, each if the weights in use need it."""
+        outputs: list[torch.Tensor | None] = [None, None]
+        for index, (option, value, unneeded, field) in enumerate(
+            (
+                ("teacher_weighting", self.teacher_weighting, "equal", "cls"),
+                ("token_weighting", self.token_weighting, "none", "cls_attention"),
+            )
+        ):
+            if value == unneeded:
+                continue
+            output = getattr(features[CLIP], field)
+            if output is None:
+                raise ValueError(
+                    f"`{option}` {value!r} needs `{field}` of teacher {CLIP}, which gave none; choose {unneeded!r}."
+                )
+            outputs[index] = output.detach()
+        return outputs[0], outputs[1]
 
     @property
     def needs_statistics(self) -> bool:
         """Whether [`Distiller.fit_statistics`] has to be called before the first forward."""
-        return any(isinstance(head, StudentHead) and not head.is_fitted for head in self.values())
+        return any(target.needs_statistics for target in self.values())
 
+    @torch.no_grad()
     def fit_statistics(self, batches: "Iterable[Mapping[str, TeacherFeatures]]") -> None:
-        """Measure each teacher's statistics over a sample of batches of features."""
-        heads = {name: head for name, head in self.items() if isinstance(head, StudentHead) and not head.is_fitted}
+        """
+        Measure mean, variance and principal components of the teachers' features over a sample, in one pass. Every
+        process must be given the same sample.
+
+        Raises:
+            ValueError: naming the teacher, if the sample cannot give them.
+        """
+        moments = {name: Moments(name, target) for name, target in self.items() if target.buffer_names}
         for batch in batches:
-            for name, head in heads.items():
-                head.observe(batch[name].tokens)
-        for head in heads.values():
-            head.finish()
+            for name in moments:
+                moments[name].add(batch[name].tokens)
+        for name in moments:
+            moments[name].set_statistics()
 
     def save(self, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the weights and statistics as safetensors, under a temporary name first."""
-        path = Path(path)
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, temporary)
-        temporary.replace(path)
+        """
+        Write weights and statistics as safetensors, under a temporary name first.
+
+        Args:
+            path: The file, `distiller.safetensors` by custom.
+            state_dict: Gathered weights, where the module's own are spread over processes.
+
+        Raises:
+            ValueError: if keys are missing or left over, weights are spread, or statistics were not measured.
+        """
+        path, own = Path(path), self.state_dict()
+        state_dict = own if state_dict is None else state_dict
+        if missing_or_unexpected := sorted(own.keys() ^ state_dict.keys()):
+            raise ValueError(
+                f"The state dict to save is not the distiller's; missing or left over: {missing_or_unexpected}."
+            )
+        if spread := [key for key, value in state_dict.items() if isinstance(value, DTensor) or not value.numel()]:
+            raise ValueError(f"{spread} are spread over processes; gather them and give them as `state_dict`.")
+        if self.needs_statistics:
+            raise ValueError("The teachers' statistics are not measured yet; call `fit_statistics` before saving.")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> None:
         """
-        Read what [`Distiller.save`] wrote.
+        Read what [`Distiller.save`] wrote; to be called before a module is spread over processes.
 
         Raises:
-            ValueError: if the file is missing, lacks keys, has others, or other shapes; listing them.
+            ValueError: if the file is missing, or lacks keys, has others, other shapes, or values that are not finite;
+                listing them. Nothing is changed then.
         """
         if not Path(path).is_file():
-            raise ValueError(f"{path} is missing: without it, adapters and heads would start anew. Restore it.")
+            raise ValueError(f"{path} is missing: without it adapters and heads would start anew. Restore it.")
         loaded, own = load_file(path), self.state_dict()
         shapes = {
             key: (tuple(loaded[key].shape), tuple(own[key].shape))
@@ -347,9 +286,8 @@ class Distiller(nn.ModuleDict):
         if missing or unexpected or shapes:
             raise ValueError(
                 f"{path} does not fit the distiller: missing {missing}, left over {unexpected}, other shapes (in the "
-                f"file, needed) {shapes}. Use the teachers and the preset it was trained with."
+                f"file, needed) {shapes}. Use the teachers, image sizes and preset it was trained with."
             )
+        if bad := [key for key, value in loaded.items() if not value.isfinite().all()]:
+            raise ValueError(f"{path} has values that are not finite in {bad}; use an earlier checkpoint.")
         self.load_state_dict(loaded)
-        for head in self.values():
-            if isinstance(head, StudentHead):
-                head.is_fitted = True

@@ -251,11 +251,9 @@ class MoveKDTrainer(SFTTrainer):
         metrics = {"text": totals.pop("text") * steps / self.accelerator.num_processes}
         images = totals.pop("images")
         tokens = sum(value for name, value in totals.items() if name.startswith("experts/"))
-        for name, value in totals.items():
-            if name.startswith("experts/"):
-                metrics[name] = value / tokens
-            elif images:
-                metrics[name] = value / images
+        if images:  # else all batches were text alone, and there is nothing to take a mean of
+            for name, value in totals.items():
+                metrics[name] = value / (tokens if name.startswith("experts/") else images)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if outputs.expert_tokens is not None and mode == "train":
@@ -288,10 +286,10 @@ class MoveKDTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
         world_size = self.args.world_size * self.args.gradient_accumulation_steps
+        # Not `train_dataset`, whose columns Trainer has dropped by now
         return ModalityLengthGroupedSampler(
-            dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
+            self.train_dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
         )
 
     def _set_signature_columns_if_needed(self) -> None:

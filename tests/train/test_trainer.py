@@ -1,0 +1,240 @@
+"""Training: every parameter that should change does and no other, and every term is in the loss and in the log."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from colours import llava_rows
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from modeling_movekd import MoveKDForConditionalGeneration
+from train import sft
+from train.build import build_distiller, build_student, build_teachers
+from train.trainer import MoveKDTrainer
+
+
+class Snapshot(TrainerCallback):
+    """Keeps a copy of all weights as they are when training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.before = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def changed(self, model: torch.nn.Module) -> set[str]:
+        return {name for name, value in model.named_parameters() if not torch.equal(value, self.before[name])}
+
+
+def train(data_args, args, model_args, callbacks=(), prepare=lambda model, teachers, distiller: None) -> MoveKDTrainer:
+    """`train.sft.train` with a place to interfere before the trainer is built."""
+    model, processor = build_student(args, model_args)
+    teachers = build_teachers(args)
+    distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
+    dataset = sft.load_conversations(data_args.dataset_name)
+    collator = sft.build_collator(args, processor, teachers)
+    sft.fit_feature_statistics(args, distiller, teachers, dataset, collator)
+    prepare(model, teachers, distiller)
+    trainer = MoveKDTrainer(
+        model,
+        args,
+        teachers=teachers,
+        distiller=distiller,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer
+
+
+def entries(trainer: MoveKDTrainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "text" in entry]
+
+
+def is_expert(name: str) -> bool:
+    return "expert" in name or "router" in name
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "student_heads"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_each_stage_trains_its_parameters(arguments, stage: str, preset: str) -> None:
+    snapshot, teachers_before = Snapshot(), {}
+
+    def prepare(model, teachers, distiller) -> None:
+        for name, teacher in teachers.items():
+            teachers_before[name] = {key: value.clone() for key, value in teacher.state_dict().items()}
+
+    trainer = train(*arguments(stage=stage, distillation_preset=preset, max_steps=5), [snapshot], prepare)
+    names = set(snapshot.before)
+    expected = {name for name in names if "projector" in name or "distiller" in name or is_expert(name)}
+    if stage == "finetune":
+        expected = names
+    if preset == "released":
+        # The whole tower is there; behind the layer in use only the routers train, by the balance loss
+        behind = {
+            name for name in names if ".layers.2." in name and "vision_tower" in name or "post_layernorm" in name
+        }
+        expected = {name for name in expected if name not in behind or "router" in name}
+    # The picture's colour needs few words: the other rows of the embedding stay, the parameter as a whole does not
+    assert snapshot.changed(trainer.model) == expected
+    for name, teacher in trainer.teachers.items():
+        assert all(torch.equal(value, teachers_before[name][key]) for key, value in teacher.state_dict().items())
+        assert not any(value.requires_grad for value in teacher.parameters())
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(arguments) -> None:
+    _, args, _ = settings = arguments(lambda_kd=0.3, lambda_balance=0.2)
+    trainer = train(*settings)
+    for entry in entries(trainer):
+        assert {"kd/clip", "kd/vit", "mean_token_accuracy", "images_per_second"} <= entry.keys()
+        total = entry["text"] + args.lambda_kd * entry["kd"] + args.lambda_balance * entry["balance"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+        assert sum(entry[f"experts/{index}"] for index in range(3)) == pytest.approx(1)
+
+
+def test_text_loss_is_the_models_own(arguments) -> None:
+    settings = arguments(max_steps=1, learning_rate=0.0, lora_dropout=0.0)
+    batches = []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+            batches.append(next(iter(train_dataloader)))
+
+    trainer = train(*settings, callbacks=[Spy()])
+    model, _ = build_student(*settings[1:])
+    batch = {name: batches[0][name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
+    # The loader shuffles anew for each pass, so the mean over the data is compared at a learning rate of zero
+    losses = []
+    for rows in trainer.get_train_dataloader():
+        rows = {name: rows[name] for name in batch}
+        losses.append((model(**rows).loss * (rows["labels"][:, 1:] != -100).sum()).item())
+    tokens = sum((rows["labels"][:, 1:] != -100).sum().item() for rows in trainer.get_train_dataloader())
+    evaluated = trainer.evaluate(trainer.train_dataset)
+    assert evaluated["eval_text"] == pytest.approx(sum(losses) / tokens, rel=1e-3)
+
+
+def test_distillation_changes_what_the_tower_learns(arguments) -> None:
+    with_kd = train(*arguments(lora_dropout=0.0))
+    without = train(*arguments(lora_dropout=0.0, distill=False, teachers=None))
+    key = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(with_kd.model.state_dict()[key], without.model.state_dict()[key])
+    assert not any(name.startswith("kd") for entry in entries(without) for name in entry)
+    assert not hasattr(without.model, "distiller")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_plain_llava(arguments, stage: str, frozen: bool) -> None:
+    snapshot = Snapshot()
+    settings = {"distill": False, "teachers": None, "num_experts": 0, "freeze_vision_tower": frozen, "stage": stage}
+    trainer = train(*arguments(**settings), [snapshot])
+    expected = {name for name in snapshot.before if "projector" in name}
+    if stage == "finetune":
+        expected |= {name for name in snapshot.before if "vision_tower" not in name or not frozen}
+    assert snapshot.changed(trainer.model) == expected
+    assert not any(is_expert(name) for name in snapshot.before)
+
+
+def test_tower_has_its_own_learning_rate(arguments) -> None:
+    trainer = train(*arguments(vision_tower_learning_rate=5e-5, weight_decay=0.1, max_steps=1))
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    rates = {
+        names[id(value)]: group["initial_lr"] for group in trainer.optimizer.param_groups for value in group["params"]
+    }
+    assert len(rates) == len(names)
+    for name, rate in rates.items():
+        assert rate == (5e-5 if "vision_tower" in name else 1e-3), name
+    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups if group["initial_lr"] == 5e-5}
+    assert decays == {0.0, 0.1}
+
+
+def test_saved_folder(arguments, tmp_path: Path) -> None:
+    trainer = sft.train(*arguments(save_strategy="steps", save_steps=2))
+    for folder in (tmp_path / "output", tmp_path / "output" / "checkpoint-2"):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            keys = set(file.keys())
+        assert not any("distiller" in key or "teacher" in key for key in keys)
+        loaded = MoveKDForConditionalGeneration.from_pretrained(folder)
+        assert set(loaded.state_dict()) == keys | {"lm_head.weight"}
+        heads = load_file(folder / "distiller.safetensors")
+        assert {key.rsplit(".", 1)[0] for key in heads} == {"vit.channels", "vit.tokens"}
+        facts = json.loads((folder / "training_facts.json").read_text())
+        assert facts["knobs"]["head_side"] == "teacher" and facts["losses"]["text"] > 0
+        assert [teacher["name"] for teacher in facts["teachers"]] == ["clip", "vit"]
+        assert (folder / "processor_config.json").is_file() and (folder / "modeling_movekd.py").is_file()
+    assert torch.equal(
+        heads["vit.channels.weight"], load_file(folder / "distiller.safetensors")["vit.channels.weight"]
+    )
+    assert trainer.model.distiller.state_dict().keys() == heads.keys()
+
+
+@pytest.mark.parametrize("preset", ["paper", "student_heads"])
+def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path, preset: str) -> None:
+    first = sft.train(*arguments(stage="pretrain", distillation_preset=preset))
+    snapshot = Snapshot()
+    train(
+        *arguments(
+            stage="finetune",
+            distillation_preset=preset,
+            model_name_or_path=str(tmp_path / "output"),
+            output_dir=str(tmp_path / "second"),
+        ),
+        [snapshot],
+    )
+    for name, value in first.model.named_parameters():
+        torch.testing.assert_close(snapshot.before[name], value.detach(), msg=name)
+
+
+def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> None:
+    sft.train(*arguments(stage="pretrain", max_steps=1))
+    with pytest.raises(ValueError, match=r"'lora_rank': \(4, 8\)"):
+        sft.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "anyres"])
+def test_rows_without_and_with_several_images(arguments, tmp_path: Path, preset: str, image_aspect_ratio: str) -> None:
+    rows = llava_rows(24, text_only=(0, 1, 2, 3, 5, 11, 12, 13, 14, 15))
+    for row in rows:
+        row["image"] = [row["image"]] if row["image"] is not None else None
+    rows[4]["image"] *= 2
+    rows[4]["conversations"][0]["value"] = "<image>\n<image>\nWhat colour are they?"
+    Dataset.from_list(rows).save_to_disk(tmp_path / "mixed")
+    settings = arguments(
+        dataset_name=str(tmp_path / "mixed"),
+        distillation_preset=preset,
+        image_aspect_ratio=image_aspect_ratio,
+        group_by_modality_length=True,
+        max_steps=6,
+        max_length=None,
+    )
+    trainer = train(*settings)
+    history = entries(trainer)
+    text_only = [entry for entry in history if "kd" not in entry]
+    # One of the six batches has no picture: nothing is distilled there, except that `released` distils black ones
+    assert len(text_only) == (0 if preset == "released" else 2)
+    assert all(entry["loss"] == pytest.approx(entry["text"], rel=1e-5) for entry in text_only)
+
+
+def test_activation_checkpointing_gives_the_same_run(arguments) -> None:
+    plain, checkpointed = (
+        train(*arguments(lora_dropout=0.0, activation_checkpointing=value)) for value in (False, True)
+    )
+    for one, other in zip(entries(plain), entries(checkpointed), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for (name, one), (_, other) in zip(
+        plain.model.named_parameters(), checkpointed.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_evaluation_logs_the_same_terms(arguments, dataset_folder: str) -> None:
+    data_args, args, model_args = arguments(eval_strategy="steps", eval_steps=3)
+    trainer = sft.train(data_args, args, model_args)
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 1
+    assert {"eval_text", "eval_kd", "eval_kd/vit", "eval_balance", "eval_experts/0"} <= evaluated[0].keys()
