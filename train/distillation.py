@@ -121,7 +121,7 @@ class Distiller(nn.ModuleDict):
                 raise ValueError(f"A teacher cannot be named {name!r}, which is no state-dict key; rename it.")
             if name == CLIP and head_side == "teacher" and (width, grid) != (student_width, student_grid):
                 raise ValueError(
-                    f"Teacher {CLIP} has width {width} and grid {grid}, the student {student_width} and {student_grid}; "
+                    f"Teacher {CLIP} has width {width} on {grid}, the student {student_width} on {student_grid}: "
                     "it must be the model that the student started from. Give another model another name."
                 )
             if name == CLIP and token_weighting != "none" and grid != student_grid:
@@ -230,7 +230,11 @@ class Distiller(nn.ModuleDict):
         Raises:
             ValueError: naming the teacher, if the sample cannot give them.
         """
-        moments = {name: Moments(name, target) for name, target in self.items() if target.buffer_names}
+        moments = {
+            name: Moments(name, target)
+            for name, target in self.items()
+            if isinstance(target, Target) and target.buffer_names
+        }
         for batch in batches:
             for name in moments:
                 moments[name].add(batch[name].tokens)
