@@ -287,9 +287,9 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, pixels, use_reen
     loss = train_step(model, pixels)
     expected = gradients(model)
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     assert model.model.vision_tower.encoder.layers[0].gradient_checkpointing
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     torch.testing.assert_close(train_step(model, pixels), loss)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_with_records(make_model, pixels):
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         output = model(ids, pixel_values=pixels, output_router_probabilities=True)
         assert len(output.router_probabilities) == 3, "recorded once, not again while computing backward"
         sum(probabilities[..., 0].mean() for probabilities in output.router_probabilities).backward()

@@ -1,5 +1,6 @@
 """`MoveKDVisionModel`: building it from CLIP, what it computes, and what it records on request."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -195,16 +196,18 @@ def test_attention_implementations_agree(make_tower, pixels, implementation, com
     torch.testing.assert_close(output.cls_attention, expected.cls_attention, atol=1e-6, rtol=1e-5)
 
 
-def test_flash_attention_says_what_to_install(tower, tmp_path):
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("FlashAttention is installed")
-    tower.save_pretrained(tmp_path)
-    with pytest.raises(ImportError, match="(?s)FlashAttention.*pip install flash-attn.*sdpa"):
-        MoveKDVisionModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+@pytest.mark.parametrize("whole", [False, True])
+def test_flash_attention_says_what_to_install(make_tower, make_model, tmp_path, whole):
+    model = make_model() if whole else make_tower()
+    model.save_pretrained(tmp_path)
+    message = "(?s)FlashAttention.*pip install flash-attn.*sdpa"
+    with pytest.raises(ImportError, match=message):
+        type(model).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    with pytest.raises(ImportError, match=message):
+        model.set_attn_implementation("flash_attention_2")
+    with pytest.raises(ImportError, match=message):
+        type(model)._from_config(model.config, attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, -1, -3])
