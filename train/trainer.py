@@ -217,7 +217,7 @@ class MoveKDTrainer(SFTTrainer):
         )
         text, logits_outputs = text if return_outputs else (text, None)
         outputs = noted[0]
-        if outputs.kd is None:
+        if getattr(outputs, "kd", None) is None:
             raise ValueError("The forward returned no distillation terms: something replaced `model.forward`.")
 
         if num_items_in_batch is None:
