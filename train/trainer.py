@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` with the distillation and balance losses of MoVE-KD inside its forward."""
 
 import functools
+import os
 import time
 import types
 from collections.abc import Mapping
@@ -153,6 +154,12 @@ class MoveKDTrainer(SFTTrainer):
                 f"`distill` is {args.distill}, with teachers {list(self.teachers)} and "
                 f"{'a' if distiller is not None else 'no'} distiller; give all of them or none."
             )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != args.world_size:
+            raise ValueError(
+                f"{launched} processes were launched, but each would train by itself (world size {args.world_size}). "
+                "On CPUs add `--use_cpu true`."
+            )
         if self.teachers and not isinstance(model.config.vision_feature_layer, int):
             raise ValueError(
                 f"`vision_feature_layer` is {model.config.vision_feature_layer}; one layer can be distilled into."
@@ -251,9 +258,12 @@ class MoveKDTrainer(SFTTrainer):
         metrics = {"text": totals.pop("text") * steps / self.accelerator.num_processes}
         images = totals.pop("images")
         tokens = sum(value for name, value in totals.items() if name.startswith("experts/"))
-        if images:  # else all batches were text alone, and there is nothing to take a mean of
+        # TRL logs the mean over the micro-batches, to which each adds its part of the step's images
+        weight = images * steps / self._images.item() if images and is_scaled else 1.0
+        if images or (is_scaled and self._images):  # else there is text alone, and nothing to take a mean of
             for name, value in totals.items():
-                metrics[name] = value / (tokens if name.startswith("experts/") else images)
+                divisor = (tokens if name.startswith("experts/") else images) or 1.0
+                metrics[name] = weight * value / divisor
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if outputs.expert_tokens is not None and mode == "train":

@@ -1,5 +1,7 @@
 """Silent failures of training: each is provoked and has to raise."""
 
+import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +127,7 @@ def run_script(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_script_reads_yaml_and_flags(parts, dataset_folder: str, tmp_path: Path) -> None:
+def test_script_reads_yaml_and_flags(parts, dataset_folder: str, tmp_path: Path, monkeypatch) -> None:
     recipe = {
         "dataset_name": dataset_folder,
         "vision_model": parts["clip"],
@@ -138,8 +140,9 @@ def test_script_reads_yaml_and_flags(parts, dataset_folder: str, tmp_path: Path)
         "use_cpu": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": ["tensorboard"],
+        "report_to": ["tensorboard", "trackio"],
     }
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     done = run_script("--config", str(path), "--max_steps", "2", "--lora_rank", "4")
@@ -153,8 +156,13 @@ def test_script_reads_yaml_and_flags(parts, dataset_folder: str, tmp_path: Path)
     )
     assert [event.step for event in events.Scalars("train/kd/vit")] == [1, 2]
 
+    with sqlite3.connect(next((tmp_path / "trackio").glob("*.db"))) as database:
+        tracked = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+    assert len([entry for entry in tracked if "train/kd/vit" in entry]) == 2
+
     path.write_text(yaml.safe_dump(recipe | {"lambda_distillation": 1}))
-    failed = run_script("--config", str(path))
-    assert failed.returncode != 0 and "lambda_distillation" in failed.stderr
-    failed = run_script("--config", str(path), "--nonsense", "1")
-    assert failed.returncode != 0 and "nonsense" in failed.stderr
+    with pytest.raises(ValueError, match="lambda_distillation"):
+        sft.main(["--config", str(path)])
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="nonsense"):
+        sft.main(["--config", str(path), "--nonsense", "1"])

@@ -238,3 +238,13 @@ def test_evaluation_logs_the_same_terms(arguments, dataset_folder: str) -> None:
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluated) == 1
     assert {"eval_text", "eval_kd", "eval_kd/vit", "eval_balance", "eval_experts/0"} <= evaluated[0].keys()
+
+
+@pytest.mark.parametrize("preset", ["paper", "student_heads"])
+def test_bfloat16_stays_close_to_float32(arguments, preset: str) -> None:
+    settings = {"distillation_preset": preset, "lora_dropout": 0.0, "lambda_kd": 1.0}
+    single, half = (train(*arguments(**settings, bf16=value)) for value in (False, True))
+    for one, other in zip(entries(single), entries(half), strict=True):
+        for term in ("loss", "text", "kd", "kd/vit", "balance"):
+            assert other[term] == pytest.approx(one[term], rel=0.05), term
+    assert all(value.dtype == torch.float32 for value in half.model.parameters())
