@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,16 +163,21 @@ def fit_feature_statistics(
         return
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
 
+    def sample() -> Iterator[dict[str, Any]]:
+        left = args.feature_statistics_images
+        for row in (dataset[index] for index in order):
+            if left <= 0:
+                return
+            if row["images"]:
+                left -= len(row["images"])
+                yield row
+
     def batches() -> Iterator[dict[str, TeacherFeatures]]:
-        left, size = args.feature_statistics_images, args.per_device_train_batch_size
-        for start in tqdm(range(0, len(order), size), desc="teachers' statistics", leave=False):
-            rows = [row for row in (dataset[index] for index in order[start : start + size]) if row["images"]]
-            if rows and left > 0:
-                pixels = collator(rows)["teacher_pixel_values"]
-                left -= len(next(iter(pixels.values())))
-                yield {
-                    name: teacher.to(args.device)(pixels[name].to(args.device)) for name, teacher in teachers.items()
-                }
+        # Cut only now: the sample must not depend on the batch size, which differs between layouts of one run
+        rows = iter(tqdm(sample(), desc="teachers' statistics", unit=" rows", leave=False))
+        while batch := list(islice(rows, args.per_device_train_batch_size)):
+            pixels = collator(batch)["teacher_pixel_values"]
+            yield {name: teacher.to(args.device)(pixels[name].to(args.device)) for name, teacher in teachers.items()}
 
     distiller.fit_statistics(batches())
 
