@@ -258,12 +258,12 @@ class MoveKDTrainer(SFTTrainer):
         metrics = {"text": totals.pop("text") * steps / self.accelerator.num_processes}
         images = totals.pop("images")
         tokens = sum(value for name, value in totals.items() if name.startswith("experts/"))
-        # TRL logs the mean over the micro-batches, to which each adds its part of the step's images
-        weight = images * steps / self._images.item() if images and is_scaled else 1.0
-        if images or (is_scaled and self._images):  # else there is text alone, and nothing to take a mean of
+        step_images = self._images.item() if is_scaled else images
+        if step_images:  # else all batches were text alone, and there is nothing to take a mean of
+            # TRL logs the mean over the micro-batches, so each adds its part of the step's images
+            weight = steps * images / step_images
             for name, value in totals.items():
-                divisor = (tokens if name.startswith("experts/") else images) or 1.0
-                metrics[name] = weight * value / divisor
+                metrics[name] = weight * value / max(tokens if name.startswith("experts/") else images, 1.0)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if outputs.expert_tokens is not None and mode == "train":
