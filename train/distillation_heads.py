@@ -100,7 +100,6 @@ class Target(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.needs_statistics = not all(getattr(self, name).isfinite().all() for name in self.buffer_names)
 
-    @torch.no_grad()
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
         """
         `(batch_size, h * w, width)` to `(batch_size, num_target_tokens, target_width)`, without gradient; float32 if

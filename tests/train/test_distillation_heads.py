@@ -86,7 +86,9 @@ def test_a_student_that_contains_its_teacher_has_no_loss() -> None:
 
 def test_constant_channels_become_zero() -> None:
     features = make_features(16, seed=7)
-    features["eva"].tokens[..., 3] = 1234.5
+    # But for the last bit, which is not to become a feature
+    features["eva"].tokens[..., 3] = 1234.567
+    features["eva"].tokens[::2, :, 3] += 1e-4
     distiller = make_distiller("student_heads", feature_normalization="standardize")
     distiller.fit_statistics([features])
     target = distiller["eva"].target(features["eva"].tokens).unflatten(2, (4, 10))
@@ -181,3 +183,9 @@ def test_heads_without_whitening_predict_all_channels(normalization: str) -> Non
     distiller = make_distiller("student_heads", feature_normalization=normalization)
     assert {name: distiller[name].head[2].out_features for name in TEACHERS} == {"clip": 16, "eva": 40, "sam": 24}
     assert distiller(make_student(), make_features()).loss.isfinite().all()
+
+
+def test_resampling_averages_what_the_smaller_grid_cannot_hold() -> None:
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    checkerboard = ((rows + columns) % 2 * 2.0 - 1).flatten()[None, :, None]
+    assert resample_grid(checkerboard, (16, 16), (5, 5)).abs().max() < 0.1

@@ -234,6 +234,8 @@ def test_bfloat16_inputs_give_float32_losses() -> None:
     exact_scores = teacher_scores(cls.bfloat16().float(), {name: value.float() for name, value in rounded.items()})
     for name in tokens:
         torch.testing.assert_close(scores[name], exact_scores[name], rtol=1e-5, atol=1e-5)
+    exact_loss = distillation_loss(student.bfloat16().float(), rounded["eva"].float(), None, "none")
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
 
 
 def test_check_finite_names_the_terms() -> None:
