@@ -15,7 +15,7 @@ def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 @strict
 class MoveKDVisionConfig(CLIPVisionConfig):
     r"""
-    A CLIP vision tower whose MLPs carry a mixture of LoRA experts (MoVE-KD, arXiv 2501.01709, section 3.2).
+    A CLIP vision tower whose MLPs carry a mixture of LoRA experts (MoVE-KD, arXiv 2501.01709).
 
     Every field of [`~transformers.CLIPVisionConfig`] keeps its meaning; these are added:
 

@@ -1,4 +1,4 @@
-"""Mixture of LoRA experts (MoLE) for the MLPs of a CLIP vision tower (MoVE-KD, arXiv 2501.01709, section 3.2)."""
+"""Mixture of LoRA experts (MoLE) for the MLPs of a CLIP vision tower (MoVE-KD, arXiv 2501.01709)."""
 
 import torch
 from torch import nn

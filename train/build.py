@@ -184,7 +184,7 @@ def fit_feature_statistics(
 
 def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    Freeze what the stage does not train (section 3.4 of the paper). Both stages train projector and distiller.
+    Freeze what the stage does not train. Both stages train projector and distiller.
 
     - `pretrain`: of the tower the experts and routers; of the language model nothing. Without experts the whole tower
       is trained, since distillation would otherwise have nothing to change; without distillation either, none of it.

@@ -96,7 +96,7 @@ class MoveKDSFTConfig(SFTConfig):
 
     Args:
         stage (`str`, defaults to `"finetune"`): `"pretrain"` trains the experts, routers, distillation heads and
-            projector (section 3.4 of the paper); `"finetune"` everything but the teachers.
+            projector; `"finetune"` everything but the teachers.
         vision_model (`str`, *optional*): CLIP checkpoint (Hub id or folder) that becomes the student.
         language_model (`str`, *optional*): Causal language model (Hub id or folder). `vision_model` and
             `language_model` build a new student; `model_name_or_path` continues one.

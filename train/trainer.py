@@ -124,7 +124,7 @@ def split_crops(
 
 class MoveKDTrainer(SFTTrainer):
     """
-    Trains a MoVE-KD student: text loss + `lambda_kd` * distillation + `lambda_balance` * router balance (section 3.4).
+    Trains a MoVE-KD student: text loss + `lambda_kd` * distillation + `lambda_balance` * router balance.
 
     Args:
         model: The student, from [`train.build.build_student`].

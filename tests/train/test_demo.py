@@ -1,0 +1,82 @@
+"""The demo as its users run it, and its parts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train.demo import RECIPES, accuracy_by_family, draw_answers, draw_losses, parse_recipe, results_table, run_demo
+from train.scenes import FAMILIES, scenes
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_recipes_are_two_stages_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (_, first, _), (_, second, model_args) = (parse_recipe(recipe) for recipe in RECIPES)
+    assert (first.stage, second.stage) == ("pretrain", "finetune")
+    assert model_args.model_name_or_path == first.output_dir
+    assert first.distillation_preset == second.distillation_preset == "paper"
+    assert first.teachers == second.teachers
+
+
+def test_outside_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder of the clone"):
+        run_demo()
+
+
+def test_accuracy_and_pictures(tmp_path: Path) -> None:
+    rows = scenes("test", 15)
+    truth = [turns[1]["value"] for turns in rows["conversations"]]
+    assert accuracy_by_family(truth, rows) == dict.fromkeys(FAMILIES, 1.0)
+    wrong = [
+        "no such answer" if family == "read" else answer for answer, family in zip(truth, rows["family"], strict=True)
+    ]
+    assert accuracy_by_family(wrong, rows) == dict.fromkeys(FAMILIES, 1.0) | {"read": 0.0}
+    assert "| read | 0.0 |" in results_table({"trained": accuracy_by_family(wrong, rows)})
+
+    draw_answers(tmp_path / "answers.png", rows, wrong)
+    history = [{"step": step, "text": 1.0, "kd/clip": 0.5, "balance": 1.0} for step in (1, 2)]
+    draw_losses(tmp_path / "losses.png", {"pretrain": history, "finetune": history})
+    for name in ("answers.png", "losses.png"):
+        colours = Image.open(tmp_path / name).convert("RGB").getcolors(maxcolors=1 << 24)
+        assert len(colours) > 100, f"{name} is all but empty"
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+@pytest.mark.slow
+def test_whole_demo(tmp_path: Path) -> None:
+    for room in ("modeling_movekd", "train", "hub"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "train/sft.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, env=os.environ | {"PYTHONPATH": ""}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "outputs" / "demo"
+    results = json.loads((output / "results.json").read_text())
+    assert results_table({name: results[name] for name in ("trained", "untrained", "chance")}) in done.stdout
+    clear = [family for family in FAMILIES if results["trained"][family] > results["chance"][family] + 0.1]
+    assert len(clear) >= 4, results
+    assert {"answers.png", "losses.png", "model.safetensors", "distiller.safetensors"} <= {
+        path.name for path in output.iterdir()
+    }
+
+    load = (
+        "import sys; sys.path = [path for path in sys.path if path]\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "model, processor = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True), "
+        "AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__name__, type(processor).__name__)"
+    )
+    bare = subprocess.run(
+        [sys.executable, "-I", "-c", load, str(output)], cwd="/", capture_output=True, text=True, timeout=300
+    )
+    assert "MoveKDForConditionalGeneration LlavaProcessor" in bare.stdout, bare.stderr
