@@ -1,0 +1,110 @@
+"""The one forward of a training step: text, distillation and balance losses of MoVE-KD inside TRL's fused forward."""
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from trl.trainer.utils import FusedCausalLMOutput
+
+from train.losses import balance_loss
+
+
+@dataclass
+class MoveKDTrainingOutput(FusedCausalLMOutput):
+    """
+    TRL's fused output with the terms of the method, per image, in declared fields: DDP rebuilds an output from those.
+
+    Args:
+        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, summed over the weighted teachers.
+        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient.
+        balance (`torch.Tensor` of shape `(num_crops,)`): Router balance loss; for `pad` an image is one crop.
+        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Tokens each expert got.
+    """
+
+    kd: torch.Tensor | None = None
+    teacher_losses: torch.Tensor | None = None
+    balance: torch.Tensor | None = None
+    expert_tokens: torch.Tensor | None = None
+
+
+def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
+    """
+    Wrap the forward that TRL installed on this model, so that one call runs the student's tower once, feeds the
+    projector and the distiller with its features, and returns a [`MoveKDTrainingOutput`].
+
+    The losses are computed in here and nowhere else: only what happens inside the forward of the wrapped model is seen
+    by DDP, ZeRO and FSDP2. The tower is run first and handed on through `mm_encoder_outputs`, also for blank images,
+    so that every process makes the same calls whatever its batch holds.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_weights: torch.Tensor | None = None,
+        num_blank_images: int = 0,
+        teacher_features: Mapping[str, Any] | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        num_images = 0 if pixel_values is None else len(pixel_values) - num_blank_images
+        if image_weights is None or not fused_lm_head:
+            pixel_values = pixel_values[:num_images] if pixel_values is not None and num_images else None
+            image_sizes = None if image_sizes is None else image_sizes[:num_images]
+            images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+            return fused_forward(*args, **images, fused_lm_head=fused_lm_head, **kwargs)
+
+        vision = self.get_image_features(
+            pixel_values, image_sizes, output_router_probabilities=True, output_expert_indices=True, return_dict=True
+        )
+        # Blank images have no place in the text; a zero ties what they passed through to the loss
+        zero = 0.0 * torch.cat(list(vision.pooler_output[num_images:]) or [vision.last_hidden_state[0]]).sum()
+        vision.pooler_output = vision.pooler_output[:num_images]
+        outputs = fused_forward(
+            *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
+        )
+
+        whole_images, crop_weights = split_crops(self, image_weights, image_sizes)
+        kd, teacher_losses = image_weights * 0.0 + zero, None
+        if teacher_features:
+            tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
+            distilled = self.distiller(tokens[whole_images], teacher_features)
+            kd = kd + distilled.loss * image_weights
+            teacher_losses = torch.stack([distilled.teacher_losses[name] for name in teacher_features])
+            teacher_losses = teacher_losses.detach() * image_weights
+        balance = expert_tokens = None
+        if vision.router_probabilities:
+            balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)
+            balance = balance * crop_weights
+            num_experts = vision.router_probabilities[0].shape[-1]
+            one_hot = nn.functional.one_hot(torch.stack(vision.expert_indices), num_experts)
+            expert_tokens = (one_hot.sum(dim=2) * (crop_weights > 0).unsqueeze(-1)).sum(dim=1)
+        return MoveKDTrainingOutput(
+            **outputs, kd=kd, teacher_losses=teacher_losses, balance=balance, expert_tokens=expert_tokens
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def split_crops(
+    model: PreTrainedModel, image_weights: torch.Tensor, image_sizes: torch.Tensor | None
+) -> tuple[slice | torch.Tensor, torch.Tensor]:
+    """
+    Which of the tower's inputs is each whole image, and the weight of every input: for `pad` the image and its weight,
+    for `anyres` the first of the image's crops, and its weight shared by all of them.
+    """
+    if model.config.image_aspect_ratio == "pad" or image_sizes is None:
+        return slice(None), image_weights
+    size, grids = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+    counts = torch.tensor([image_size_to_num_patches(image_size, grids, size) for image_size in image_sizes])
+    total, counts = int(counts.sum()), counts.to(image_weights.device)
+    return counts.cumsum(0) - counts, (image_weights / counts).repeat_interleave(counts, output_size=total)
