@@ -1,9 +1,10 @@
 """Configuration of a MoVE-KD training run: TRL's `SFTConfig` with the method's own keys and presets."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from trl import SFTConfig
 
@@ -115,6 +116,8 @@ class MoveKDSFTConfig(SFTConfig):
             teachers' statistics, where the preset normalises their features.
         whitening_components (`int`, defaults to 64): Principal components kept of each teacher's features.
         group_by_modality_length (`bool`, defaults to `False`): Batches of one modality and similar length.
+        global_batch_size (`int`, *optional*): Rows of one optimiser step over all processes. Sets
+            `gradient_accumulation_steps`, so that a recipe means the same on any number of GPUs.
 
     Raises:
         ValueError: for settings that would silently do nothing or train wrongly; the message names the way out.
@@ -141,6 +144,10 @@ class MoveKDSFTConfig(SFTConfig):
     feature_statistics_images: int = field(default=1024, metadata={"help": "Images that measure the teachers."})
     whitening_components: int = field(default=64, metadata={"help": "Principal components kept per teacher."})
     group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of one modality and length."})
+
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one step over all processes; sets gradient_accumulation_steps."}
+    )
 
     # Knobs of the preset
     router_gradient: Literal["straight_through", "none"] | None = field(
@@ -172,7 +179,24 @@ class MoveKDSFTConfig(SFTConfig):
     assistant_only_loss: bool = field(default=True, metadata={"help": "Loss on the assistant's turns only."})
 
     def __post_init__(self) -> None:
+        if self.global_batch_size is not None:
+            # Before TRL and DeepSpeed read it, which is also before the processes have met
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
+            if self.gradient_accumulation_steps not in (1, steps):
+                raise ValueError(
+                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but `global_batch_size` "
+                    f"{self.global_batch_size} asks for {steps} on {processes} processes. Give one of the two."
+                )
+            self.gradient_accumulation_steps = steps
         super().__post_init__()
+        # The parser checks what is typed on the command line, but not what a YAML file says
+        for name, annotation in MoveKDSFTConfig.__annotations__.items():
+            literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+            choices = [choice for literal in literals for choice in get_args(literal)]
+            value = getattr(self, name)
+            if choices and value not in (choices if get_origin(annotation) is Literal else [*choices, None]):
+                raise ValueError(f"`{name}` is {value!r}; choose one of {choices}.")
         for knob, value in PRESETS[self.distillation_preset].items():
             if getattr(self, knob) is None:
                 setattr(self, knob, value)
@@ -187,9 +211,47 @@ class MoveKDSFTConfig(SFTConfig):
             )
         refuse_reentrant_checkpointing(self)
 
+    def batch_summary(self) -> str:
+        """
+        One sentence for the log: how the global batch comes about.
+
+        Raises:
+            ValueError: if it is not the `global_batch_size` asked for, as where one process drives several GPUs.
+        """
+        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if self.global_batch_size not in (None, rows):
+            raise ValueError(
+                f"`global_batch_size` is {self.global_batch_size}, but a step takes {rows} rows: "
+                f"{self.train_batch_size} per process, {self.gradient_accumulation_steps} accumulated, on "
+                f"{self.world_size} processes. Start one process per device with `accelerate launch`."
+            )
+        return (
+            f"Global batch {rows}: {self.train_batch_size} per process, {self.gradient_accumulation_steps} accumulated, "
+            f"on {self.world_size} processes."
+        )
+
     def knobs(self) -> dict[str, Any]:
         """The preset's knobs as they stand, overrides included."""
         return {knob: getattr(self, knob) for knob in PRESETS["paper"]}
+
+
+def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
+    """
+    Micro-batches that one optimiser step accumulates, so that it takes `global_batch_size` rows.
+
+    Raises:
+        ValueError: if the global batch is no multiple of what the processes take at once.
+    """
+    steps, rest = divmod(global_batch_size, per_device_batch_size * processes)
+    if steps < 1 or rest:
+        share, uneven = divmod(global_batch_size, processes)
+        sizes = [] if uneven else [size for size in range(1, share + 1) if share % size == 0]
+        way_out = f"`per_device_train_batch_size` one of {sizes}" if sizes else "a number of processes that divides it"
+        raise ValueError(
+            f"`global_batch_size` is {global_batch_size}, no multiple of {per_device_batch_size} rows on each of "
+            f"{processes} processes. Give {way_out}."
+        )
+    return steps
 
 
 def refuse_reentrant_checkpointing(args: SFTConfig) -> None:

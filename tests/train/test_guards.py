@@ -101,6 +101,9 @@ def test_replaced_forward(train) -> None:
         ({"teachers": None}, "`teachers` is empty"),
         ({"freeze_vision_tower": True}, "nothing to distil into"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"stage": "pretrian"}, "`stage` is 'pretrian'; choose one of .*'pretrain'"),
+        ({"head_side": "left"}, "`head_side` is 'left'"),
+        ({"distillation_preset": "papers"}, "`distillation_preset` is 'papers'"),
     ],
 )
 def test_settings_that_would_fail_in_silence(arguments, settings, message: str) -> None:
