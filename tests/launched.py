@@ -1,0 +1,178 @@
+"""
+Training runs in processes of their own, and what really ran there.
+
+Started by `accelerate launch`, this file does what `train/sft.py` does, for one configuration after the other, and
+every process writes the facts of every run to `facts-{rank}.json` in its output folder:
+
+    accelerate launch ... tests/launched.py [--die_after STEP] one.yaml two.yaml
+
+With `--die_after` the first process ends by SIGKILL once all have written that step's checkpoint of the last run.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainerCallback
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tests" / "launched.py"
+DDP_CPU = ("--config_file", ROOT / "train" / "accelerate" / "ddp_cpu.yaml")
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from trl import TrlParser  # noqa: E402
+
+from train import sft  # noqa: E402
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig  # noqa: E402
+from train.trainer import MoveKDTrainer  # noqa: E402
+
+
+class RecordingTrainer(MoveKDTrainer):
+    """Notes the type of the model that is really called, and the images of every micro-batch of this process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.called: set[str] = set()
+        self.images: list[int] = []
+        self.first_loss: list[float] = []
+
+    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
+        self.called.add(type(model).__name__)
+        self.images.append(int(inputs["image_weights"].sum()))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def facts(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return {
+            "world_size": torch.distributed.get_world_size() if running else 1,
+            "backend": torch.distributed.get_backend() if running else None,
+            "distributed_type": self.accelerator.distributed_type.value,
+            "called": sorted(self.called),
+            "images": self.images,
+            "weights": digest.hexdigest(),
+            "log_history": self.state.log_history,
+        }
+
+
+class DieAfterSave(TrainerCallback):
+    """Ends the first process without a chance to tidy up, once every process has written the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.global_step != self.step:
+            return
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, die_after: int | None = None):
+    """`train.sft.train` that notes what runs; returns its trainer."""
+
+    def build(*arguments: Any, **kwargs: Any) -> RecordingTrainer:
+        trainer = RecordingTrainer(*arguments, **kwargs)
+        if die_after is not None:
+            trainer.add_callback(DieAfterSave(die_after))
+        return trainer
+
+    original = sft.MoveKDTrainer
+    sft.MoveKDTrainer = build
+    try:
+        return sft.train(data_args, args, model_args)
+    finally:
+        sft.MoveKDTrainer = original
+
+
+def launch(
+    script: Path, *arguments: str | Path, launcher: Sequence[str | Path] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """
+    Run a script by `accelerate launch` with the launcher's flags, or without any in a single process by plain Python.
+    After `timeout` seconds everything is ended and the test fails.
+    """
+    by_accelerate = [] if launcher is None else ["-m", "accelerate.commands.launch", *launcher]
+    command = [str(part) for part in (sys.executable, *by_accelerate, script, *arguments)]
+    environment = {
+        # What an earlier run in this process may have left behind must not reach the next one
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "FSDP_"))
+    }
+    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher passes it on to its processes, which have sessions of their own
+        process.communicate(timeout=60)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def write_settings(folder: Path, parts: dict[str, str], dataset: str, **overrides: Any) -> Path:
+    """A configuration file for a small run from these parts, whose output goes into `folder`; keywords override."""
+    settings = {
+        "dataset_name": dataset,
+        "vision_model": parts["clip"],
+        "language_model": parts["language"],
+        "teachers": [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": parts["vit"]}],
+        "output_dir": str(folder),
+        "lora_rank": 4,
+        "lora_dropout": 0.0,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "activation_checkpointing": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "feature_statistics_images": 7,
+        "whitening_components": 8,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings | overrides, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def run(config: Path, die_after: int | None = None) -> RecordingTrainer:
+    """The run of a configuration file in this process; its facts are in its output folder."""
+    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
+    trainer = record(*parser.parse_args_and_config(["--config", str(config)]), die_after=die_after)
+    facts = Path(trainer.args.output_dir) / f"facts-{trainer.args.process_index}.json"
+    facts.write_text(json.dumps(trainer.facts()), encoding="utf-8")
+    return trainer
+
+
+def main(arguments: Sequence[str]) -> None:
+    die_after = None
+    if arguments[0] == "--die_after":
+        die_after, arguments = int(arguments[1]), arguments[2:]
+    for index, config in enumerate(arguments):
+        trainer = run(Path(config), die_after if index == len(arguments) - 1 else None)
+        trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Two processes give what one gives: losses, gradient norms, weights, whatever the batches hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from colours import llava_rows
+from datasets import Dataset, Image
+from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
+from safetensors.torch import load_file
+
+
+ZERO2_CPU = (
+    *("--config_file", ROOT / "train" / "accelerate" / "zero2.yaml", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--main_process_port", "0"),
+)
+# Plain gradient descent: the weights follow the size of every gradient, which Adam would divide away
+DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+MIXED = {"train_sampling_strategy": "sequential", "max_steps": 5}
+RUNS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper, no checkpointing": {"activation_checkpointing": False, "lambda_kd": 5.0, "lambda_balance": 1.0},
+    "paper, mixed": {"dataset": "mixed", **MIXED},
+    "student_heads, mixed": {"dataset": "mixed", "distillation_preset": "student_heads", **MIXED},
+    "released, mixed, pretrain": {
+        **{"dataset": "mixed", "distillation_preset": "released", "stage": "pretrain", **MIXED},
+        # Without this one, by definition not a sum over the images of a batch
+        "teacher_weighting": "cls_similarity",
+    },
+    "grouped": {"dataset": "mixed", "group_by_modality_length": True, "activation_checkpointing": False},
+}
+# Images of each process in the five steps of `MIXED`, four rows each: one process alone has text without images in the
+# first and the third step, both in the fourth
+TEXT_ONLY = (4, 5, 6, 7, 9, 14, *range(16, 20), *range(24, 32), 33)
+IMAGES = [[4, 3, 0, 0, 3], [0, 3, 4, 0, 4]]
+
+
+def facts(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads((folder / f"facts-{rank}.json").read_text())
+
+
+def steps(folder: Path) -> list[dict[str, float]]:
+    entries = [entry for entry in facts(folder)["log_history"] if "text" in entry]
+    # The last two are TRL's own, a mean over the micro-batches whatever their number of tokens
+    left_out = ("images_per_second", "entropy", "mean_token_accuracy")
+    return [{name: value for name, value in entry.items() if name not in left_out} for entry in entries]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors") | load_file(folder / "distiller.safetensors")
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert len(steps(folder)) == len(steps(other)) > 0
+    for one, two in zip(steps(folder), steps(other), strict=True):
+        assert one.keys() == two.keys()
+        assert one == pytest.approx(two, rel=5e-6, abs=1e-7)
+    for name, value in weights(other).items():
+        torch.testing.assert_close(weights(folder)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def write(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.TempPathFactory):
+    """Writes the configuration of one of `RUNS`."""
+    root = tmp_path_factory.mktemp("runs")
+    Dataset.from_list(llava_rows(40, text_only=TEXT_ONLY)).save_to_disk(root / "mixed")
+    datasets = {"colours": dataset_folder, "mixed": str(root / "mixed")}
+
+    def make(name: str, kind: str, **overrides: Any) -> Path:
+        settings = DESCENT | RUNS[name] | overrides
+        dataset = datasets[settings.pop("dataset", "colours")]
+        return write_settings(root / kind / name, parts, dataset, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two_processes(write) -> dict[str, Path]:
+    """Output folders of all runs, made by one launch of two processes."""
+    configs = {name: write(name, "two") for name in RUNS}
+    result = launch(SCRIPT, *configs.values(), launcher=DDP_CPU)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return {name: config.with_suffix("") for name, config in configs.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_ran(two_processes, name: str) -> None:
+    ranks = [facts(two_processes[name], rank) for rank in range(2)]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    for rank in ranks:
+        assert (rank["world_size"], rank["backend"]) == (2, "gloo")
+        assert rank["distributed_type"] in ("MULTI_GPU", "MULTI_CPU")
+        assert rank["called"] == ["DistributedDataParallel"]
+    if RUNS[name].get("distillation_preset") == "released":
+        assert [rank["images"] for rank in ranks] == [[4] * 5] * 2, "text-only rows get a black image each"
+    elif "mixed" in name:
+        assert [rank["images"] for rank in ranks] == IMAGES
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("layout", [(8, 1), (4, 2)], ids=["twice the batch", "accumulation"])
+def test_one_process_gives_the_same(two_processes, write, name: str, layout: tuple[int, int]) -> None:
+    batch_size, accumulation = layout
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer = run(write(name, f"one-{accumulation}", **settings))
+    folder = Path(trainer.args.output_dir)
+    assert facts(folder)["world_size"] == 1 and "DistributedDataParallel" not in facts(folder)["called"]
+    assert_same_run(folder, two_processes[name])
+
+
+@pytest.mark.slow
+def test_zero2_gives_the_same(two_processes, write) -> None:
+    pytest.importorskip("deepspeed")
+    names = ("paper", "student_heads, mixed")
+    configs = {name: write(name, "zero2") for name in names}
+    result = launch(SCRIPT, *configs.values(), launcher=ZERO2_CPU)
+    assert result.returncode == 0, result.stdout[-6000:]
+    for name, config in configs.items():
+        folder = config.with_suffix("")
+        ranks = [facts(folder, rank) for rank in range(2)]
+        assert [rank["distributed_type"] for rank in ranks] == ["DEEPSPEED"] * 2
+        assert [rank["called"] for rank in ranks] == [["DeepSpeedEngine"]] * 2
+        assert_same_run(folder, two_processes[name])
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_job(write, tmp_path: Path) -> None:
+    dataset = Dataset.from_list(llava_rows(24)).cast_column("image", Image(decode=False))
+    rows = dataset.to_list()
+    rows[5]["image"]["bytes"] = b"no picture"  # in the second process's first batch
+    Dataset.from_list(rows, dataset.features).save_to_disk(tmp_path / "broken")
+    config = write("paper", "broken", dataset_name=str(tmp_path / "broken"), **MIXED)
+    result = launch(SCRIPT, config, launcher=DDP_CPU, timeout=120)
+    assert result.returncode not in (0, None)
+    assert "Row 5: an image cannot be decoded" in result.stdout
+    assert not (config.with_suffix("") / "model.safetensors").exists()

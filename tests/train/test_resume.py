@@ -1,0 +1,209 @@
+"""A run that was killed and resumed is the run that was not, bit for bit; and what a checkpoint of it holds."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from colours import llava_rows
+from datasets import Dataset
+from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
+from safetensors.torch import load_file, save_file
+
+
+# All that is random takes part: the order of the rows and the dropout of the experts
+SETTINGS = {"lora_dropout": 0.05, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "max_steps": 4}
+FILES = ("model.safetensors", "distiller.safetensors", "optimizer.pt", "scheduler.pt")
+# Run by an isolated interpreter, without network and without this repository on its path
+STRANGER = """
+import importlib.util, json, socket, sys
+from pathlib import Path
+
+sys.path[:] = [path for path in sys.path if "site-packages" in path or not (Path(path) / "modeling_movekd").is_dir()]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+assert importlib.util.find_spec("modeling_movekd") is None and importlib.util.find_spec("train") is None
+
+def refuse(*args, **kwargs):
+    raise AssertionError(f"a connection was tried: {args}")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+folder = sys.argv[1]
+model, saved = AutoModel.from_pretrained(folder, trust_remote_code=True), load_file(folder + "/model.safetensors")
+weights = model.state_dict()
+assert all((weights[name] == value).all() for name, value in saved.items())
+print("REPORT" + json.dumps([type(model).__name__, sorted(weights.keys() - saved.keys())]))
+"""
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """What was logged after the second step, without the clock's part, and TRL's count of tokens since the start."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    left_out = ("images_per_second", "num_tokens")
+    return [
+        {name: value for name, value in entry.items() if name not in left_out}
+        for entry in history
+        if entry["step"] > 2
+    ]
+
+
+def read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, weights_only=False)  # the state of a generator holds arrays; this test wrote the file
+
+
+def differences(one: Any, two: Any, name: str = "") -> Iterator[str]:
+    """The names of what is not equal in two nested states, bit for bit."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in one.keys() | two.keys():
+            yield from differences(one.get(key), two.get(key), f"{name}/{key}")
+    elif isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        for index, pair in enumerate(zip(one, two, strict=True)):
+            yield from differences(*pair, f"{name}/{index}")
+    else:
+        is_array = isinstance(one, torch.Tensor | np.ndarray)
+        if type(one) is not type(two) or not (np.array_equal(one, two) if is_array else one == two):
+            yield name
+
+
+def assert_same(folder: Path, other: Path, processes: int) -> None:
+    """The last checkpoints are equal: student, distiller, optimizer, schedule, generators, and what was logged."""
+    folder, other = folder / "checkpoint-4", other / "checkpoint-4"
+    generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in (*FILES, *generators):
+        assert list(differences(read(folder / name), read(other / name), name)) == []
+    assert len(losses(folder)) == 2 and losses(folder) == losses(other)
+
+
+def assert_killed(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}, "the run should have ended after two steps"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path, parts: dict[str, str], dataset_folder: str) -> Path:
+    """The output of four steps in one go, in one process."""
+    run(write_settings(folder / "straight", parts, dataset_folder, **SETTINGS))
+    return folder / "straight"
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, parts: dict[str, str], dataset_folder: str) -> Path:
+    """The output of one process that was killed after the second step's checkpoint."""
+    config = write_settings(folder / "killed", parts, dataset_folder, **SETTINGS)
+    result = launch(SCRIPT, "--die_after", "2", config)
+    assert result.returncode == -signal.SIGKILL, result.stdout[-6000:]
+    assert_killed(folder / "killed")
+    return folder / "killed"
+
+
+@pytest.fixture
+def resume(killed: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path):
+    """Resumes a copy of the killed run in this process, after a change to its checkpoint; gives the output."""
+
+    def resume(change=lambda checkpoint: None) -> Path:
+        output = tmp_path / "resumed"
+        shutil.copytree(killed, output)
+        checkpoint = output / "checkpoint-2"
+        change(checkpoint)
+        run(write_settings(output, parts, dataset_folder, **SETTINGS, resume_from_checkpoint=str(checkpoint)))
+        return output
+
+    return resume
+
+
+def test_killed_and_resumed_is_the_same_run(straight: Path, resume) -> None:
+    assert_same(resume(), straight, processes=1)
+
+
+def test_dropout_takes_part(straight: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> None:
+    run(write_settings(tmp_path / "other", parts, dataset_folder, **SETTINGS | {"lora_dropout": 0.0}))
+    assert losses(tmp_path / "other" / "checkpoint-4") != losses(straight / "checkpoint-4")
+
+
+def test_without_the_distiller_resuming_raises(resume) -> None:
+    with pytest.raises(ValueError, match=r"distiller\.safetensors is missing"):
+        resume(lambda checkpoint: (checkpoint / "distiller.safetensors").unlink())
+
+
+def test_another_distiller_is_another_run(straight: Path, resume) -> None:
+    def change(checkpoint: Path) -> None:
+        path = checkpoint / "distiller.safetensors"
+        save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
+
+    resumed = resume(change)
+    assert losses(resumed / "checkpoint-4")[0]["kd/vit"] != losses(straight / "checkpoint-4")[0]["kd/vit"]
+    assert list(differences(*(read(folder / "checkpoint-4" / FILES[0]) for folder in (resumed, straight))))
+
+
+def test_two_processes(folder: Path, parts: dict[str, str]) -> None:
+    """One launch trains straight, then loses a process in a second run, which ends the job. Another one resumes it."""
+    Dataset.from_list(llava_rows(24, text_only=(1, 5, 6, 7, 8, 13, 14, 15, 16, 22))).save_to_disk(folder / "mixed")
+    # Three steps are an epoch: the last one is in the second
+    settings = SETTINGS | {"distillation_preset": "student_heads", "group_by_modality_length": True}
+    straight, killed = folder / "straight-2", folder / "killed-2"
+    configs = [write_settings(output, parts, str(folder / "mixed"), **settings) for output in (straight, killed)]
+    died = launch(SCRIPT, "--die_after", "2", *configs, launcher=DDP_CPU, timeout=240)
+    assert died.returncode != 0 and "SIGKILL" in died.stdout, died.stdout[-6000:]
+    assert_killed(killed)
+    for rank in range(2):
+        facts = json.loads((straight / f"facts-{rank}.json").read_text())
+        assert (facts["world_size"], facts["called"]) == (2, ["DistributedDataParallel"])
+
+    config = write_settings(killed, parts, str(folder / "mixed"), **settings | {"max_steps": 3})
+    flags = ("--config", config, "--max_steps", "4", "--resume_from_checkpoint", killed / "checkpoint-2")
+    resumed = launch(ROOT / "train" / "sft.py", *flags, launcher=DDP_CPU)
+    assert resumed.returncode == 0, resumed.stdout[-6000:]
+    facts = json.loads((killed / "checkpoint-4" / "training_facts.json").read_text())
+    assert (facts["processes"], facts["global_batch_size"], facts["steps"]) == (2, 8, 4)
+    assert_same(killed, straight, processes=2)
+    names = {f"{teacher}.{name}" for teacher in ("clip", "vit") for name in ("mean", "variance", "components", "head")}
+    keys = load_file(killed / "checkpoint-2" / "distiller.safetensors").keys()
+    assert {".".join(key.split(".")[:2]) for key in keys} == names
+
+
+def test_checkpoint_in_the_middle(straight: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> None:
+    checkpoint = straight / "checkpoint-2"
+    assert not any("distiller" in name or "teacher" in name for name in load_file(checkpoint / "model.safetensors"))
+    keys = load_file(checkpoint / "distiller.safetensors").keys()
+    assert {key.rsplit(".", 1)[0] for key in keys} == {"vit.channels", "vit.tokens"}
+
+    facts = json.loads((checkpoint / "training_facts.json").read_text())
+    assert facts["steps"] == 2 and facts["losses"]["kd/vit"] > 0
+    assert {facts["vision_model"], facts["language_model"]} == {parts["clip"], parts["language"]}
+    given = {*parts.values(), dataset_folder}
+    for path in checkpoint.glob("*.json"):
+        assert set(absolute_paths(json.loads(path.read_text()))) <= given, path.name
+
+    stranger = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, str(checkpoint)],
+        cwd=tmp_path,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert stranger.returncode == 0, stranger.stderr[-6000:]
+    assert json.loads(stranger.stdout.split("REPORT")[1]) == ["MoveKDForConditionalGeneration", []]
+
+
+def absolute_paths(content: Any) -> Iterator[str]:
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from absolute_paths(value)
+    elif isinstance(content, str) and Path(content).is_absolute():
+        yield content
