@@ -44,7 +44,7 @@ FAMILIES = ("attribute", "relation", "presence", "count", "read")
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 CAPTION_REQUEST = "What is in the image?"
 
-# The content of a scene decides which split it may appear in (a hash of it, modulo 8), so that no scene is ever in two.
+# A hash of what a scene shows, modulo 8, decides which split it may appear in: no scene is ever in two.
 SPLITS = {"towers": (0, 1, 2, 3), "pretrain": (4,), "finetune": (5,), "validation": (6,), "test": (7,)}
 
 _FEATURES = Features(
@@ -75,7 +75,7 @@ _FEATURES = Features(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its cell counted from 0 at the top left, its centre and radius in pixels of the 128-pixel picture."""
+    """One object: its cell, counted from 0 at the top left, its centre and radius in pixels of the picture."""
 
     colour: str
     shape: str
@@ -140,11 +140,11 @@ def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
         shade = rng.integers(-18, 19, 3)
-        colour = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[item.colour], shade))
+        colour = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[item.colour], shade, strict=True))
         _draw_shape(draw, item.shape, 2 * item.x, 2 * item.y, 2 * item.radius, colour)
     font = _font(FONTS[rng.integers(len(FONTS))], 2 * int(rng.integers(25, 30)))
     ink = int(rng.integers(0, 50) if light else rng.integers(205, 256))
-    for digit, (x, y) in zip(scene.number, scene.digit_centres):
+    for digit, (x, y) in zip(scene.number, scene.digit_centres, strict=True):
         draw.text((2 * x, 2 * y), digit, fill=(ink, ink, ink), font=font, anchor="mm")
     # Painted at twice the size and halved, for smooth edges.
     pixels = np.asarray(canvas.reduce(2), dtype=np.int16)
@@ -197,8 +197,8 @@ def scenes(split: str, size: int, seed: int = 0, questions: int | None = None) -
         size: number of pictures, one row each.
         seed: another seed gives other pictures.
         questions: turns of each conversation. 0 asks for a caption; 1 asks one question, the families in turn, so that
-            row `i` belongs to `FAMILIES[i % 5]`; up to 5 ask that many different families in random order. By default 0
-            for `pretrain`, 1 for `validation` and `test`, 5 otherwise.
+            row `i` belongs to `FAMILIES[i % 5]`; up to 5 ask that many different families in random order. By default
+            0 for `pretrain`, 1 for `validation` and `test`, 5 otherwise.
 
     Returns:
         A dataset with the columns `image` (PIL, RGB, 128 x 128), `conversations` (LLaVA turns, `from` and `value`),
@@ -245,7 +245,7 @@ def _row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
         chosen = rng.permutation(len(FAMILIES))[:questions] if questions > 1 else [index % len(FAMILIES)]
         asked = [ask(scene, FAMILIES[i], rng) for i in chosen]
         family, turns = asked[0].family if questions == 1 else "several", [(q.text, q.answer) for q in asked]
-    conversation = []
+    conversation: list[dict[str, str]] = []
     for text, answer in turns:
         prefix = "" if conversation else "<image>\n"
         conversation += [{"from": "human", "value": prefix + text}, {"from": "gpt", "value": answer}]

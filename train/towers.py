@@ -1,0 +1,448 @@
+"""Trains the four small networks the demo starts from, all on scenes of the split `towers`.
+
+    python -m train.towers --output_dir train/demo_towers
+
+- `clip`: the student's starting point, a CLIP vision tower (64 px, 4 x 4 patches) trained against captions, which say
+  nothing about the digits;
+- `detector`: a teacher that knows objects, a vision transformer (96 px, 8 x 8 tokens) trained on dense labels;
+- `reader`: a teacher that knows digits, a convolutional network (128 px, 16 x 16 tokens) trained on dense labels;
+- `language_model`: a Llama of three layers that has learnt to answer questions about scenes told in words: in place
+  of an image it is given, for each of the 16 cells, the sum of the embeddings of the words that describe it.
+
+Each is an ordinary folder of `save_pretrained`. `scores.json` says how well each one does on scenes it has not seen.
+"""
+
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import trange
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    ViTImageProcessor,
+    get_cosine_schedule_with_warmup,
+)
+
+from train.scenes import (
+    CAPTION_REQUEST,
+    COLOURS,
+    COLUMNS,
+    GRID,
+    ROWS,
+    SHAPES,
+    Scene,
+    caption,
+    sample_scene,
+    scene_image,
+)
+from train.text_scenes import CELLS, TextScenes, build_tokenizer, facts, language_model_scores, lesson
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+SHAPE_CLASSES = ("nothing", *SHAPES, "digit")
+COLOUR_CLASSES = ("none", *COLOURS)
+NO_DIGIT = 10
+# The libraries' 0.02 is meant for networks ten times as wide.
+INITIALIZER_RANGE = 0.08
+
+
+@dataclass
+class TowersArguments:
+    output_dir: str = field(default="train/demo_towers", metadata={"help": "Where the four folders are written."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the weights."})
+    pictures: int = field(default=12000, metadata={"help": "Number of scenes to train on."})
+    effort: float = field(default=1.0, metadata={"help": "Scales the number of training steps of every network."})
+
+
+@dataclass
+class Labels:
+    """The truth of `n` scenes, cell by cell, row-major: `shape`, `colour`, `digit` are [n, 16] long (classes of
+    `SHAPE_CLASSES`, `COLOUR_CLASSES`, and 0-9 or `NO_DIGIT`), `centre` is [n, 16, 2] float, x and y in pixels of the
+    128-pixel picture."""
+
+    shape: Tensor
+    colour: Tensor
+    digit: Tensor
+    centre: Tensor
+
+
+def cell_labels(scenes: list[Scene]) -> Labels:
+    """Dense labels of a list of scenes."""
+    shape, colour = np.zeros((len(scenes), CELLS), dtype=np.int64), np.zeros((len(scenes), CELLS), dtype=np.int64)
+    digit, centre = np.full((len(scenes), CELLS), NO_DIGIT), np.zeros((len(scenes), CELLS, 2), dtype=np.float32)
+    for i, scene in enumerate(scenes):
+        for item in scene.objects:
+            cell = item.row * GRID + item.column
+            shape[i, cell], colour[i, cell] = SHAPE_CLASSES.index(item.shape), COLOUR_CLASSES.index(item.colour)
+            centre[i, cell] = item.x, item.y
+        for offset in range(2):
+            cell = scene.number_row * GRID + scene.number_column + offset
+            shape[i, cell], digit[i, cell] = SHAPE_CLASSES.index("digit"), int(scene.number[offset])
+            centre[i, cell] = scene.digit_centres[offset]
+    return Labels(*(torch.from_numpy(array) for array in (shape, colour, digit, centre)))
+
+
+def resized(pictures: list[Image.Image], size: int) -> Tensor:
+    """Pictures as one uint8 tensor [n, 3, size, size], resized bicubically as every processor here does."""
+    arrays = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [n, 3, S, S] to float32 pixel values of the same shape."""
+    return (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
+    """Minimises `loss` with AdamW, a linear warm-up over a twentieth of the steps and a cosine decay.
+
+    Raises:
+        ValueError: if the loss stops being finite.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    bar = trange(steps, desc=name)
+    for step in bar:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss()
+        if not torch.isfinite(value):
+            raise ValueError(f"the loss of {name} is {value.item()} at step {step}; lower its learning rate")
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+
+
+def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that leaves things out: colours and places alone would tell scenes apart, and a tower trained on whole
+    captions would not look at shapes."""
+    parts = []
+    for i in rng.permutation(len(scene.objects)):
+        item = scene.objects[i]
+        colour, place = rng.random(2) < (0.3, 0.15)
+        name = f"a {item.name}" if colour else f"a {item.shape}"
+        parts.append(f"{name} at {COLUMNS[item.column]} {ROWS[item.row]}" if place else name)
+    return ", ".join(parts)
+
+
+def train_clip(
+    pixels: Tensor,
+    scenes: list[Scene],
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    seed: int,
+    batch_size: int = 192,
+) -> CLIPVisionModel:
+    """Trains a small CLIP on pictures (uint8 [n, 3, 64, 64]) and captions, by contrast; returns its vision tower."""
+    width = {"hidden_size": 128, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
+    config = CLIPConfig(
+        vision_config={**width, "intermediate_size": 384, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
+        text_config={
+            **width,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        projection_dim=128,
+    )
+    model = CLIPModel._from_config(config, attn_implementation="eager")
+    rng = np.random.default_rng([seed, 0])
+
+    def loss() -> Tensor:
+        rows = rng.integers(len(scenes), size=batch_size)
+        text = tokenizer(
+            [partial_caption(scenes[row], rng) + "</s>" for row in rows], padding=True, return_tensors="pt"
+        )
+        pixel_values = normalized(pixels[rows], CLIP_MEAN, CLIP_STD)
+        return model(pixel_values=pixel_values, **text, return_loss=True).loss
+
+    fit("clip", [model], loss, steps, 1e-3)
+    # Through a state dict, so that the folder is one of CLIPVisionModel and nothing else.
+    tower = CLIPVisionModel(config.vision_config)
+    tower.load_state_dict(model.vision_model.state_dict())
+    return tower.eval()
+
+
+def train_detector(
+    pixels: Tensor, labels: Labels, steps: int, batch_size: int = 48
+) -> tuple[Dinov2Model, dict[str, float]]:
+    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its colour, and
+    where its centre lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
+    side = 8
+    config = Dinov2Config(
+        hidden_size=96,
+        mlp_ratio=4,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=96,
+        patch_size=12,
+        initializer_range=INITIALIZER_RANGE,
+    )
+    model = Dinov2Model._from_config(config, attn_implementation="eager")
+    heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOUR_CLASSES) + 2)
+    shape, colour = _per_token(labels.shape, side), _per_token(labels.colour, side)
+    middle = (torch.arange(side) + 0.5) * 16
+    middle = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), dim=-1).view(side * side, 2)
+    offset = (_per_token(labels.centre, side) - middle) / 16
+    count = len(pixels) * 9 // 10
+
+    def predict(rows: Tensor | slice) -> tuple[Tensor, ...]:
+        tokens = model(normalized(pixels[rows], IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 1:]
+        return heads(tokens).float().split([len(SHAPE_CLASSES), len(COLOUR_CLASSES), 2], dim=-1)
+
+    def loss() -> Tensor:
+        rows = torch.randint(count, (batch_size,))
+        shapes, colours, offsets = predict(rows)
+        something = shape[rows] > 0
+        distance = (offsets - offset[rows])[something].abs().mean()
+        return (
+            cross_entropy(shapes.flatten(0, 1), shape[rows].flatten())
+            + cross_entropy(colours.flatten(0, 1), colour[rows].flatten())
+            + distance
+        )
+
+    fit("detector", [model, heads], loss, steps, 1e-3)
+    model.eval()
+    with torch.no_grad():
+        shapes, colours, offsets = predict(slice(count, None))
+    thing = (shape[count:] > 0) & (shape[count:] < SHAPE_CLASSES.index("digit"))
+    return model, {
+        "shape": _accuracy(shapes, shape[count:], thing),
+        "colour": _accuracy(colours, colour[count:], thing),
+        "offset_error_pixels": 16 * (offsets - offset[count:])[thing].abs().mean().item(),
+    }
+
+
+def train_reader(
+    pixels: Tensor, labels: Labels, steps: int, batch_size: int = 32
+) -> tuple[ResNetModel, dict[str, float]]:
+    """Dense training on pictures (uint8 [n, 3, 128, 128]): which digit, if any, each of the 16 x 16 tokens belongs to.
+    Returns the network without its head, and its scores on the last tenth of the pictures."""
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 2], layer_type="basic")
+    model = ResNetModel(config)
+    head = nn.Linear(96, NO_DIGIT + 1)
+    digit = _per_token(labels.digit, 16)
+    weight = torch.tensor([1.0] * NO_DIGIT + [0.15])
+    count = len(pixels) * 9 // 10
+
+    def predict(rows: Tensor | slice) -> Tensor:
+        features = model(normalized(pixels[rows], HALF, HALF)).last_hidden_state
+        return head(features.flatten(2).transpose(1, 2)).float()
+
+    def loss() -> Tensor:
+        rows = torch.randint(count, (batch_size,))
+        # Two cells of sixteen hold a digit: weighed up, or the network is long content with "none".
+        return cross_entropy(predict(rows).flatten(0, 1), digit[rows].flatten(), weight=weight)
+
+    fit("reader", [model, head], loss, steps, 2e-3)
+    model.eval()
+    with torch.no_grad():
+        logits = predict(slice(count, None))
+    return model, {"digit": _accuracy(logits, digit[count:], digit[count:] < NO_DIGIT)}
+
+
+def train_language_model(
+    scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch_size: int = 16
+) -> LlamaForCausalLM:
+    """Teaches a small Llama to complete facts about scenes told in words, then to answer questions and to describe."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        # Slow rotations: most of a head of 32 dimensions must match words whatever lies between them.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    told = TextScenes(scenes, tokenizer)
+    rng = np.random.default_rng([seed, 1])
+    step = 0
+
+    def loss() -> Tensor:
+        nonlocal step
+        step += 1
+        rows = rng.integers(len(scenes), size=batch_size).tolist()
+        kind = rng.random()
+        if kind < (0.8 if step < steps // 4 else 0.1):
+            texts = [told.plain(facts(scenes[row], rng)) for row in rows]
+        elif kind < 0.85:
+            # The system prompt is always the same and half of a text's length: seen often enough in a quarter.
+            texts = [told.chat(lesson(scenes[row], rng), system_prompt=step % 4 == 0) for row in rows]
+        elif kind < 0.95:
+            texts = [told.plain(caption(scenes[row])) for row in rows]
+        else:
+            texts = [told.chat([(CAPTION_REQUEST, caption(scenes[row]))]) for row in rows]
+        return model(**told.batch(model.get_input_embeddings(), rows, texts, noise=0.2)).loss
+
+    fit("language_model", [model], loss, steps, 1e-3)
+    return model.eval()
+
+
+def probe_scores(features: Tensor, labels: Labels, trained: int) -> dict[str, float]:
+    """How well a linear classifier finds shape, colour and digit of a cell in the student's token of that cell.
+
+    Args:
+        features: [n, 16, d] tokens of `n` scenes.
+        labels: their truth.
+        trained: the first `trained` scenes fit the classifier, the others measure it.
+    """
+    scores = {}
+    for name, target, keep in (
+        ("shape", labels.shape, labels.colour > 0),
+        ("colour", labels.colour, labels.colour > 0),
+        ("digit", labels.digit, labels.digit < NO_DIGIT),
+    ):
+        scores[name] = _linear_probe(
+            features[:trained][keep[:trained]],
+            target[:trained][keep[:trained]],
+            features[trained:][keep[trained:]],
+            target[trained:][keep[trained:]],
+        )
+    return scores
+
+
+@torch.no_grad()
+def student_features(tower: CLIPVisionModel, pixels: Tensor, layer: int = -2) -> Tensor:
+    """Tokens [n, 16, d] of uint8 pictures [n, 3, 64, 64] as a projector gets them: `hidden_states[-2]`, no CLS."""
+    outputs = tower(pixel_values=normalized(pixels, CLIP_MEAN, CLIP_STD), output_hidden_states=True)
+    return outputs.hidden_states[layer][:, 1:]
+
+
+def build_towers(output_dir: str | Path, seed: int = 0, pictures: int = 12000, effort: float = 1.0) -> dict:
+    """Trains all four networks and writes their folders and `scores.json` to `output_dir`, all or nothing.
+
+    Returns:
+        What `scores.json` holds: the scores of each network, seconds of training, seed, versions of the libraries.
+    """
+    start = time.time()
+    output_dir = Path(output_dir)
+    transformers.set_seed(seed)
+    tokenizer = build_tokenizer()
+    scenes = [sample_scene("towers", i, seed) for i in range(pictures)]
+    labels = cell_labels(scenes)
+    images = [scene_image("towers", i, seed) for i in trange(pictures, desc="pictures")]
+    held_out = [sample_scene("validation", i, seed) for i in range(1000)]
+    held_out_images = [scene_image("validation", i, seed) for i in range(1000)]
+
+    scores: dict[str, dict[str, float]] = {}
+    clip = train_clip(resized(images, 64), scenes, tokenizer, round(900 * effort), seed)
+    features = student_features(clip, resized(held_out_images, 64))
+    scores["clip"] = probe_scores(features, cell_labels(held_out), trained=700)
+    detector, scores["detector"] = train_detector(resized(images, 96), labels, round(900 * effort))
+    reader, scores["reader"] = train_reader(resized(images, 128), labels, round(300 * effort))
+    language_model = train_language_model(scenes, tokenizer, round(2600 * effort), seed)
+    scores["language_model"] = language_model_scores(language_model, tokenizer, held_out)
+
+    facts = {
+        "scores": {name: {key: round(value, 4) for key, value in values.items()} for name, values in scores.items()},
+        "seconds": round(time.time() - start),
+        "seed": seed,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
+        finished = Path(folder) / "towers"
+        _save(clip, _image_processor(CLIPImageProcessor, 64, CLIP_MEAN, CLIP_STD), finished / "clip")
+        _save(detector, _image_processor(ViTImageProcessor, 96, IMAGENET_MEAN, IMAGENET_STD), finished / "detector")
+        _save(reader, _image_processor(ViTImageProcessor, 128, HALF, HALF), finished / "reader")
+        _save(language_model, tokenizer, finished / "language_model")
+        (finished / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if output_dir.exists():
+            shutil.move(output_dir, Path(folder) / "old")
+        shutil.move(finished, output_dir)
+    return facts
+
+
+def _save(
+    model: PreTrainedModel, processor: CLIPImageProcessor | ViTImageProcessor | PreTrainedTokenizerFast, folder: Path
+):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _image_processor(kind: type, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+    # Bicubic (3), as the pictures were resized in training.
+    square = {"height": size, "width": size}
+    options = (
+        {"size": {"shortest_edge": size}, "crop_size": square} if kind is CLIPImageProcessor else {"size": square}
+    )
+    return kind(**options, resample=3, image_mean=list(mean), image_std=list(std))
+
+
+def _per_token(labels: Tensor, side: int) -> Tensor:
+    """Labels per cell [n, 16, ...] repeated for every token of a side x side grid: [n, side * side, ...]."""
+    factor = side // GRID
+    grid = labels.unflatten(1, (GRID, GRID))
+    return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).flatten(1, 2)
+
+
+def _accuracy(logits: Tensor, target: Tensor, keep: Tensor) -> float:
+    return (logits.argmax(-1) == target)[keep].float().mean().item()
+
+
+def _linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
+    """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardised features."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    classifier = nn.Linear(x.shape[1], int(y.max()) + 1)
+    nn.init.zeros_(classifier.weight)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(classifier(x), y) + 1e-3 * classifier.weight.pow(2).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return (classifier(x_test).argmax(-1) == y_test).float().mean().item()
+
+
+if __name__ == "__main__":
+    (arguments,) = HfArgumentParser(TowersArguments).parse_args_into_dataclasses()
+    print(json.dumps(build_towers(**vars(arguments)), indent=2))
