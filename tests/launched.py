@@ -38,16 +38,17 @@ from train.trainer import MoveKDTrainer  # noqa: E402
 
 
 class RecordingTrainer(MoveKDTrainer):
-    """Notes the type of the model that is really called, and the images of every micro-batch of this process."""
+    """Notes what model is really called, and the images of every micro-batch of this process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.called: set[str] = set()
+        self.called: set[tuple[str, bool | None]] = set()
+        self.checkpointed: set[bool] = set()
         self.images: list[int] = []
-        self.first_loss: list[float] = []
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
-        self.called.add(type(model).__name__)
+        self.called.add((type(model).__name__, getattr(model, "find_unused_parameters", None)))
+        self.checkpointed.add(self.model.is_activation_checkpointing)
         self.images.append(int(inputs["image_weights"].sum()))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -60,7 +61,9 @@ class RecordingTrainer(MoveKDTrainer):
             "world_size": torch.distributed.get_world_size() if running else 1,
             "backend": torch.distributed.get_backend() if running else None,
             "distributed_type": self.accelerator.distributed_type.value,
-            "called": sorted(self.called),
+            "called": [name for name, _ in self.called],
+            "find_unused_parameters": [value for _, value in self.called],
+            "checkpointed": list(self.checkpointed),
             "images": self.images,
             "weights": digest.hexdigest(),
             "log_history": self.state.log_history,

@@ -22,7 +22,8 @@ MIXED = {"train_sampling_strategy": "sequential", "max_steps": 5}
 RUNS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper, no checkpointing": {"activation_checkpointing": False, "lambda_kd": 5.0, "lambda_balance": 1.0},
-    "paper, mixed": {"dataset": "mixed", **MIXED},
+    # Every process has to give every gradient here, also one that has text alone
+    "paper, mixed": {"dataset": "mixed", "ddp_find_unused_parameters": False, **MIXED},
     "student_heads, mixed": {"dataset": "mixed", "distillation_preset": "student_heads", **MIXED},
     "released, mixed, pretrain": {
         **{"dataset": "mixed", "distillation_preset": "released", "stage": "pretrain", **MIXED},
@@ -93,6 +94,8 @@ def test_two_processes_ran(two_processes, name: str) -> None:
         assert (rank["world_size"], rank["backend"]) == (2, "gloo")
         assert rank["distributed_type"] in ("MULTI_GPU", "MULTI_CPU")
         assert rank["called"] == ["DistributedDataParallel"]
+        assert rank["find_unused_parameters"] == [RUNS[name].get("ddp_find_unused_parameters", True)]
+        assert rank["checkpointed"] == [RUNS[name].get("activation_checkpointing", True)]
     if RUNS[name].get("distillation_preset") == "released":
         assert [rank["images"] for rank in ranks] == [[4] * 5] * 2, "text-only rows get a black image each"
     elif "mixed" in name:
