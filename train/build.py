@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -22,6 +22,7 @@ from transformers import (
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
+from train.bad_rows import BadRows
 from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
@@ -149,8 +150,9 @@ def fit_feature_statistics(
     args: MoveKDSFTConfig,
     distiller: Distiller | None,
     teachers: Mapping[str, FrozenTeacher],
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     collator: MoveKDCollator,
+    bad_rows: BadRows | None = None,
 ) -> None:
     """
     The first pass over a sample of the data that measures the teachers' features, where the distiller needs it. Every
@@ -161,11 +163,17 @@ def fit_feature_statistics(
     """
     if distiller is None or not distiller.needs_statistics:
         return
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
+
+    def shuffled() -> Iterator[dict[str, Any]]:
+        if isinstance(dataset, IterableDataset):
+            yield from dataset
+            return
+        for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist():
+            yield dataset[index]
 
     def sample() -> Iterator[dict[str, Any]]:
         left = args.feature_statistics_images
-        for row in (dataset[index] for index in order):
+        for row in shuffled():
             if left <= 0:
                 return
             if row["images"]:
@@ -176,8 +184,15 @@ def fit_feature_statistics(
         # Cut only now: the sample must not depend on the batch size, which differs between layouts of one run
         rows = iter(tqdm(sample(), desc="teachers' statistics", unit=" rows", leave=False))
         while batch := list(islice(rows, args.per_device_train_batch_size)):
-            pixels = collator(batch)["teacher_pixel_values"]
-            yield {name: teacher.to(args.device)(pixels[name].to(args.device)) for name, teacher in teachers.items()}
+            collated = collator(batch)
+            if bad_rows is not None:
+                bad_rows.add(collated["bad_rows"])
+            # A blank image stands in where no image of the batch could be decoded
+            if (real := collated["image_weights"] > 0).any():
+                pixels = {
+                    name: values[real].to(args.device) for name, values in collated["teacher_pixel_values"].items()
+                }
+                yield {name: teacher.to(args.device)(pixels[name]) for name, teacher in teachers.items()}
 
     distiller.fit_statistics(batches())
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from train.data import decode_image
+from train.images import decode_image
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 GEOMETRIES = ("shared", "per_teacher")
 LABEL_RULES = ("answers", "released")
+# Stands in for a row that cannot be used: nothing of it is trained on, but the batch keeps its number of rows.
+STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 # What stands between a question and its answer in `vicuna_v1`.
 ANSWER_SEPARATOR = " ASSISTANT: "
 
@@ -98,6 +100,7 @@ class MoveKDCollator:
             under a template without its answer headings both are the same).
         distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
             authors' way).
+        apply_orientation: turn images as their EXIF orientation says, see `decode_image`.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
 
     Returns (of a call):
@@ -109,12 +112,15 @@ class MoveKDCollator:
         `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S].
         `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
             that a batch without any other gets, so that all processes run the vision path.
+        `bad_rows`: list of (row, reason), the rows of the batch that cannot be used: an image cannot be decoded, the
+            image tokens go beyond `max_length`, or the row comes with a `problem`. The row keeps its place, with a
+            stand-in of two tokens or so in which no label is set, and has no images. Whoever takes the batch must
+            count them (`train.bad_rows`).
         `image_rows`: int64 [num_images], the position in the batch of the row each image belongs to.
 
     Raises:
-        ValueError: for an unknown choice, a template without generation markers, an image that cannot be decoded, a
-            row whose image tokens are not as many as its images ask for, or a `max_length` that would cut into image
-            tokens.
+        ValueError: for an unknown choice, a template without generation markers, or a row whose placeholders or image
+            tokens are not as many as its images ask for.
     """
 
     processor: ProcessorMixin
@@ -123,6 +129,7 @@ class MoveKDCollator:
     geometry: str = "shared"
     labels: str = "answers"
     distill_text_only_rows: bool = False
+    apply_orientation: bool = True
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
@@ -137,14 +144,24 @@ class MoveKDCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        images, problems = [], {}
+        for position, row in enumerate(rows):
+            try:
+                if row.get("problem") is not None:
+                    raise ValueError(row["problem"])
+                images.append([decode_image(image, self.apply_orientation) for image in row.get("images") or []])
+            except ValueError as error:
+                images.append([])
+                problems[position] = str(error)
+        return self._collate(rows, images, problems)
+
+    def _collate(
+        self, rows: Sequence[Mapping[str, Any]], images: list[list[Image.Image]], problems: dict[int, str]
+    ) -> dict[str, Any]:
         numbers = [int(row.get("row_index", position)) for position, row in enumerate(rows)]
-        images = [
-            [decode_image(image, number) for image in row.get("images") or []]
-            for row, number in zip(rows, numbers, strict=True)
-        ]
         conversations = [
-            self._with_images(row["messages"], of_row, number)
-            for row, of_row, number in zip(rows, images, numbers, strict=True)
+            self._with_images(STAND_IN if position in problems else row["messages"], of_row, numbers[position])
+            for position, (row, of_row) in enumerate(zip(rows, images, strict=True))
         ]
         encoded = self.processor.apply_chat_template(
             conversations,
@@ -162,37 +179,45 @@ class MoveKDCollator:
         is_image = encoded["input_ids"] == self.processor.image_token_id
         self._check_image_tokens(encoded, is_image, image_rows, numbers)
 
+        if too_long := self._too_long(is_image):
+            kept = [[] if position in too_long else of_row for position, of_row in enumerate(images)]
+            return self._collate(rows, kept, problems | too_long)
+
         trained = encoded["assistant_masks"].bool()
         if self.labels == "released" and ANSWER_SEPARATOR.strip() in self.processor.chat_template:
             trained = self._released(conversations, encoded["input_ids"], is_image)
         trained = trained & encoded["attention_mask"].bool() & ~is_image
+        trained[list(problems)] = False
         batch: dict[str, Any] = {
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
             "labels": encoded["input_ids"].masked_fill(~trained, IGNORE_INDEX),
         }
         if self.max_length is not None:
-            self._check_length(is_image, numbers)
             batch = {name: values[:, : self.max_length] for name, values in batch.items()}
+        batch["bad_rows"] = [
+            (rows[position].get("source") or f"row {numbers[position]}", reason)
+            for position, reason in problems.items()
+        ]
         flat = [image for of_row in images for image in of_row]
-        blank_rows = [position for position, of_row in enumerate(images) if not of_row]
-        if not self.distill_text_only_rows:
-            blank_rows = [] if flat else [0]
-        return batch | self._pixels(flat, encoded, image_rows, blank_rows)
+        black_rows = []
+        if self.distill_text_only_rows:
+            black_rows = [number for number, of_row in enumerate(images) if not of_row and number not in problems]
+        return batch | self._pixels(flat, encoded, image_rows, black_rows)
 
     def _pixels(
-        self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], blank_rows: list[int]
+        self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], black_rows: list[int]
     ) -> dict[str, Any]:
-        """What the towers get: the images of the text, then a black one for each of `blank_rows`."""
+        """What the towers get: the images of the text, then a black one for each of `black_rows`, but at least one."""
         pixels = encoded
+        blank_rows = black_rows or ([] if images else [0])
         if blank_rows:
             size = self.processor.image_processor.crop_size
             blank = Image.new("RGB", (size["width"], size["height"]))
             images = [*images, *[blank] * len(blank_rows)]
             pixels = self.processor(images=images, return_tensors="pt")
         weights = torch.ones(len(images))
-        if not self.distill_text_only_rows:
-            weights[len(image_rows) :] = 0
+        weights[len(image_rows) :] = float(bool(black_rows))
         batch = {
             "pixel_values": pixels["pixel_values"],
             "image_weights": weights,
@@ -253,15 +278,15 @@ class MoveKDCollator:
                     "added an image. Use one of modeling_movekd.chat_templates."
                 )
 
-    def _check_length(self, is_image: torch.Tensor, numbers: list[int]) -> None:
-        for of_row, number in zip(is_image, numbers, strict=True):
-            positions = of_row.nonzero()
-            needed = int(positions[-1]) + 1 if len(positions) else 0
+    def _too_long(self, is_image: torch.Tensor) -> dict[int, str]:
+        """By position, the rows that `max_length` would cut into the images of."""
+        problems = {}
+        for position, of_row in enumerate(is_image):
+            columns = of_row.nonzero()
+            needed = int(columns[-1]) + 1 if len(columns) else 0
             if self.max_length is not None and needed > self.max_length:
-                raise ValueError(
-                    f"Row {number}: max_length {self.max_length} would cut into its image tokens, which end at token "
-                    f"{needed}. Raise max_length to {needed} at least, set it to None, or drop the row."
-                )
+                problems[position] = f"its image tokens end at token {needed}, above max_length {self.max_length}"
+        return problems
 
     def _released(
         self, conversations: list[list[dict[str, Any]]], input_ids: torch.Tensor, is_image: torch.Tensor

@@ -58,17 +58,40 @@ class DataArguments:
     What to train on.
 
     Args:
-        dataset_name (`str`): LLaVA JSON file, Parquet file or folder, `save_to_disk` folder, or Hub id.
+        dataset_name (`list[str]`): LLaVA JSON files, Parquet files or folders, `save_to_disk` folders, or Hub ids; put
+            one behind the other. In YAML each may be a mapping of [`train.data.DataSource`]: `name`, and if need be
+            `weight`, `image_folder`, `subset`, `split`. With weights the mixture is drawn by them.
+        mixture_stopping_strategy (`str`, defaults to `"first_exhausted"`): When a weighted mixture ends: with the
+            first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`).
         dataset_train_split, dataset_test_split (`str`): Splits of a data set that has several.
+        validation_share (`float`, defaults to 0): Share of the rows that is held back to evaluate on, instead of
+            `dataset_test_split`. Evaluation during training is turned on by `eval_strategy`.
         image_folder (`str`, *optional*): Where the paths in the data's `image` field start.
-        max_bad_row_share (`float`, defaults to 0.01): Share of unusable rows above which the run stops.
+        streaming (`bool`, defaults to `False`): Read rows as they are needed; wants `max_steps`.
+        shuffle_buffer_size (`int`, defaults to 1000): Rows of a stream among which the next is drawn; 0 keeps order.
+        max_bad_row_share (`float`, defaults to 0.01): Share of unusable rows above which the run stops. In a stream
+            it is of the rows that the run will read.
+        max_bad_rows (`int`, *optional*): Number of unusable rows above which the run stops, besides the share.
     """
 
-    dataset_name: str = field(metadata={"help": "LLaVA JSON, Parquet, save_to_disk folder, or Hub id."})
+    dataset_name: list[str] = field(
+        metadata={"help": "LLaVA JSON, Parquet, save_to_disk folders, or Hub ids; in YAML also mappings."}
+    )
+    mixture_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = field(
+        default="first_exhausted", metadata={"help": "Which data set ends a weighted mixture."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if asked to."})
+    validation_share: float = field(default=0.0, metadata={"help": "Share of the rows held back to evaluate on."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the data's image paths start."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; wants max_steps."})
+    shuffle_buffer_size: int = field(default=1000, metadata={"help": "Rows that a stream is shuffled among."})
     max_bad_row_share: float = field(default=0.01, metadata={"help": "Share of unusable rows that stops the run."})
+    max_bad_rows: int | None = field(default=None, metadata={"help": "Number of unusable rows that stops the run."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share is a share from 0 up to 1, got {self.validation_share}.")
 
 
 @dataclass

@@ -1,37 +1,160 @@
-"""Training rows: LLaVA's `conversations` and TRL's `messages` or `prompt`/`completion` become messages and images."""
+"""Training data of every source in one form of row; mixtures, streams, and rows held back for validation."""
 
-import io
 import json
-import logging
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value, load_dataset, load_from_disk
-from PIL import Image as PILImage
-
-
-logger = logging.getLogger(__name__)
-
-IMAGE_TOKEN = "<image>"
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-FEATURES = Features(
-    {
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})},
-        ),
-        "images": List(Image(decode=False)),
-        "row_index": Value("int64"),
-        "modality_length": Value("int64"),
-        "problem": Value("string"),
-    }
+from datasets import (
+    Dataset,
+    IterableDataset,
+    concatenate_datasets,
+    interleave_datasets,
 )
 
+from train import conversations
+from train.bad_rows import BadRows
+from train.config import DataArguments
+from train.conversations import FEATURES, convert_row
+from train.sources import open_rows, undecoded_images
 
-class _BadRow(Exception):
-    """A row that cannot be used; its text is the reason."""
+
+CHUNK = 10_000
+
+
+@dataclass
+class DataSource:
+    """One data set of a mixture.
+
+    Args:
+        name: LLaVA file (`.json`, `.jsonl`), `.parquet` file or folder of them, folder written by
+            `Dataset.save_to_disk`, or data set id of the Hub.
+        weight: share of the mixture, relative to the other weights. Give one for every data set, or for none.
+        image_folder: folder that its image paths start from.
+        subset: configuration of a Hub data set that has several.
+        split: split to train on.
+    """
+
+    name: str
+    weight: float | None = None
+    image_folder: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+
+def data_sources(data_args: DataArguments) -> list[DataSource]:
+    """The data sets that `dataset_name` names, in order.
+
+    Raises:
+        ValueError: for an unknown or missing key, or weights that are not positive or not given throughout.
+    """
+    names: Any = data_args.dataset_name
+    sources = []
+    for name in [names] if isinstance(names, str | os.PathLike | Mapping) else names:
+        keys: dict[str, Any] = dict(name) if isinstance(name, Mapping) else {"name": str(name)}
+        allowed = list(DataSource.__dataclass_fields__)
+        if "name" not in keys or not set(keys) <= set(allowed):
+            raise ValueError(
+                f"A data set of dataset_name has the keys {list(keys)}: 'name' must, {allowed} may be there."
+            )
+        source = DataSource(**keys)
+        source.image_folder = source.image_folder or data_args.image_folder
+        source.split = source.split or data_args.dataset_train_split
+        sources.append(source)
+    weights = [source.weight for source in sources if source.weight is not None]
+    if (weights and len(weights) < len(sources)) or any(weight <= 0 for weight in weights):
+        shown = [source.weight for source in sources]
+        raise ValueError(
+            f"The weights of dataset_name are {shown}: give every data set a positive one, or none of them."
+        )
+    return sources
+
+
+def load_train_and_validation(
+    data_args: DataArguments,
+    bad_rows: BadRows,
+    seed: int = 0,
+    evaluate: bool = False,
+    num_proc: int | None = None,
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The rows to train on and those to evaluate on, of all data sets of the mixture.
+
+    Without weights the data sets are put one behind the other. With weights each next row is drawn from a data set by
+    its weight, in the order of that data set, until one (`first_exhausted`) or all of them (`all_exhausted`, the
+    shorter ones repeated) are used up. The order depends on the seed alone. A row is held back for validation by a
+    checksum of its place in its data set (in a stream: of its content) and the seed, whatever else is in the mixture.
+
+    Args:
+        data_args: what to load.
+        bad_rows: counts the rows that cannot be used.
+        seed: seed of mixture, split, and of the order of a stream.
+        evaluate: whether the run evaluates.
+        num_proc: processes that convert the rows of Parquet and saved data sets.
+
+    Returns:
+        Rows as of [`load_conversations`]; in a stream of training rows also bad ones with their `problem`, which the
+        collator passes on. That stream never ends, so that no process runs out of rows before the others. `None`
+        instead of the second without `evaluate`.
+
+    Raises:
+        ValueError: as [`load_conversations`], for a split that leaves either side empty, or rows held back for an
+            evaluation that does not take place.
+    """
+    share = data_args.validation_share
+    if share and not evaluate:
+        raise ValueError(f"validation_share {share} holds rows back, but eval_strategy is 'no': set one or the other.")
+    sources = data_sources(data_args)
+    train, validation = [], []
+    for source in sources:
+        rows = _load(source, source.split, data_args, bad_rows, num_proc)
+        if evaluate and share:
+            rows, held_back = split_rows(rows, share, seed)
+            validation.append(held_back)
+        elif evaluate:
+            validation.append(_load(source, data_args.dataset_test_split, data_args, bad_rows, num_proc))
+        train.append(rows)
+    weights = [source.weight for source in sources if source.weight is not None]
+    mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
+    if len(train) > 1 and weights:
+        mixture = interleave_datasets(
+            train,
+            probabilities=[weight / sum(weights) for weight in weights],
+            seed=seed,
+            stopping_strategy=data_args.mixture_stopping_strategy,
+        )
+    if data_args.streaming:
+        mixture = mixture.repeat(None)
+        if data_args.shuffle_buffer_size > 1:
+            # Behind the repetition, whose passes would otherwise all have one order
+            mixture = mixture.shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
+    if not validation:
+        return mixture, None
+    held_back = concatenate_datasets(validation)
+    if data_args.streaming:
+        # In one piece: pieces are dealt to the processes, which would then evaluate different numbers of batches
+        held_back = IterableDataset.from_generator(_rows_of, features=FEATURES, gen_kwargs={"stream": held_back})
+    return mixture, held_back
+
+
+def _load(
+    source: DataSource, split: str | None, data_args: DataArguments, bad_rows: BadRows, num_proc: int | None
+) -> Any:
+    return load_conversations(
+        source.name,
+        source.image_folder,
+        split or "train",
+        subset=source.subset,
+        streaming=data_args.streaming,
+        bad_rows=bad_rows,
+        num_proc=num_proc,
+    )
+
+
+def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def load_conversations(
@@ -40,12 +163,15 @@ def load_conversations(
     split: str = "train",
     max_bad_row_share: float = 0.01,
     num_proc: int | None = None,
-) -> Dataset:
-    """Read a data set and give its usable rows as messages and undecoded images.
+    subset: str | None = None,
+    streaming: bool = False,
+    bad_rows: BadRows | None = None,
+) -> Dataset | IterableDataset:
+    """Read a data set and give its usable rows as messages and undecoded images. No image file is opened.
 
     Every turn with an `<image>` is treated as the authors do: the placeholders are removed, the text is stripped, and
     the images stand in front. A leading answer is dropped. Rows whose placeholders and images disagree, and malformed
-    ones, are skipped, counted and reported by index and reason.
+    ones, are skipped, counted and reported by place and reason.
 
     Args:
         source: a LLaVA file (`.json`, `.jsonl`), a `.parquet` file or a folder of them, a folder written by
@@ -53,265 +179,110 @@ def load_conversations(
             (`conversations`, and `image` as path, picture or list of either) or TRL's (`messages` or
             `prompt`/`completion`, and `images`).
         image_folder: folder that relative image paths start from (default: the folder of a LLaVA file). No path may
-            lead out of it.
-        split: split of a Hub data set or Parquet folder.
-        max_bad_row_share: the largest share of rows that may be skipped, between 0 and 1.
+            lead out of it. That is a check of the path as written, which is what the data decides: links that the
+            folder's owner has put into it are followed, as image folders are often made of them.
+        split: split of a Hub data set, Parquet folder or saved `DatasetDict`; others have `train` alone.
+        max_bad_row_share: the largest share of rows that may be skipped, between 0 and 1. Not used with `bad_rows`.
         num_proc: processes that convert the rows of a `datasets.Dataset`.
+        subset: configuration of a Hub data set that has several.
+        streaming: read rows when they are asked for; bad ones are then passed on with their `problem`.
+        bad_rows: counts the bad rows, over several calls and over a run. Its `total` grows by the rows read here.
 
     Returns:
-        `Dataset` with the columns `messages` (role, and content as a list of image and text parts), `images` (a list
-        of `{"bytes", "path"}`, empty for a text-only row), `row_index` (position in the source) and `modality_length`
-        (words of all turns as written, negative for a text-only row; what `ModalityLengthGroupedSampler` takes).
+        `Dataset`, or `IterableDataset` if `streaming`, with the columns `messages` (role, and content as a list of
+        image and text parts), `images` (a list of `{"bytes", "path"}`, empty for a text-only row), `row_index` (unique
+        over all calls with one `bad_rows`, for one data set the position in it; in a stream the position in its
+        shard), `source` (what to call the row in a report) and `modality_length` (words of all turns as written,
+        negative for a text-only row; what `ModalityLengthGroupedSampler` takes). A stream also has `problem`.
 
     Raises:
-        ValueError: if more than `max_bad_row_share` of the rows are bad, no row is left, the source is of no known
-            kind, or an image path leads out of the image folder.
+        ValueError: if too many of the rows are bad, no row is left, the source cannot be read or has no such split, or
+            an image path leads out of the image folder.
     """
-    if not 0 <= max_bad_row_share <= 1:
-        raise ValueError(f"max_bad_row_share is a share between 0 and 1, got {max_bad_row_share}.")
-    if isinstance(source, str | os.PathLike) and Path(source).suffix in (".json", ".jsonl"):
-        image_folder = Path(source).parent if image_folder is None else image_folder
-    rows = _open(source, split)
+    bad_rows = BadRows(max_share=max_bad_row_share) if bad_rows is None else bad_rows
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    if path is not None and path.suffix in (".json", ".jsonl"):
+        image_folder = path.parent if image_folder is None else image_folder
     folder = None if image_folder is None else os.path.abspath(image_folder)
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"There is no image folder {folder}.")
+    rows = open_rows(source, split, subset, streaming)
+    name = "" if path is None else path.name if path.exists() else str(source)
+    name += "" if split == "train" else f" ({split})"
+    place: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
+    if isinstance(rows, IterableDataset):
+        names = rows.column_names or list(next(iter(rows), {}))
+        # Streamed from several shards, a row's number is its place in its shard
+        place["sharded"] = rows.num_shards > 1
+        stream = rows.decode(False).map(
+            convert_row, with_indices=True, fn_kwargs=place, remove_columns=names, features=FEATURES
+        )
+        if next(iter(stream), None) is None:
+            raise ValueError(f"{name or 'The data set'} has no row.")
+        return stream
     if isinstance(rows, Dataset):
-        converted = _undecoded(rows).map(
-            _convert,
+        # The conversion is cached under the name of its function; another version of the file is another function
+        place["version"] = zlib.crc32(Path(conversations.__file__).read_bytes())
+        converted = undecoded_images(rows).map(
+            convert_row,
             with_indices=True,
-            fn_kwargs={"folder": folder},
+            fn_kwargs=place,
             remove_columns=rows.column_names,
             features=FEATURES,
             num_proc=num_proc,
             desc="Reading conversations",
         )
     else:
-        converted = Dataset.from_list([_convert(row, index, folder) for index, row in enumerate(rows)], FEATURES)
-    return _without_bad_rows(converted, max_bad_row_share)
+        # In chunks, so that the rows are not held in three forms at a time
+        chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, max(len(rows), 1), CHUNK)]
+        converted = concatenate_datasets(
+            [Dataset.from_list([convert_row(rows[i], i, **place) for i in chunk], FEATURES) for chunk in chunks]
+        )
+    if streaming:
+        return converted.to_iterable_dataset()
+    return _without_bad_rows(converted, bad_rows)
 
 
-def _open(source: Any, split: str) -> Dataset | Sequence[Any]:
-    if isinstance(source, Dataset):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        return list(source)
-    path = Path(source)
-    if path.suffix == ".json" and path.is_file():
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} holds a JSON {type(rows).__name__}, expected a list of rows.")
-        return rows
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    if path.suffix == ".parquet" and path.is_file():
-        return load_dataset("parquet", data_files=str(path), split="train")
-    if path.is_dir() and (path / "state.json").is_file():
-        return load_from_disk(str(path))
-    if path.is_dir() and (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))[split]
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"Cannot read {path}: expected .json, .jsonl or .parquet, a folder, or a data set id.")
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        raise ValueError(f"There is no file {path}.")
-    return load_dataset(str(source), split=split)
+def split_rows(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Two parts of a data set: about `1 - share` of the rows, and the others.
+
+    On which side a row comes depends on the seed and on its `source`, or, in a stream, on its content alone.
+
+    Raises:
+        ValueError: if either part is empty (in a stream this is not known).
+    """
+    if isinstance(rows, IterableDataset):
+        sides = {"share": share, "seed": seed}
+        return rows.filter(_is_held_back, fn_kwargs=sides | {"wanted": False}), rows.filter(
+            _is_held_back, fn_kwargs=sides | {"wanted": True}
+        )
+    held_back = [_checksum_share(source.encode(), seed) < share for source in rows["source"][:]]
+    if all(held_back) or not any(held_back):
+        raise ValueError(
+            f"validation_share {share} of {len(rows)} rows holds back {sum(held_back)}: both parts need rows."
+        )
+    return tuple(rows.select([i for i, held in enumerate(held_back) if held is side]) for side in (False, True))
 
 
-def _undecoded(dataset: Dataset) -> Dataset:
-    """The data set with every image column left as bytes or path."""
-
-    def undecoded(feature: Any) -> Any:
-        if isinstance(feature, Image):
-            return Image(decode=False)
-        return List(undecoded(feature.feature)) if isinstance(feature, List) else feature
-
-    for name, feature in dataset.features.items():
-        if undecoded(feature) != feature:
-            dataset = dataset.cast_column(name, undecoded(feature))
-    return dataset
+def _checksum_share(content: bytes, seed: int) -> float:
+    return zlib.crc32(content, zlib.crc32(str(seed).encode())) / 2**32
 
 
-def _without_bad_rows(dataset: Dataset, max_bad_row_share: float) -> Dataset:
+def _is_held_back(row: Mapping[str, Any], share: float, seed: int, wanted: bool) -> bool:
+    content = json.dumps(row["messages"]).encode()
+    for image in row["images"]:
+        content += image["bytes"] or image["path"].encode()
+    return (_checksum_share(content, seed) < share) is wanted
+
+
+def _without_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
+    bad_rows.total += len(dataset)
     problems = dataset["problem"][:]
     bad = [index for index, problem in enumerate(problems) if problem is not None]
     if bad:
-        first = "; ".join(f"row {index}: {problems[index]}" for index in bad[:5])
-        report = f"{len(bad)} of {len(problems)} rows cannot be used ({len(bad) / len(problems):.2%}). First: {first}."
-        if len(bad) > max_bad_row_share * len(problems):
-            raise ValueError(
-                f"{report} At most {max_bad_row_share:.2%} may be skipped: repair the data or raise max_bad_row_share."
-            )
-        logger.warning("%s They are skipped.", report)
+        sources = dataset.select(bad)["source"][:]
+        bad_rows.add(zip(sources, [problems[index] for index in bad], strict=True))
         dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
     if len(dataset) == 0:
         raise ValueError(f"No row is left of {len(problems)}.")
     return dataset.remove_columns("problem")
-
-
-def _convert(row: Mapping[str, Any], index: int, folder: str | None) -> dict[str, Any]:
-    """One source row in the form of `FEATURES`; a bad row gets its `problem` and nothing else."""
-    try:
-        if not isinstance(row, Mapping):
-            raise _BadRow(f"expected a mapping, got {type(row).__name__}")
-        images = _images(row, index, folder)
-        if row.get("conversations") is not None:
-            messages, length = _from_llava(row["conversations"], len(images))
-        else:
-            messages, length = _from_trl(row, len(images))
-        _check_roles(messages)
-    except _BadRow as problem:
-        return {"messages": [], "images": [], "row_index": index, "modality_length": 0, "problem": str(problem)}
-    length = max(length, 1)
-    return {
-        "messages": messages,
-        "images": images,
-        "row_index": index,
-        "modality_length": length if images else -length,
-        "problem": None,
-    }
-
-
-def _images(row: Mapping[str, Any], index: int, folder: str | None) -> list[Any]:
-    images = row.get("image") if row.get("image") is not None else row.get("images")
-    if images is None:
-        return []
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    return [_image(image, index, folder) for image in images]
-
-
-def _image(image: Any, index: int, folder: str | None) -> Any:
-    if image == "":
-        raise _BadRow("an empty image path")
-    if isinstance(image, str):
-        if folder is None:
-            raise ValueError(f"Row {index} names the image file {image!r}: give the image_folder it lies in.")
-        path = os.path.normpath(os.path.join(folder, image))
-        if os.path.commonpath([folder, path]) != folder:
-            raise ValueError(f"Row {index}: the image path {image!r} leads out of the image folder {folder!r}.")
-        return {"bytes": None, "path": path}
-    if isinstance(image, Mapping):
-        if image.get("bytes") is not None:
-            # The path would be a mere name here, but datasets prefers a file of that name to the bytes.
-            return {"bytes": image["bytes"], "path": None}
-        if image.get("path"):
-            return {"bytes": None, "path": image["path"]}
-        raise _BadRow("an image with neither bytes nor path")
-    if isinstance(image, PILImage.Image):
-        return image
-    raise _BadRow(f"an image of type {type(image).__name__}, expected a path, a picture or a mapping")
-
-
-def _turn(role: str, text: str, num_images: int) -> dict[str, Any]:
-    """One message, its images in front of its text (LLaVA's multimodal step)."""
-    content: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(num_images)]
-    if num_images:
-        text = text.replace(IMAGE_TOKEN, "").strip()
-    if text or not content:
-        content.append({"type": "text", "text": text})
-    return {"role": role, "content": content}
-
-
-def _placeholders(counts: list[int], num_images: int) -> list[int]:
-    """How many images each turn shows: its placeholders, or one where that alone fits (the authors' rule)."""
-    if sum(counts) == num_images:
-        return counts
-    single = [min(count, 1) for count in counts]
-    if sum(single) == num_images:
-        return single
-    raise _BadRow(f"{sum(counts)} image placeholders for {num_images} images")
-
-
-def _from_llava(conversations: Any, num_images: int) -> tuple[list[dict[str, Any]], int]:
-    if not isinstance(conversations, list | tuple) or not conversations:
-        raise _BadRow("'conversations' is not a list of turns")
-    for turn in conversations:
-        if not isinstance(turn, Mapping) or turn.get("from") is None or not isinstance(turn.get("value"), str):
-            raise _BadRow("a turn without 'from' or without a text in 'value'")
-        if turn["from"] not in ROLES:
-            raise _BadRow(f"unknown 'from' {turn['from']!r}, expected one of {sorted(ROLES)}")
-    # Counted before anything is dropped, as the authors' sampler does.
-    length = sum(len(turn["value"].split()) for turn in conversations)
-    turns = conversations[1:] if conversations[0]["from"] == "gpt" else conversations
-    shown = _placeholders([turn["value"].count(IMAGE_TOKEN) for turn in turns], num_images)
-    return [_turn(ROLES[turn["from"]], turn["value"], n) for turn, n in zip(turns, shown, strict=True)], length
-
-
-def _from_trl(row: Mapping[str, Any], num_images: int) -> tuple[list[dict[str, Any]], int]:
-    if row.get("messages") is not None:
-        messages = row["messages"]
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        completion = (
-            [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-        )
-        if any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in prompt):
-            raise _BadRow("answers inside 'prompt', which would be trained on: give such rows as 'messages'")
-        messages = [*prompt, *completion]
-    else:
-        raise _BadRow("neither 'conversations' nor 'messages' nor 'prompt' and 'completion'")
-    if not isinstance(messages, list | tuple) or not messages:
-        raise _BadRow("'messages' is not a list of messages")
-    parsed = [_parse_message(message) for message in messages]
-    length = sum(len(text.split()) for _, text, _ in parsed)
-    if parsed[0][0] == "assistant":
-        parsed = parsed[1:]
-    counts = [count for _, _, count in parsed]
-    if num_images and not any(counts):
-        # TRL's rule for messages of plain strings: the images belong to the first question.
-        first_user = next((number for number, (role, _, _) in enumerate(parsed) if role == "user"), None)
-        counts = [num_images if number == first_user else 0 for number in range(len(parsed))]
-    shown = _placeholders(counts, num_images)
-    return [_turn(role, text, n) for (role, text, _), n in zip(parsed, shown, strict=True)], length
-
-
-def _parse_message(message: Any) -> tuple[str, str, int]:
-    """Role, text and number of image placeholders of one TRL message."""
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES.values():
-        raise _BadRow(f"a message without a role among {sorted(ROLES.values())}")
-    content = message.get("content")
-    if isinstance(content, str):
-        return message["role"], content, content.count(IMAGE_TOKEN)
-    if not isinstance(content, list | tuple):
-        raise _BadRow("a message whose content is neither text nor a list of parts")
-    text, count = "", 0
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image" and not any(part.get(key) is not None for key in ("image", "url", "path", "base64")):
-            count += 1
-        elif kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-            count += part["text"].count(IMAGE_TOKEN)
-        else:
-            raise _BadRow("a content part that is neither {'type': 'image'} nor a text; pictures belong in 'images'")
-    return message["role"], text, count
-
-
-def _check_roles(messages: list[dict[str, Any]]) -> None:
-    """Questions and answers take turns, the last word is an answer, a system message comes first or not at all."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles and roles[0] == "system" else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise _BadRow(f"wrong order of roles {roles}: questions and answers take turns, and an answer is last")
-
-
-def decode_image(image: Any, row_index: int) -> PILImage.Image:
-    """Open one image of a row as RGB.
-
-    Args:
-        image: a PIL image, a path, or a mapping with `bytes` or `path`.
-        row_index: index for the error message.
-
-    Returns:
-        PIL image of mode RGB, fully loaded.
-
-    Raises:
-        ValueError: if it cannot be opened and decoded; the message names the row.
-    """
-    try:
-        if isinstance(image, Mapping):
-            image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-        if not isinstance(image, PILImage.Image):
-            with PILImage.open(image) as opened:
-                return opened.convert("RGB")
-        return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"Row {row_index}: an image cannot be decoded ({error!r}).") from error

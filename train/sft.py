@@ -17,15 +17,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets import Dataset
 from transformers import ProcessorMixin
 from trl import TrlParser
 
 from modeling_movekd.chat_templates import set_chat_template
+from train.bad_rows import BadRows
 from train.build import build_distiller, build_student, build_teachers, fit_feature_statistics
 from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.data import load_conversations
+from train.data import load_train_and_validation
 from train.teachers import FrozenTeacher
 from train.trainer import MoveKDTrainer
 
@@ -43,6 +43,7 @@ def build_collator(
         geometry=args.knobs()["geometry"],
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
+        apply_orientation=args.distillation_preset != "released",
     )
 
 
@@ -51,20 +52,33 @@ def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArgu
     model, processor = build_student(args, model_args)
     teachers = build_teachers(args)
     distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
-
-    def load(split: str) -> Dataset:
-        return load_conversations(data_args.dataset_name, data_args.image_folder, split, data_args.max_bad_row_share)
-
-    train_dataset = load(data_args.dataset_train_split)
+    bad_rows = BadRows(
+        args.output_dir,
+        data_args.max_bad_row_share,
+        data_args.max_bad_rows,
+        writes=args.should_save,
+        resume=bool(args.resume_from_checkpoint),
+    )
+    if data_args.streaming:
+        if args.max_steps < 1 or args.group_by_modality_length:
+            raise ValueError(
+                f"`streaming` with `max_steps` {args.max_steps} and `group_by_modality_length` "
+                f"{args.group_by_modality_length}: a stream has no end, so give a number of steps, and no lengths."
+            )
+        bad_rows.total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train_dataset, eval_dataset = load_train_and_validation(
+        data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
+    )
     collator = build_collator(args, processor, teachers)
-    fit_feature_statistics(args, distiller, teachers, train_dataset, collator)
+    fit_feature_statistics(args, distiller, teachers, train_dataset, collator, bad_rows)
     trainer = MoveKDTrainer(
         model,
         args,
         teachers=teachers,
         distiller=distiller,
         train_dataset=train_dataset,
-        eval_dataset=load(data_args.dataset_test_split) if args.eval_strategy != "no" else None,
+        eval_dataset=eval_dataset,
+        bad_rows=bad_rows,
         data_collator=collator,
         processing_class=processor,
     )

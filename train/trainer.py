@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
+from train.bad_rows import BadRows
 from train.build import DISTILLER_NAME, parameter_summary, set_trainable, training_facts
 from train.config import TRAINING_FACTS_NAME, MoveKDSFTConfig, refuse_reentrant_checkpointing, save_json
 from train.distillation import Distiller
@@ -32,6 +33,8 @@ class MoveKDTrainer(SFTTrainer):
         args ([`MoveKDSFTConfig`]): Arguments.
         teachers (`dict[str, FrozenTeacher]`): Frozen teachers by name; empty without distillation.
         distiller (`Distiller`, *optional*): Their adapters or heads; becomes a submodule of the model while it trains.
+        bad_rows (`BadRows`, *optional*): Counts the rows that the collator could not use, beside those that were bad
+            when the data was read. By default at most one in a hundred may be.
         kwargs: As for [`~trl.SFTTrainer`].
 
     Logs beside TRL's metrics: `text`, `kd`, `kd/{teacher}` (unweighted), `balance`, `experts/{i}` (share of tokens),
@@ -47,6 +50,7 @@ class MoveKDTrainer(SFTTrainer):
         args: MoveKDSFTConfig,
         teachers: Mapping[str, FrozenTeacher] | None = None,
         distiller: Distiller | None = None,
+        bad_rows: BadRows | None = None,
         **kwargs: Any,
     ) -> None:
         self.teachers = dict(teachers or {})
@@ -79,6 +83,10 @@ class MoveKDTrainer(SFTTrainer):
             teacher.to(self.args.device)
         self.gradient_guard = GradientGuard(self.model, self.accelerator)
         self.add_callback(self.gradient_guard)
+        if bad_rows is None:
+            bad_rows = BadRows(self.args.output_dir, writes=self.args.should_save)
+            bad_rows.total = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
+        self.bad_rows = bad_rows
         self._images, self._logged_at = torch.zeros(()), time.perf_counter()
         self._images_since_log = torch.zeros((), device=self.args.device)
         self.accelerator.print(parameter_summary(self.model, self.teachers, args))
@@ -94,10 +102,19 @@ class MoveKDTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in Trainer, counting the images of the whole step besides its tokens, over all processes."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        images = sum((batch["image_weights"].sum() for batch in batch_samples), torch.zeros(()))
-        self._images = self.accelerator.reduce(images.to(device), reduction="sum")
+        self._images = self._count(batch_samples, device)
         self._images_since_log += self._images
         return batch_samples, num_items_in_batch
+
+    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Images in these batches of all processes. Takes out their bad rows, too many of which stop the run."""
+        found = [row for batch in batches for row in batch.pop("bad_rows", [])]
+        images = sum((batch["image_weights"].sum() for batch in batches), torch.zeros((), device=device))
+        counts = torch.stack([images, torch.tensor(float(len(found)), device=device)])
+        images, bad = self.accelerator.reduce(counts, reduction="sum")
+        if bad:
+            self.bad_rows.add_from_all(found)
+        return images
 
     def compute_loss(
         self,
@@ -108,6 +125,8 @@ class MoveKDTrainer(SFTTrainer):
     ) -> Any:
         inputs = dict(inputs)
         inputs.pop("image_rows", None)
+        if not model.training:
+            self._count([inputs], self.accelerator.device)
         teacher_pixels = inputs.pop("teacher_pixel_values", None)
         if self.teachers:
             inputs["teacher_features"] = {
@@ -205,8 +224,8 @@ class MoveKDTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "row_index" not in self._signature_columns:
-            self._signature_columns += ["row_index"]
+        own = ["row_index", "source", "problem"]
+        self._signature_columns += [name for name in own if name not in self._signature_columns]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card describes a text model; the facts for ours are saved with every checkpoint instead."""

@@ -199,14 +199,16 @@ def test_truncation_cuts_text_on_the_right() -> None:
     assert torch.equal(MoveKDCollator(processor, max_length=5000)(rows)["input_ids"], whole["input_ids"])
 
 
-def test_truncation_into_the_image_is_refused() -> None:
+def test_a_row_cut_into_its_image_is_bad() -> None:
     processor = build_processor()
     example = row(picture()) | {"row_index": 41}
     ids = MoveKDCollator(processor)([example])["input_ids"][0]
     end = int((ids == processor.image_token_id).nonzero().max()) + 1
-    MoveKDCollator(processor, max_length=end)([example])
-    with pytest.raises(ValueError, match=rf"Row 41: max_length {end - 1} would cut.* token {end}\. Raise max_length"):
-        MoveKDCollator(processor, max_length=end - 1)([row(), example])
+    assert MoveKDCollator(processor, max_length=end)([example])["bad_rows"] == []
+    batch = MoveKDCollator(processor, max_length=end - 1)([row(), example])
+    assert batch["bad_rows"] == [("row 41", f"its image tokens end at token {end}, above max_length {end - 1}")]
+    assert batch["num_blank_images"] == 1 and (batch["input_ids"] != processor.image_token_id).all()
+    assert (batch["labels"] != -100).any(dim=1).tolist() == [True, False]
 
 
 def test_labels_of_an_empty_turn() -> None:
@@ -233,12 +235,60 @@ def test_other_colour_modes(mode: str) -> None:
     assert MoveKDCollator(build_processor())([row(picture().convert(mode))])["pixel_values"].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "broken", [{"bytes": png(picture())[:200], "path": None}, {"bytes": b"text", "path": None}, "no/such/file.png"]
-)
-def test_an_image_that_cannot_be_decoded_names_its_row(broken: object) -> None:
-    with pytest.raises(ValueError, match="Row 17: an image cannot be decoded"):
-        MoveKDCollator(build_processor())([row(picture()), row(broken) | {"row_index": 17}])
+def test_a_batch_names_its_bad_rows_and_keeps_their_places() -> None:
+    processor = build_processor()
+    broken = row(picture(), {"bytes": png(picture())[:200], "path": None}) | {"source": "data.json row 17"}
+    problem = {"messages": [], "images": [], "row_index": 4, "problem": "no turns"}
+    rows = [row(picture(seed=1)), broken, row(question="Hi"), problem, row(picture(seed=2))]
+    batch = MoveKDCollator(processor, TEACHERS)(rows)
+    assert [name for name, _ in batch["bad_rows"]] == ["data.json row 17", "row 4"]
+    assert "cannot be decoded" in batch["bad_rows"][0][1] and batch["bad_rows"][1][1] == "no turns"
+    assert len(batch["input_ids"]) == 5 and batch["image_rows"].tolist() == [0, 4]
+    assert (batch["labels"] != -100).any(dim=1).tolist() == [True, False, True, False, True]
+    good = MoveKDCollator(processor, TEACHERS)([rows[0], rows[2], rows[4]])
+    assert good["bad_rows"] == []
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(batch[name][[0, 2, 4]], good[name])
+    assert torch.equal(batch["pixel_values"], good["pixel_values"])
+    assert torch.equal(batch["teacher_pixel_values"]["second"], good["teacher_pixel_values"]["second"])
+
+
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+@pytest.mark.parametrize("labels", ["answers", "released"])
+def test_a_batch_of_bad_rows_trains_nothing(aspect: str, labels: str) -> None:
+    collator = MoveKDCollator(build_processor(aspect), TEACHERS, labels=labels, distill_text_only_rows=True)
+    batch = collator([row("no/such/file.png"), row({"bytes": b"", "path": None})])
+    assert [reason for _, reason in batch["bad_rows"]] == ["no/such/file.png: no such file", "an image of 0 bytes"]
+    assert (batch["labels"] == -100).all() and len(batch["labels"]) == 2
+    assert batch["image_weights"].tolist() == [0] and batch["num_blank_images"] == len(batch["pixel_values"]) == 1
+    mixed = collator([row("no/such/file.png"), row()])
+    assert mixed["image_rows"].tolist() == [1] and mixed["image_weights"].tolist() == [1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (3, 50), (50, 3), (3, 3)])
+@pytest.mark.parametrize(("aspect", "torchvision"), [("pad", True), ("pad", False), ("anyres", False)])
+def test_tiny_images(size: tuple[int, int], aspect: str, torchvision: bool) -> None:
+    """Sides of 1 and 3 pixels could be taken for channels."""
+    processor = build_processor(aspect, torchvision=torchvision)
+    image = Image.new("RGB", size, (255, 0, 0))
+    pixels = MoveKDCollator(processor, TEACHERS)([row(image)])["pixel_values"]
+    red, green, blue = pixels.flatten(0, -4)[0, :, SIZE // 2, SIZE // 2]
+    assert red > 0.1 and red > 2 * green and red > 2 * blue
+    if aspect == "pad":
+        padded = pad_to_square(image, (122, 116, 104))
+        assert torch.equal(pixels, MoveKDCollator(processor)([row(padded)])["pixel_values"])
+
+
+def test_orientation() -> None:
+    image, exif = picture(30, 20), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    turned = image.transpose(Image.Transpose.ROTATE_270)
+    stored = row({"bytes": buffer.getvalue(), "path": None})
+    for apply, expected in ((True, turned), (False, image)):
+        batch = MoveKDCollator(build_processor(), apply_orientation=apply)([stored])
+        assert torch.equal(batch["pixel_values"], MoveKDCollator(build_processor())([row(expected)])["pixel_values"])
 
 
 @pytest.mark.parametrize(("shown", "given"), [(2, 1), (1, 2), (0, 1), (1, 0)])

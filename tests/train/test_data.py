@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from train.data import decode_image, load_conversations
+from train.data import load_conversations
+from train.images import decode_image
 
 
 def picture(red: int = 200) -> PILImage.Image:
@@ -66,7 +67,7 @@ def test_several_images() -> None:
         ("user", 1, "and ?"),
         ("assistant", 0, "Ok"),
     ]
-    assert [decode_image(image, 0).getpixel((0, 0))[0] for image in row["images"]] == [10, 20, 30]
+    assert [decode_image(image).getpixel((0, 0))[0] for image in row["images"]] == [10, 20, 30]
 
 
 def test_text_only_rows_keep_their_text() -> None:
@@ -193,8 +194,8 @@ def test_llava_file_and_image_folder(
 ) -> None:
     write(tmp_path / name)
     dataset = load_conversations(tmp_path / name, image_folder, max_bad_row_share=0)
-    assert dataset.column_names == ["messages", "images", "row_index", "modality_length"]
-    reds = [[decode_image(image, 0).getpixel((0, 0))[0] for image in images] for images in dataset["images"]]
+    assert dataset.column_names == ["messages", "images", "row_index", "source", "modality_length"]
+    reds = [[decode_image(image).getpixel((0, 0))[0] for image in images] for images in dataset["images"]]
     assert reds == [[10], [], [20, 10]]
     # Nothing but the path is stored: files are opened when a batch is made.
     assert all(image["bytes"] is None for images in dataset["images"] for image in images)
@@ -203,7 +204,7 @@ def test_llava_file_and_image_folder(
 def test_images_lie_beside_a_llava_file_by_default(tmp_path: Path, image_folder: Path) -> None:
     write_json(image_folder / "data.json")
     dataset = load_conversations(str(image_folder / "data.json"))
-    assert decode_image(dataset[0]["images"][0], 0).getpixel((0, 0))[0] == 10
+    assert decode_image(dataset[0]["images"][0]).getpixel((0, 0))[0] == 10
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/secret.png", "../images_too/x.png"])
@@ -255,7 +256,7 @@ def test_datasets_with_pictures(
     dataset = load_conversations(source, max_bad_row_share=0)
     assert [short(messages)[0] for messages in dataset["messages"]] == [("user", 1, "What?"), ("user", 0, "Hi")]
     assert isinstance(dataset[0]["images"][0]["bytes"], bytes)
-    assert decode_image(dataset[0]["images"][0], 0).getpixel((0, 0)) == (10, 30, 90)
+    assert decode_image(dataset[0]["images"][0]).getpixel((0, 0)) == (10, 30, 90)
     assert dataset[1]["images"] == [] and dataset["modality_length"][:] == [3, -2]
 
 
@@ -265,14 +266,15 @@ def test_stored_bytes_win_over_a_file_of_their_name(tmp_path: Path, monkeypatch:
     buffer = io.BytesIO()
     picture(10).save(buffer, format="PNG")
     row = {"image": {"bytes": buffer.getvalue(), "path": "one.png"}, "conversations": turns("<image>", "Red.")}
-    assert decode_image(read_one(row)["images"][0], 0).getpixel((0, 0))[0] == 10
+    assert decode_image(read_one(row)["images"][0]).getpixel((0, 0))[0] == 10
 
 
 def test_a_broken_image_is_kept_until_it_is_needed() -> None:
     row = {"image": {"bytes": b"not a picture", "path": None}, "conversations": turns("<image>", "Red.")}
     dataset = load_conversations([GOOD, row])
-    with pytest.raises(ValueError, match="Row 1: an image cannot be decoded"):
-        decode_image(dataset[1]["images"][0], dataset[1]["row_index"])
+    assert len(dataset) == 2
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        decode_image(dataset[1]["images"][0])
 
 
 def test_datasets_are_checked_too() -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
 from train.build import build_distiller, build_student, build_teachers
+from train.data import load_conversations
 from train.trainer import MoveKDTrainer
 
 
@@ -32,7 +33,7 @@ def train(data_args, args, model_args, callbacks=(), prepare=lambda model, teach
     model, processor = build_student(args, model_args)
     teachers = build_teachers(args)
     distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
-    dataset = sft.load_conversations(data_args.dataset_name)
+    dataset = load_conversations(data_args.dataset_name)
     collator = sft.build_collator(args, processor, teachers)
     sft.fit_feature_statistics(args, distiller, teachers, dataset, collator)
     prepare(model, teachers, distiller)
@@ -234,6 +235,7 @@ def test_activation_checkpointing_gives_the_same_run(arguments) -> None:
 
 def test_evaluation_logs_the_same_terms(arguments, dataset_folder: str) -> None:
     data_args, args, model_args = arguments(eval_strategy="steps", eval_steps=3)
+    data_args.validation_share = 0.2
     trainer = sft.train(data_args, args, model_args)
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluated) == 1

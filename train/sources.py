@@ -1,0 +1,118 @@
+"""Rows as they stand in a file, a folder or on the Hub, before anything is made of them."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
+
+
+def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> Any:
+    """The rows as they are: a list or a `Dataset`, or, where they can be read one by one, an `IterableDataset`."""
+    if not isinstance(source, str | os.PathLike):
+        rows = source if isinstance(source, Dataset) else list(source)
+        _only_train("The data set", split)
+        return rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
+    path = Path(source)
+    if path.is_file():
+        _only_train(path, split)
+    if path.suffix == ".json" and path.is_file():
+        return _read_json(path)
+    if path.suffix == ".jsonl" and path.is_file():
+        if streaming:
+            return IterableDataset.from_generator(_read_line_texts, gen_kwargs={"path": str(path)})
+        return list(_read_lines(path))
+    if path.suffix == ".parquet" and path.is_file():
+        return load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        saved = load_from_disk(str(path))
+        if isinstance(saved, Dataset):
+            _only_train(path, split)
+        elif split not in saved:
+            raise ValueError(f"{path} has the splits {list(saved)}, not {split!r}.")
+        rows = saved if isinstance(saved, Dataset) else saved[split]
+        return rows.to_iterable_dataset() if streaming else rows
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"Cannot read {path}: expected .json, .jsonl or .parquet, a folder, or a data set id.")
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"There is no file {path}.")
+    return load_dataset(str(source), subset, split=split, streaming=streaming)
+
+
+def _only_train(source: Any, split: str) -> None:
+    if split != "train":
+        raise ValueError(
+            f"{source} has no splits, so no {split!r}. To evaluate on a part of it that is not trained on, set "
+            "validation_share."
+        )
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    """The rows of a JSON Lines file; in place of one that cannot be parsed the reason why."""
+    for line in _read_line_texts(str(path)):
+        yield parse_line(line["line"])
+
+
+def _read_line_texts(path: str) -> Iterator[dict[str, bytes]]:
+    with open(path, "rb") as lines:
+        for line in lines:
+            if line.strip():
+                yield {"line": line.strip()}
+
+
+def _read_json(path: Path) -> list[Any]:
+    """
+    Raises:
+        ValueError: if the file is no JSON list; the message names the row and the field at which it breaks off.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        rows = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON {_position(text, error)}: {error}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a JSON {type(rows).__name__}, expected a list of rows.")
+    return rows
+
+
+def _position(text: str, error: json.JSONDecodeError) -> str:
+    """Row and field of an error in a JSON list, found by reading the rows in front of it once more."""
+    decoder, separator = json.JSONDecoder(), re.compile(r"[^\s,]|$")
+    number, start = -1, text.find("[") + 1
+    try:
+        while start < error.pos:
+            number += 1
+            start = separator.search(text, start).start()  # type: ignore[union-attr]
+            _, start = decoder.raw_decode(text, start)
+    except json.JSONDecodeError:
+        pass
+    fields = re.findall(r'"(\w+)"\s*:', text[start : error.pos])
+    return f"in row {number}" + (f", field {fields[-1]!r}" if fields else "")
+
+
+def undecoded_images(dataset: Dataset) -> Dataset:
+    """The data set with every image column left as bytes or path."""
+
+    def undecoded(feature: Any) -> Any:
+        if isinstance(feature, Image):
+            return Image(decode=False)
+        return List(undecoded(feature.feature)) if isinstance(feature, List) else feature
+
+    for name, feature in dataset.features.items():
+        if undecoded(feature) != feature:
+            dataset = dataset.cast_column(name, undecoded(feature))
+    return dataset
+
+
+def parse_line(line: bytes) -> Any:
+    """The row of a line of JSON Lines, or, where it is none, a `ValueError` that says why."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        fields = re.findall(r'"(\w+)"\s*:', line[: getattr(error, "pos", 0)].decode("utf-8", "replace"))
+        return ValueError(f"not valid JSON{f' in field {fields[-1]!r}' if fields else ''}: {error}")
