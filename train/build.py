@@ -26,6 +26,7 @@ from train.bad_rows import BadRows
 from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
+from train.language_lora import language_lora_facts
 from train.teachers import FrozenTeacher, TeacherFeatures, load_teacher, resolve_teacher
 
 
@@ -203,7 +204,7 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
 
     - `pretrain`: of the tower the experts and routers; of the language model nothing. Without experts the whole tower
       is trained, since distillation would otherwise have nothing to change; without distillation either, none of it.
-    - `finetune`: tower and language model too.
+    - `finetune`: tower and language model too; of the latter LoRA alone where `language_lora_rank` is set.
 
     Frozen in any case: the tower under `freeze_vision_tower`, and what lies behind the layer that feeds the projector,
     except the routers there, which a balance loss reaches.
@@ -228,7 +229,7 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
                 trains = trains and bool(args.lambda_balance)
             trains = trains and not args.freeze_vision_tower
         elif "language_model." in name or "lm_head." in name:
-            trains = args.stage == "finetune"
+            trains = args.stage == "finetune" and (not args.language_lora_rank or "lora_" in name)
         else:
             trains = True
         parameter.requires_grad_(trains)
@@ -237,17 +238,18 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
 def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, FrozenTeacher], args: MoveKDSFTConfig) -> str:
     """One line: what trains, what is frozen, and how many parameters each."""
     groups = {"experts and routers": [0, 0], "vision tower": [0, 0], "projector": [0, 0], "distiller": [0, 0]}
-    groups["language model"] = [0, 0]
+    groups |= {"LoRA of the language model": [0, 0], "language model": [0, 0]}
     for name, parameter in model.named_parameters():
         if "vision_tower." in name:
             group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
         elif "distiller." in name:
             group = "distiller"
         elif "language_model." in name or "lm_head." in name:
-            group = "language model"
+            group = "LoRA of the language model" if args.language_lora_rank and "lora_" in name else "language model"
         else:
             group = "projector"
-        groups[group][0 if parameter.requires_grad else 1] += parameter.numel()
+        packed = 2 if parameter.dtype == torch.uint8 else 1  # two weights of 4 bits in each byte
+        groups[group][0 if parameter.requires_grad else 1] += packed * parameter.numel()
     trained = ", ".join(f"{group} {count:,}" for group, (count, _) in groups.items() if count)
     frozen = ", ".join(f"{group} {count:,}" for group, (_, count) in groups.items() if count)
     taught = ", ".join(
@@ -281,6 +283,7 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
         "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
+        "language_lora": language_lora_facts(trainer.model, args),
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
         "losses": {name: last[name] for name in last if name in losses or name.startswith("kd/")},

@@ -135,6 +135,14 @@ class MoveKDSFTConfig(SFTConfig):
         num_experts, lora_rank, lora_alpha, lora_dropout: The mixture of LoRA experts. `num_experts=0` turns it off.
         freeze_vision_tower (`bool`, defaults to `False`): Keep the whole tower, experts included, as it is.
         vision_tower_learning_rate (`float`, *optional*): Learning rate of the tower; `learning_rate` by default.
+        language_lora_rank (`int`, defaults to 0): Rank of LoRA in the language model, which then is frozen under it,
+            embedding and head included; everything else trains as ever. 0 trains the language model in full.
+        language_lora_alpha (`float`, *optional*): LoRA is scaled by alpha / rank; twice the rank by default.
+        language_lora_dropout (`float`, defaults to 0.05): Dropout on LoRA's input.
+        language_lora_learning_rate (`float`, *optional*): Learning rate of LoRA; `learning_rate` by default.
+        language_lora_target_modules (`list[str]`, *optional*): Names of the layers that get LoRA; by default every
+            linear layer of the language model except the head.
+        load_in_4bit (`bool`, defaults to `False`): Keep the weights under LoRA in 4 bits (QLoRA).
         feature_statistics_images (`int`, defaults to 1024): Images in the first pass over the data that measures the
             teachers' statistics, where the preset normalises their features.
         whitening_components (`int`, defaults to 64): Principal components kept of each teacher's features.
@@ -166,6 +174,14 @@ class MoveKDSFTConfig(SFTConfig):
     vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the tower."})
     feature_statistics_images: int = field(default=1024, metadata={"help": "Images that measure the teachers."})
     whitening_components: int = field(default=64, metadata={"help": "Principal components kept per teacher."})
+    language_lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
+    language_lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale, times its rank."})
+    language_lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on LoRA's input."})
+    language_lora_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of LoRA."})
+    language_lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get LoRA; all linear layers but the head by default."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Keep the weights under LoRA in 4 bits (QLoRA)."})
     group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of one modality and length."})
 
     global_batch_size: int | None = field(
@@ -231,12 +247,34 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}; with it TRL computes the text loss in a "
                 "second forward, apart from the distillation loss. Set it to 0."
+        self._check_language_lora()
             )
         refuse_reentrant_checkpointing(self)
 
     def batch_summary(self) -> str:
         """
         One sentence for the log: how the global batch comes about.
+
+    def _check_language_lora(self) -> None:
+        if self.language_lora_alpha is None:
+            self.language_lora_alpha = 2.0 * self.language_lora_rank
+        if self.language_lora_rank < 0 or (self.language_lora_rank and self.language_lora_alpha <= 0):
+            raise ValueError(
+                f"`language_lora_rank` is {self.language_lora_rank} and `language_lora_alpha` "
+                f"{self.language_lora_alpha}; give positive numbers, or rank 0 for no LoRA."
+            )
+        if not 0 <= self.language_lora_dropout < 1:
+            raise ValueError(f"`language_lora_dropout` is {self.language_lora_dropout}; it is a share below 1.")
+        if self.language_lora_rank and self.stage != "finetune":
+            raise ValueError(
+                f"`language_lora_rank` is {self.language_lora_rank}, but stage '{self.stage}' keeps the language "
+                "model frozen. Set it to 0, or `stage: finetune`."
+            )
+        if self.load_in_4bit and not self.language_lora_rank:
+            raise ValueError(
+                f"`load_in_4bit` is true, but `language_lora_rank` is {self.language_lora_rank}; 4-bit weights cannot "
+                "be trained themselves. Set a rank."
+            )
 
         Raises:
             ValueError: if it is not the `global_batch_size` asked for, as where one process drives several GPUs.

@@ -19,6 +19,13 @@ from train.config import TRAINING_FACTS_NAME, MoveKDSFTConfig, refuse_reentrant_
 from train.distillation import Distiller
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
 from train.guards import GradientGuard
+from train.language_lora import (
+    LANGUAGE_LORA_NAME,
+    add_language_lora,
+    load_language_lora,
+    merged_state_dict,
+    save_language_lora,
+)
 from train.losses import check_finite
 from train.sampler import ModalityLengthGroupedSampler
 from train.teachers import FrozenTeacher
@@ -73,6 +80,8 @@ class MoveKDTrainer(SFTTrainer):
             model.distiller = distiller.to(device=model.device, dtype=model.dtype)
             # Published weights are the student's alone; the distiller has a file of its own
             model._keys_to_ignore_on_save.update(f"distiller.{key}" for key in distiller.state_dict())
+        if args.language_lora_rank:
+            add_language_lora(model, args)
         set_trainable(model, args)
         super().__init__(model=model, args=args, **kwargs)
         refuse_reentrant_checkpointing(self.args)
@@ -199,18 +208,22 @@ class MoveKDTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in Trainer, with the vision tower in groups of their own if it has its own learning rate."""
+        """As in Trainer, with the vision tower and LoRA in groups of their own if they have rates of their own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.vision_tower_learning_rate
-        if not is_new or rate is None:
-            return optimizer
-        tower = {id(value) for name, value in self.model.named_parameters() if "vision_tower." in name}
-        for group in list(optimizer.param_groups):
-            own = [value for value in group["params"] if id(value) in tower]
-            group["params"] = [value for value in group["params"] if id(value) not in tower]
-            if own:
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        rates = {
+            "vision_tower.": self.args.vision_tower_learning_rate,
+            ".lora_": self.args.language_lora_learning_rate,
+        }
+        for part, rate in rates.items():
+            if not is_new or rate is None:
+                continue
+            parameters = {id(value) for name, value in self.model.named_parameters() if part in name}
+            for group in list(optimizer.param_groups):
+                own = [value for value in group["params"] if id(value) in parameters]
+                group["params"] = [value for value in group["params"] if id(value) not in parameters]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -235,6 +248,9 @@ class MoveKDTrainer(SFTTrainer):
         if self.args.should_save and self.teachers:
             weights = state_dict if state_dict is not None else self.model.state_dict()
             weights = {key.split("distiller.", 1)[1]: value for key, value in weights.items() if "distiller." in key}
+        if self.args.should_save and self.args.language_lora_rank:
+            save_language_lora(self._student(), folder / LANGUAGE_LORA_NAME, state_dict)
+            state_dict = merged_state_dict(self._student(), state_dict)
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             if self.teachers:
@@ -242,15 +258,27 @@ class MoveKDTrainer(SFTTrainer):
             save_json(training_facts(self), folder / TRAINING_FACTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._loads_language_lora():
+            load_language_lora(self._student(), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_distiller(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._loads_language_lora():
+            load_language_lora(self._student(), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._load_distiller(self.state.best_model_checkpoint)
 
+    def _has_own_state(self) -> bool:
+        """FSDP and DeepSpeed keep the distiller and LoRA in their own state, with the rest of the module."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def _loads_language_lora(self) -> bool:
+        # The saved weights are merged, which Trainer would not find the places of, and skip
+        return bool(self.args.language_lora_rank) and not self._has_own_state()
+
     def _load_distiller(self, folder: str) -> None:
-        # FSDP and DeepSpeed keep it in their own state, with the rest of the module
-        own_state = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self.teachers and self.accelerator.distributed_type not in own_state:
+        if self.teachers and not self._has_own_state():
             self._student().distiller.load(Path(folder) / DISTILLER_NAME)
