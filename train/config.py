@@ -172,8 +172,6 @@ class MoveKDSFTConfig(SFTConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Keep the whole vision tower as it is."})
     vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the tower."})
-    feature_statistics_images: int = field(default=1024, metadata={"help": "Images that measure the teachers."})
-    whitening_components: int = field(default=64, metadata={"help": "Principal components kept per teacher."})
     language_lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
     language_lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale, times its rank."})
     language_lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on LoRA's input."})
@@ -182,6 +180,8 @@ class MoveKDSFTConfig(SFTConfig):
         default=None, metadata={"help": "Layers that get LoRA; all linear layers but the head by default."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Keep the weights under LoRA in 4 bits (QLoRA)."})
+    feature_statistics_images: int = field(default=1024, metadata={"help": "Images that measure the teachers."})
+    whitening_components: int = field(default=64, metadata={"help": "Principal components kept per teacher."})
     group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of one modality and length."})
 
     global_batch_size: int | None = field(
@@ -243,17 +243,13 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
         if self.distill and self.freeze_vision_tower:
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
+        self._check_language_lora()
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}; with it TRL computes the text loss in a "
                 "second forward, apart from the distillation loss. Set it to 0."
-        self._check_language_lora()
             )
         refuse_reentrant_checkpointing(self)
-
-    def batch_summary(self) -> str:
-        """
-        One sentence for the log: how the global batch comes about.
 
     def _check_language_lora(self) -> None:
         if self.language_lora_alpha is None:
@@ -275,6 +271,10 @@ class MoveKDSFTConfig(SFTConfig):
                 f"`load_in_4bit` is true, but `language_lora_rank` is {self.language_lora_rank}; 4-bit weights cannot "
                 "be trained themselves. Set a rank."
             )
+
+    def batch_summary(self) -> str:
+        """
+        One sentence for the log: how the global batch comes about.
 
         Raises:
             ValueError: if it is not the `global_batch_size` asked for, as where one process drives several GPUs.
