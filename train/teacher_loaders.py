@@ -1,34 +1,52 @@
-"""The two loaders of [`train.teachers`], transformers and timm, and what they give."""
+"""The loaders of [`train.teachers`], transformers and timm (and EVA-02's file), and what they give."""
 
 import inspect
 import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from logging.handlers import BufferingHandler
 from math import isqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import timm
 import timm.data
 import timm.models
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionModel,
+    Pix2StructForConditionalGeneration,
+    Pix2StructImageProcessor,
+)
+from transformers.image_utils import SizeDict
+from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDVisionModel
+from train.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig, load_backbone
+from train.teacher_preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INTERPOLATIONS,
+    TeacherPreprocessor,
+)
 
 
 if TYPE_CHECKING:
     from train.teachers import TeacherConfig
 
 
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+LAYOUTS = ("map", "interleaved")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Whatever the size of the image, as its features are resized
+PIX2STRUCT_GRID = (32, 32)
 # Where a composite model of transformers (CLIP, SigLIP, SAM, LLaVA, ...) keeps its vision part
 _VISION_PARTS = ("vision_model", "vision_encoder", "vision_tower", "visual")
 # Parameters that put tokens of their own in front of the patches
@@ -62,29 +80,6 @@ class TeacherFeatures(NamedTuple):
     cls_attention: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class TeacherPreprocessor:
-    """
-    PIL images to a teacher's pixels: resized to a square on uint8 with PIL, scaled to [0, 1], normalised.
-
-    An image is expected to be the square crop that all towers share; another shape is stretched.
-    """
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-
-    def __call__(self, images: list[Image.Image]) -> torch.Tensor:
-        """Returns float32 pixels of shape `(len(images), 3, image_size, image_size)`."""
-        size, resample = (self.image_size, self.image_size), INTERPOLATIONS[self.interpolation]
-        arrays = [np.array(image.convert("RGB").resize(size, resample), dtype=np.float32) for image in images]
-        stack = np.stack(arrays) if arrays else np.zeros((0, *size, 3), dtype=np.float32)
-        pixels = torch.from_numpy(stack).permute(0, 3, 1, 2) / 255
-        mean, std = (torch.tensor(channels, dtype=torch.float32).view(3, 1, 1) for channels in (self.mean, self.std))
-        return ((pixels - mean) / std).contiguous()
-
-
 # A loader gives the model, the function that takes it and its pixels to features, and the preprocessor.
 Loaded = tuple[nn.Module, Callable[[nn.Module, torch.Tensor], TeacherFeatures], TeacherPreprocessor]
 
@@ -111,8 +106,18 @@ def _read_strictly(config: "TeacherConfig", auto_class: Any) -> Any:
     return model
 
 
+def _preprocessor(
+    config: "TeacherConfig", image_size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> TeacherPreprocessor:
+    """For a model whose file says nothing of its pixels: what the configuration leaves open is as given here."""
+    mean, std = config.mean or mean, config.std or std
+    interpolation, fit = config.interpolation or "bicubic", config.fit or "centre_crop"
+    return TeacherPreprocessor(config.image_size or image_size, mean, std, interpolation, fit)
+
+
 def _preprocessor_of_transformers(config: "TeacherConfig") -> TeacherPreprocessor:
     given = {field: getattr(config, field) for field in ("image_size", "mean", "std", "interpolation")}
+    fit = config.fit
     if any(value is None for value in given.values()):
         try:
             processor = AutoImageProcessor.from_pretrained(
@@ -133,13 +138,16 @@ def _preprocessor_of_transformers(config: "TeacherConfig") -> TeacherPreprocesso
             "std": (tuple(processor.image_std) if normalized else (1.0, 1.0, 1.0)) if scaled else None,
             "interpolation": resample,
         }
+        # SAM's way; elsewhere the longer edge says nothing of what becomes of the shorter
+        zero_pad = getattr(processor, "do_pad", False) and size.longest_edge and not size.shortest_edge
+        fit = fit or ("zero_pad" if zero_pad else "centre_crop")
         given = {field: read[field] if value is None else value for field, value in given.items()}
         if unknown := [field for field, value in given.items() if value is None]:
             raise ValueError(
                 f"Teacher {config.name}: {type(processor).__name__} gives no {unknown} for square input scaled by "
                 f"1/255 (size {processor.size}, resample {processor.resample}); set them in its configuration."
             )
-    return TeacherPreprocessor(**given)
+    return TeacherPreprocessor(**given, fit=fit or "centre_crop")
 
 
 def load_clip(config: "TeacherConfig") -> Loaded:
@@ -158,7 +166,10 @@ def _clip_features(interpolate: bool, model: nn.Module, pixel_values: torch.Tens
 
 
 def load_transformers(config: "TeacherConfig") -> Loaded:
-    """The vision part of any model that takes `pixel_values`."""
+    """The vision part of any model that takes `pixel_values`, or of Pix2Struct."""
+    code = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if AutoConfig.from_pretrained(config.model, **code).model_type == "pix2struct":
+        return _load_pix2struct(config)
     model = _read_strictly(config, AutoModel)
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" not in accepted:
@@ -170,11 +181,15 @@ def load_transformers(config: "TeacherConfig") -> Loaded:
         arguments["interpolate_pos_encoding"] = True
     if isinstance(config.output, int):
         arguments["output_hidden_states"] = True
-    return model, partial(_transformers_features, config.output, arguments), preprocessor
+    return model, partial(_transformers_features, config.output, arguments, layout=config.layout), preprocessor
 
 
 def _transformers_features(
-    output: int | str | None, arguments: dict[str, Any], model: nn.Module, pixel_values: torch.Tensor
+    output: int | str | None,
+    arguments: dict[str, Any],
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    layout: str = "map",
 ) -> TeacherFeatures:
     outputs = model(pixel_values=pixel_values, **arguments)
     if isinstance(output, int):
@@ -183,8 +198,103 @@ def _transformers_features(
         raw = getattr(outputs, output or "last_hidden_state", None)
         if raw is None:
             raise ValueError(f"{type(model).__name__} gives {[*outputs]} and no {output or 'last_hidden_state'!r}.")
+    if layout == "interleaved":
+        return TeacherFeatures(*_patch_tokens(interleave(raw), channels_last=False))
     tokens, grid = _patch_tokens(raw, 0 if isinstance(output, str) else _prefix_tokens(model, raw.shape[-1]))
     return TeacherFeatures(tokens, grid)
+
+
+def interleave(feature_map: torch.Tensor) -> torch.Tensor:
+    """
+    SAM's features as the authors' code reads them: a reshape that mixes channels with positions.
+
+    Args:
+        feature_map: `(batch_size, channels, h, w)`, where `channels * h` is the square of an even number `r`.
+
+    Returns:
+        `(batch_size, 4 * w, r / 2, r / 2)`; of the same shape if `channels` is `4 * h` and `h` is `w`.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if feature_map.dim() != 4:
+        raise ValueError(f"Layout 'interleaved' is of a feature map, found shape {tuple(feature_map.shape)}.")
+    batch_size, channels, height, width = feature_map.shape
+    side = isqrt(channels * height)
+    if side**2 != channels * height or side % 2:
+        raise ValueError(
+            f"Layout 'interleaved' needs channels * height to be the square of an even number, found {channels} * "
+            f"{height} = {channels * height}."
+        )
+    columns = feature_map.reshape(batch_size, channels * height, width).transpose(1, 2)
+    return F.pixel_unshuffle(columns.reshape(batch_size, width, side, side), 2)
+
+
+def pix2struct_patches(pixel_values: torch.Tensor, patch_size: int = 16) -> torch.Tensor:
+    """
+    What Pix2Struct takes: each image standardised by its own mean and standard deviation, resized to as many patches
+    as its processor allows (2048, so 45 x 45), and flattened.
+
+    Args:
+        pixel_values: `(batch_size, 3, size, size)` on the scale 0 to 255.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        Float32 `(batch_size, patches, 2 + 3 * patch_size**2)`, row and column (from 1) in front, no padding.
+    """
+    processor = Pix2StructImageProcessor()
+    images = pixel_values.float()
+    # The processor for tensors divides by the sample's deviation, the models were trained with the population's
+    deviation = images.std(dim=(1, 2, 3), keepdim=True, correction=0).clamp(min=images[0].numel() ** -0.5)
+    images = (images - images.mean(dim=(1, 2, 3), keepdim=True)) / deviation
+    size = SizeDict(height=patch_size, width=patch_size)
+    patches = processor.extract_flattened_patches(images, processor.max_patches, size)
+    return patches[:, : isqrt(processor.max_patches) ** 2]
+
+
+def _load_pix2struct(config: "TeacherConfig") -> Loaded:
+    if config.output is not None or config.layout != "map":
+        raise ValueError(
+            f"Teacher {config.name}: Pix2Struct gives its last hidden state as a map; found output {config.output!r} "
+            f"and layout {config.layout!r}."
+        )
+    encoder = _read_strictly(config, Pix2StructForConditionalGeneration).encoder
+    preprocessor = _preprocessor(config, 1024, CLIP_MEAN, CLIP_STD)
+    return encoder, partial(_pix2struct_features, preprocessor.mean, preprocessor.std), preprocessor
+
+
+def _pix2struct_features(
+    mean: tuple[float, ...], std: tuple[float, ...], model: Any, pixel_values: torch.Tensor
+) -> TeacherFeatures:
+    pixels = pixel_values.float()
+    scale, shift = (pixels.new_tensor(channels).view(3, 1, 1) for channels in (std, mean))
+    patch_size = isqrt(model.config.patch_embed_hidden_size // 3)
+    patches = pix2struct_patches((pixels * scale + shift) * 255, patch_size).to(pixel_values.dtype)
+    hidden = model(flattened_patches=patches).last_hidden_state
+    side = isqrt(patches.shape[1])
+    feature_map = hidden.transpose(1, 2).reshape(len(hidden), -1, side, side)
+    resized = F.interpolate(feature_map, PIX2STRUCT_GRID, mode="bilinear", align_corners=True)
+    return TeacherFeatures(*_patch_tokens(resized, channels_last=False))
+
+
+def load_eva02(config: "TeacherConfig") -> Loaded:
+    """EVA-02's detection backbone, from a detector's checkpoint or a folder that `save_pretrained` wrote."""
+    if config.file is None and not os.path.isfile(config.model):
+        model = _read_strictly(config, Eva02DetectionBackbone)
+    else:
+        try:
+            file = config.model
+            architecture = Eva02DetectionConfig()
+            if config.file is not None:
+                file = cached_file(config.model, config.file, revision=config.revision)
+                if os.path.isfile(os.path.join(config.model, "config.json")):
+                    architecture = Eva02DetectionConfig.from_pretrained(config.model)
+        except OSError as error:
+            raise ValueError(f"Teacher {config.name}: {config.model} has no {config.file}: {error}") from error
+        model = load_backbone(architecture, file)
+    preprocessor = _preprocessor(config, model.config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    arguments = {"output_hidden_states": True} if isinstance(config.output, int) else {}
+    return model, partial(_transformers_features, config.output, arguments, layout=config.layout), preprocessor
 
 
 def load_timm(config: "TeacherConfig") -> Loaded:
@@ -221,9 +331,8 @@ def load_timm(config: "TeacherConfig") -> Loaded:
             f"Teacher {config.name}: {config.model} asks for {height}x{width} pixels, {interpolation}; squares can be "
             f"given, resized by {[*INTERPOLATIONS]}: set image_size and interpolation in its configuration."
         )
-    preprocessor = TeacherPreprocessor(
-        height, config.mean or tuple(settings["mean"]), config.std or tuple(settings["std"]), interpolation
-    )
+    mean, std = config.mean or tuple(settings["mean"]), config.std or tuple(settings["std"])
+    preprocessor = TeacherPreprocessor(height, mean, std, interpolation, config.fit or "centre_crop")
     return model, partial(_timm_features, config.output), preprocessor
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,27 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Pix2StructVisionConfig,
+    Pix2StructVisionModel,
+    SamVisionConfig,
+    SamVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from train.teachers import TEACHERS, TeacherConfig, TeacherPreprocessor, resolve_teacher
+from train.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig
+from train.teacher_loaders import _pix2struct_features, _timm_features, _transformers_features
+from train.teachers import RELEASED_TEACHERS, TEACHERS, TeacherConfig, TeacherPreprocessor, resolve_teacher
 
 
 SIZE = 32
@@ -39,11 +58,33 @@ def test_preprocessor_is_that_of_the_library(interpolation: str) -> None:
     assert torch.equal(preprocessor([images[0].convert("L")]), preprocessor([images[0].convert("L").convert("RGB")]))
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (28, 50), (36, 36), (9, 97), (200, 4)])
+def test_own_geometry_is_that_of_the_library(shape: tuple[int, int]) -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    mean, std = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
+    square = {"height": SIZE, "width": SIZE}
+    settings = {"image_mean": list(mean), "image_std": list(std)}
+    processors = {
+        ("centre_crop", "bicubic"): CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square, **settings),
+        ("zero_pad", "bilinear"): SamImageProcessorPil(size={"longest_edge": SIZE}, pad_size=square, **settings),
+    }
+    for (fit, interpolation), processor in processors.items():
+        preprocessor = TeacherPreprocessor(SIZE, mean, std, interpolation, fit)
+        expected = processor([image], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(preprocessor([image], stretch=False), expected, rtol=1e-5, atol=1e-5)
+        sliver = preprocessor([image.resize((500, 1))], stretch=False)  # whose shorter edge rounds to nothing
+        assert sliver.shape == (1, 3, SIZE, SIZE) and sliver[..., 0, :].abs().min() > 0
+        whole = image.resize((SIZE, SIZE))
+        assert torch.equal(preprocessor([whole], stretch=False), preprocessor([whole]))
+
+
 def test_specs_of_built_in_rows() -> None:
     for name, row in TEACHERS.items():
         assert resolve_teacher(name) == row == resolve_teacher({"name": name}) == resolve_teacher(row)
-        assert row.name == name and row.loader in ("transformers", "timm")
-    assert {"clip", "convnext", "sam"} <= set(TEACHERS)
+        assert row.name == name and row.loader in ("transformers", "timm", "eva02")
+        assert row.license
+    assert {"clip", "eva02", "convnext", "sam", "pix2struct"} <= set(TEACHERS)
     changed = resolve_teacher({"name": "sam", "dtype": "bfloat16"})
     assert changed.model == TEACHERS["sam"].model and changed.dtype == "bfloat16"
     assert TEACHERS["sam"].dtype == "float32"
@@ -53,7 +94,65 @@ def test_specs_of_built_in_rows() -> None:
 
 @pytest.mark.parametrize("row", [row for row in TEACHERS.values() if row.loader == "timm"], ids=lambda row: row.name)
 def test_timm_rows_name_pretrained_models(row: TeacherConfig) -> None:
-    assert row.model in timm.list_pretrained()
+    for config in (row, resolve_teacher(row.name, released=True)):
+        assert config.model in timm.list_pretrained()
+        published = timm.get_pretrained_cfg(config.model)
+        assert (config.license, config.mean or published.mean) == (published.license, published.mean)
+        assert (config.std or published.std) == published.std
+
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+PIX2STRUCT = {"hidden_size": 1536, "d_ff": 3968, "num_hidden_layers": 18, "num_attention_heads": 24}
+TOWERS = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**LARGE, intermediate_size=4096, image_size=336, patch_size=14)),
+    "eva02": lambda: Eva02DetectionBackbone(Eva02DetectionConfig()),
+    "convnext": lambda: timm.create_model("convnext_xxlarge", num_classes=0),
+    "sam": lambda: SamVisionModel(SamVisionConfig(**LARGE, mlp_dim=4096, global_attn_indexes=[5, 11, 17, 23])),
+    "pix2struct": lambda: Pix2StructVisionModel(Pix2StructVisionConfig(**PIX2STRUCT)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**LARGE, image_size=518, patch_size=14)),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**LARGE, intermediate_size=4096, num_register_tokens=4)),
+    "siglip2": lambda: SiglipVisionModel(SiglipVisionConfig(**LARGE, intermediate_size=4096, image_size=384)),
+    "c-radio": lambda: timm.create_model("vit_large_patch16_radio_v3", num_classes=0),
+}
+
+
+@pytest.mark.parametrize("row", TEACHERS.values(), ids=lambda row: row.name)
+def test_facts_of_a_row(row: TeacherConfig) -> None:
+    """Parameters and output shape of the published architecture, counted without its weights."""
+    with torch.device("meta"):
+        model = TOWERS[row.name]().eval()
+        pixels = torch.zeros(1, 3, *[row.image_size or {"siglip2": 384, "c-radio": 512}[row.name]] * 2)
+    counted = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("head."))
+    assert counted == row.num_parameters
+    if row.name == "pix2struct":  # looks into its mask, so one layer is run for the shape
+        model = Pix2StructVisionModel(Pix2StructVisionConfig(**PIX2STRUCT | {"num_hidden_layers": 1}))
+        pixels = torch.zeros(pixels.shape)
+        features = partial(_pix2struct_features, row.mean, row.std)
+    else:
+        features = partial(_timm_features, None) if row.loader == "timm" else partial(_transformers_features, None, {})
+    with torch.no_grad():
+        result = features(model, pixels)
+    assert result.tokens.shape == (1, *row.output_shape)
+    assert result.grid[0] * result.grid[1] == row.output_shape[0]
+
+
+def test_teachers_as_the_authors_code_reads_them(tmp_path: Path) -> None:
+    for name, row in TEACHERS.items():
+        released = resolve_teacher(name, released=True)
+        changed = {field for field in vars(row) if getattr(row, field) != getattr(released, field)}
+        assert changed == set(RELEASED_TEACHERS.get(name, {}))
+        assert resolve_teacher(released) == released
+    assert resolve_teacher("convnext", released=True).model == "convnext_xxlarge.clip_laion2b_soup_ft_in1k"
+    # said in so many words, it counts; so does a copy of the weights in a folder
+    assert resolve_teacher({"name": "sam", "layout": "map"}, released=True).layout == "map"
+    copy = {"name": "sam", "model": str(tmp_path), "loader": "transformers"}
+    assert (resolve_teacher(copy).layout, resolve_teacher(copy, released=True).layout) == ("map", "interleaved")
+    soup = {"name": "convnext", "model": TEACHERS["convnext"].model}
+    assert resolve_teacher(soup, released=True).model == TEACHERS["convnext"].model
+    assert resolve_teacher({"name": "mine", "model": "owner/sam"}, released=True).layout == "map"
+    # another size has another shape
+    assert resolve_teacher({"name": "sam", "dtype": "bfloat16"}).output_shape == (4096, 256)
+    assert resolve_teacher({"name": "sam", "image_size": 512}).output_shape is None
 
 
 @pytest.mark.parametrize(
@@ -91,8 +190,12 @@ def test_specs_by_folder(tmp_path: Path) -> None:
         ({"model": "owner/model", "name": "a.b"}, "Teacher name 'a.b'"),
         (
             {"model": "owner/model", "loader": "timmy"},
-            r"loader is 'timmy', expected one of \(None, 'transformers', 'timm'\)",
+            r"loader is 'timmy', expected one of \(None, 'transformers', 'timm', 'eva02'\)",
         ),
+        ({"model": "owner/model", "fit": "squash"}, "fit is 'squash', expected one of .*'zero_pad'"),
+        ({"model": "owner/model", "layout": "rows"}, "layout is 'rows', expected one of .*'interleaved'"),
+        ({"name": "convnext", "layout": "interleaved"}, "layout 'interleaved' is of a feature map of transformers"),
+        ({"name": "sam", "file": "sam.pth"}, "loader 'transformers' reads no single file 'sam.pth'"),
         ({"model": "owner/model", "interpolation": "lanczos"}, "interpolation is 'lanczos'"),
         ({"model": "owner/model", "dtype": "int8"}, "dtype is 'int8'"),
         ({"model": "owner/model", "image_size": 0}, "image_size is 0"),

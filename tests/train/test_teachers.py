@@ -170,6 +170,7 @@ def test_transformers_teacher_gives_the_patch_features_of_the_library(family, tm
     assert_frozen(teacher)
     torch.testing.assert_close(teacher(x).tokens, features.tokens, rtol=0, atol=0)
 
+    assert teacher.preprocessor.fit == ("zero_pad" if family is sam else "centre_crop")
     assert list(teacher.preprocessor.mean) == pytest.approx(processor.image_mean)
     assert list(teacher.preprocessor.std) == pytest.approx(processor.image_std)
 

@@ -1,0 +1,63 @@
+"""Images to the pixels that a teacher takes. Loader workers need nothing else of the teachers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+# What the pixels of a model are scaled by, in [0, 1]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FITS = ("centre_crop", "zero_pad")
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class TeacherPreprocessor:
+    """
+    PIL images to a teacher's pixels: resized on uint8 with PIL, scaled to [0, 1], normalised.
+
+    Args:
+        image_size: Side of the square result in pixels.
+        mean: Per-channel mean of pixels in [0, 1].
+        std: Per-channel standard deviation of pixels in [0, 1].
+        interpolation: `"bicubic"` or `"bilinear"`.
+        fit: How the teacher's own geometry makes a square of another shape: `"centre_crop"` after resizing the shorter
+            edge to `image_size`, or `"zero_pad"` right and below, after resizing the longer edge and normalising.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    fit: str = "centre_crop"
+
+    def __call__(self, images: list[Image.Image], stretch: bool = True) -> torch.Tensor:
+        """
+        Args:
+            images: Square crops that all towers share, or any others.
+            stretch: Stretch an image that is no square; otherwise the teacher's own `fit` applies.
+
+        Returns:
+            Float32 pixels of shape `(len(images), 3, image_size, image_size)`.
+        """
+        size, resample = self.image_size, INTERPOLATIONS[self.interpolation]
+        mean, std = (np.array(channels, dtype=np.float32) for channels in (self.mean, self.std))
+        stack = np.zeros((len(images), size, size, 3), dtype=np.float32)
+        for pixels, image in zip(stack, images, strict=True):
+            width, height = (size, size) if stretch else self._resized(*image.size)
+            resized = np.asarray(image.convert("RGB").resize((width, height), resample))
+            top, left = max(height - size, 0) // 2, max(width - size, 0) // 2
+            resized = resized[top : top + size, left : left + size]
+            pixels[: len(resized), : resized.shape[1]] = ((resized * (1 / 255)).astype(np.float32) - mean) / std
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        shorter, longer, size = min(width, height), max(width, height), self.image_size
+        if self.fit == "centre_crop":
+            other = size * longer // shorter
+            return (size, other) if width <= height else (other, size)
+        scale = size / longer
+        return max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1)
