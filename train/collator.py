@@ -1,7 +1,7 @@
 """Rows of `train/data.py` into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from train.images import decode_image
+from train.teacher_preprocessing import TeacherPreprocessor
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
     square = Image.new("RGB", (side, side), background)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """A mean of pixels in [0, 1] as a colour, rounded down as LLaVA does."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
 
 
 def centre_square(image: Image.Image) -> Image.Image:
@@ -93,9 +100,10 @@ class MoveKDCollator:
 
     Args:
         processor: LLaVA processor with a chat template that marks answers by `{% generation %}`.
-        teacher_preprocessors: by teacher name, a callable from n RGB images to a float32 tensor [n, 3, S, S].
+        teacher_preprocessors: by teacher name.
         max_length: longest row in tokens, image tokens included. Longer text is cut on the right.
-        geometry: `"shared"`, or `"per_teacher"`: each teacher's preprocessor gets the original image.
+        geometry: `"shared"`, or `"per_teacher"`, the authors' way: each teacher cuts the original image itself, after
+            padding it to a square of the teacher's own mean colour where the student's image processor pads.
         labels: `"answers"`, or `"released"`: the authors' bookkeeping, see `released_label_mask` (for `vicuna_v1`;
             under a template without its answer headings both are the same).
         distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
@@ -124,7 +132,7 @@ class MoveKDCollator:
     """
 
     processor: ProcessorMixin
-    teacher_preprocessors: Mapping[str, Callable[[list[Image.Image]], torch.Tensor]] = field(default_factory=dict)
+    teacher_preprocessors: Mapping[str, TeacherPreprocessor] = field(default_factory=dict)
     max_length: int | None = None
     geometry: str = "shared"
     labels: str = "answers"
@@ -230,14 +238,20 @@ class MoveKDCollator:
             batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
         return batch
 
+    @property
+    def _pads(self) -> bool:
+        image_processor = self.processor.image_processor
+        anyres = getattr(image_processor, "image_grid_pinpoints", None) is not None
+        return bool(image_processor.do_pad) and not anyres
+
+    def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
+        return [pad_to_square(image, colour(preprocessor.mean)) for image in images] if self._pads else images
+
     def _crop(self, image: Image.Image) -> Image.Image:
         image_processor = self.processor.image_processor
         if getattr(image_processor, "image_grid_pinpoints", None) is not None:
             return image
-        if image_processor.do_pad:
-            red, green, blue = (int(value * 255) for value in image_processor.image_mean)
-            return pad_to_square(image, (red, green, blue))
-        return centre_square(image)
+        return pad_to_square(image, colour(image_processor.image_mean)) if self._pads else centre_square(image)
 
     def _with_images(
         self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
@@ -311,11 +325,12 @@ class MoveKDCollator:
         return trained
 
     def _teacher_pixel_values(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        if self.geometry == "shared" and self.teacher_preprocessors:
+        shared = self.geometry == "shared"
+        if shared and self.teacher_preprocessors:
             images = [self._crop(image) for image in images]
         pixels = {}
         for name, preprocessor in self.teacher_preprocessors.items():
-            pixels[name] = preprocessor(images)
+            pixels[name] = preprocessor(images) if shared else preprocessor(self._padded(images, preprocessor), False)
             if len(pixels[name]) != len(images):
                 raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
         return pixels

@@ -138,15 +138,23 @@ def test_padding_is_centred_on_the_mean_colour() -> None:
     assert centre_square(picture(10, 4)).tobytes() == picture(10, 4).crop((3, 0, 7, 4)).tobytes()
 
 
-def test_per_teacher_geometry_hands_over_the_original() -> None:
+def test_per_teacher_geometry() -> None:
     image = picture(40, 10)
     shared = MoveKDCollator(build_processor(), TEACHERS)([row(image)])
     own = MoveKDCollator(build_processor(), TEACHERS, geometry="per_teacher")([row(image)])
+    whole = MoveKDCollator(build_processor("square"), TEACHERS, geometry="per_teacher")([row(image)])
+    tiles = MoveKDCollator(build_processor("anyres"), TEACHERS, geometry="per_teacher")([row(image)])
     assert torch.equal(shared["pixel_values"], own["pixel_values"])
+    colours = {"first": (127, 127, 127), "second": (25, 51, 76)}
     for name, preprocessor in TEACHERS.items():
-        assert torch.equal(own["teacher_pixel_values"][name], preprocessor([image]))
-        padded = pad_to_square(image, (122, 116, 104))
-        assert torch.equal(shared["teacher_pixel_values"][name], preprocessor([padded]))
+        padded = preprocessor([pad_to_square(image, (122, 116, 104))])
+        assert torch.equal(shared["teacher_pixel_values"][name], padded)
+        padded = preprocessor([pad_to_square(image, colours[name])])
+        assert torch.equal(own["teacher_pixel_values"][name], padded)
+        cut = preprocessor([image], stretch=False)
+        assert torch.equal(whole["teacher_pixel_values"][name], cut)
+        assert torch.equal(tiles["teacher_pixel_values"][name], cut)
+        assert not torch.equal(cut, preprocessor([image]))
 
 
 def test_anyres() -> None:
