@@ -4,9 +4,10 @@ Training runs in processes of their own, and what really ran there.
 Started by `accelerate launch`, this file does what `train/sft.py` does, for one configuration after the other, and
 every process writes the facts of every run to `facts-{rank}.json` in its output folder:
 
-    accelerate launch ... tests/launched.py [--die_after STEP] one.yaml two.yaml
+    accelerate launch ... tests/launched.py [--die_after STEP | --raise_after STEP] one.yaml two.yaml
 
-With `--die_after` the first process ends by SIGKILL once all have written that step's checkpoint of the last run.
+Once all processes have written that step's checkpoint of the last run, the first one ends by SIGKILL (`--die_after`),
+or the last one by an error (`--raise_after`).
 """
 
 import hashlib
@@ -70,28 +71,30 @@ class RecordingTrainer(MoveKDTrainer):
         }
 
 
-class DieAfterSave(TrainerCallback):
-    """Ends the first process without a chance to tidy up, once every process has written the checkpoint of a step."""
+class EndAfterSave(TrainerCallback):
+    """Ends one process once every process has written the checkpoint of a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, flag: str, step: int) -> None:
+        self.flag, self.step = flag, step
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.global_step != self.step:
             return
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        if args.process_index == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.flag == "--die_after" and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGKILL)  # no chance to tidy up
+        if self.flag == "--raise_after" and args.process_index == args.world_size - 1:
+            raise RuntimeError("The last process fails.")
 
 
-def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, die_after: int | None = None):
+def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, *callbacks: TrainerCallback):
     """`train.sft.train` that notes what runs; returns its trainer."""
 
     def build(*arguments: Any, **kwargs: Any) -> RecordingTrainer:
         trainer = RecordingTrainer(*arguments, **kwargs)
-        if die_after is not None:
-            trainer.add_callback(DieAfterSave(die_after))
+        for callback in callbacks:
+            trainer.add_callback(callback)
         return trainer
 
     original = sft.MoveKDTrainer
@@ -158,21 +161,21 @@ def write_settings(folder: Path, parts: dict[str, str], dataset: str, **override
     return path
 
 
-def run(config: Path, die_after: int | None = None) -> RecordingTrainer:
+def run(config: Path, *callbacks: TrainerCallback) -> RecordingTrainer:
     """The run of a configuration file in this process; its facts are in its output folder."""
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
-    trainer = record(*parser.parse_args_and_config(["--config", str(config)]), die_after=die_after)
+    trainer = record(*parser.parse_args_and_config(["--config", str(config)]), *callbacks)
     facts = Path(trainer.args.output_dir) / f"facts-{trainer.args.process_index}.json"
     facts.write_text(json.dumps(trainer.facts()), encoding="utf-8")
     return trainer
 
 
 def main(arguments: Sequence[str]) -> None:
-    die_after = None
-    if arguments[0] == "--die_after":
-        die_after, arguments = int(arguments[1]), arguments[2:]
+    callbacks = []
+    if arguments[0].startswith("--"):
+        callbacks, arguments = [EndAfterSave(arguments[0], int(arguments[1]))], arguments[2:]
     for index, config in enumerate(arguments):
-        trainer = run(Path(config), die_after if index == len(arguments) - 1 else None)
+        trainer = run(Path(config), *(callbacks if index == len(arguments) - 1 else []))
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
