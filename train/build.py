@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import (
@@ -23,11 +24,12 @@ from transformers import (
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
 from train.bad_rows import BadRows
+from train.cached_features import CachedTeacher, FeatureCache, Teacher
 from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
 from train.language_lora import language_lora_facts
-from train.teachers import FrozenTeacher, TeacherFeatures, load_teacher, resolve_teacher
+from train.teachers import TeacherConfig, TeacherFeatures, load_teacher, resolve_teacher
 
 
 if TYPE_CHECKING:
@@ -103,26 +105,37 @@ def build_student(
     return model, build_processor(model.config, image_processor, tokenizer, chat_template)
 
 
-def build_teachers(args: MoveKDSFTConfig) -> dict[str, FrozenTeacher]:
+def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
     """
     The frozen teachers by name, in the order given; empty if `distill` is false.
+
+    With `feature_cache` none is loaded: what stands in for them reads that folder.
 
     Raises:
         ValueError: if two teachers have one name.
     """
+    configs = teacher_configs(args)
+    if configs and args.feature_cache is not None:
+        cache = FeatureCache(args.feature_cache, configs)
+        return {config.name: CachedTeacher(config, cache) for config in configs}
+    return {config.name: load_teacher(config) for config in configs}
+
+
+def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
+    """The configurations of the teachers; none if `distill` is false. Raises as [`build_teachers`]."""
     if not args.distill:
-        return {}
-    configs = [resolve_teacher(spec) for spec in args.teachers or []]
+        return []
+    configs = [resolve_teacher(spec, args.distillation_preset == "released") for spec in args.teachers or []]
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise ValueError(f"Teachers need different names, got {names}; give each mapping a `name` of its own.")
-    return {config.name: load_teacher(config) for config in configs}
+    return configs
 
 
 def build_distiller(
     args: MoveKDSFTConfig,
     model: MoveKDForConditionalGeneration,
-    teachers: Mapping[str, FrozenTeacher],
+    teachers: Mapping[str, Teacher],
     checkpoint: str | None = None,
 ) -> Distiller | None:
     """
@@ -150,7 +163,7 @@ def build_distiller(
 def fit_feature_statistics(
     args: MoveKDSFTConfig,
     distiller: Distiller | None,
-    teachers: Mapping[str, FrozenTeacher],
+    teachers: Mapping[str, Teacher],
     dataset: Dataset | IterableDataset,
     collator: MoveKDCollator,
     bad_rows: BadRows | None = None,
@@ -190,10 +203,11 @@ def fit_feature_statistics(
                 bad_rows.add(collated["bad_rows"])
             # A blank image stands in where no image of the batch could be decoded
             if (real := collated["image_weights"] > 0).any():
-                pixels = {
-                    name: values[real].to(args.device) for name, values in collated["teacher_pixel_values"].items()
-                }
-                yield {name: teacher.to(args.device)(pixels[name]) for name, teacher in teachers.items()}
+                inputs = recursively_apply(
+                    lambda value: value[real].to(args.device),
+                    collated.get("cached_features") or collated["teacher_pixel_values"],
+                )
+                yield {name: teacher.to(args.device)(inputs[name]) for name, teacher in teachers.items()}
 
     distiller.fit_statistics(batches())
 
@@ -235,7 +249,7 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         parameter.requires_grad_(trains)
 
 
-def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, FrozenTeacher], args: MoveKDSFTConfig) -> str:
+def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], args: MoveKDSFTConfig) -> str:
     """One line: what trains, what is frozen, and how many parameters each."""
     groups = {"experts and routers": [0, 0], "vision tower": [0, 0], "projector": [0, 0], "distiller": [0, 0]}
     groups |= {"LoRA of the language model": [0, 0], "language model": [0, 0]}

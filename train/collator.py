@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -12,6 +12,9 @@ from transformers import ProcessorMixin
 from train.images import decode_image
 from train.teacher_preprocessing import TeacherPreprocessor
 
+
+if TYPE_CHECKING:
+    from train.cached_features import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,7 @@ class MoveKDCollator:
             authors' way).
         apply_orientation: turn images as their EXIF orientation says, see `decode_image`.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
+        feature_cache: where the teachers' features are read, in place of making their pixels.
 
     Returns (of a call):
         `input_ids`, `attention_mask`, `labels`: int64 [batch, length], padded on the right; labels are -100 outside
@@ -118,6 +122,7 @@ class MoveKDCollator:
             [num_images, 2] for anyres). Every batch has at least one image: after the images of the text come the
             black ones, `num_blank_images` (int) of them, which no text refers to.
         `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S].
+        `cached_features`: with a feature cache instead, by teacher name what `FeatureCache.read` gives.
         `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
             that a batch without any other gets, so that all processes run the vision path.
         `bad_rows`: list of (row, reason), the rows of the batch that cannot be used: an image cannot be decoded, the
@@ -139,6 +144,7 @@ class MoveKDCollator:
     distill_text_only_rows: bool = False
     apply_orientation: bool = True
     pad_to_multiple_of: int | None = None
+    feature_cache: "FeatureCache | None" = None
 
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:
@@ -150,6 +156,8 @@ class MoveKDCollator:
                 "The processor's chat template has no {% generation %} markers, so no token would be trained on: put "
                 "one in with modeling_movekd.chat_templates.set_chat_template."
             )
+        if self.feature_cache is not None:
+            self.feature_cache.check_geometry(self)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images, problems = [], {}
@@ -211,7 +219,11 @@ class MoveKDCollator:
         black_rows = []
         if self.distill_text_only_rows:
             black_rows = [number for number, of_row in enumerate(images) if not of_row and number not in problems]
-        return batch | self._pixels(flat, encoded, image_rows, black_rows)
+        batch |= self._pixels(flat, encoded, image_rows, black_rows)
+        if self.feature_cache is not None:
+            shown = [(number, row["images"]) for number, row, kept in zip(numbers, rows, images, strict=True) if kept]
+            batch["cached_features"] = self.feature_cache.read(shown, batch["num_blank_images"])
+        return batch
 
     def _pixels(
         self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], black_rows: list[int]

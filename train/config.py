@@ -149,6 +149,8 @@ class MoveKDSFTConfig(SFTConfig):
         group_by_modality_length (`bool`, defaults to `False`): Batches of one modality and similar length.
         global_batch_size (`int`, *optional*): Rows of one optimiser step over all processes. Sets
             `gradient_accumulation_steps`, so that a recipe means the same on any number of GPUs.
+        feature_cache (`str`, *optional*): Folder with the teachers' features of this data, written by
+            `python -m train.feature_cache`; the teachers themselves are then not loaded.
 
     Raises:
         ValueError: for settings that would silently do nothing or train wrongly; the message names the way out.
@@ -187,6 +189,8 @@ class MoveKDSFTConfig(SFTConfig):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one step over all processes; sets gradient_accumulation_steps."}
     )
+
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder of the teachers' cached features."})
 
     # Knobs of the preset
     router_gradient: Literal["straight_through", "none"] | None = field(

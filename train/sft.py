@@ -10,6 +10,7 @@ Train a MoVE-KD student.
 
 import copy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -23,6 +24,7 @@ from trl import TrlParser
 from modeling_movekd.chat_templates import set_chat_template
 from train.bad_rows import BadRows
 from train.build import build_distiller, build_student, build_teachers, fit_feature_statistics
+from train.cached_features import CachedTeacher, Teacher
 from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_train_and_validation
@@ -31,19 +33,22 @@ from train.trainer import MoveKDTrainer
 
 
 def build_collator(
-    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: dict[str, FrozenTeacher]
+    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
 ) -> MoveKDCollator:
     """The collator of a stage. Stage `pretrain` trains on bare captions, whatever template is published."""
     if args.stage == "pretrain":
         processor = set_chat_template(copy.deepcopy(processor), "plain")
     return MoveKDCollator(
         processor,
-        teacher_preprocessors={name: teacher.preprocessor for name, teacher in teachers.items()},
+        teacher_preprocessors={
+            name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
+        },
         max_length=args.max_length,
         geometry=args.knobs()["geometry"],
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
         apply_orientation=args.distillation_preset != "released",
+        feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
     )
 
 
@@ -70,6 +75,10 @@ def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArgu
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
     )
     collator = build_collator(args, processor, teachers)
+    if collator.feature_cache is not None:
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                collator.feature_cache.check_data(dataset)
     fit_feature_statistics(args, distiller, teachers, train_dataset, collator, bad_rows)
     trainer = MoveKDTrainer(
         model,

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from train.bad_rows import BadRows
 from train.build import DISTILLER_NAME, parameter_summary, set_trainable, training_facts
+from train.cached_features import Teacher
 from train.config import TRAINING_FACTS_NAME, MoveKDSFTConfig, refuse_reentrant_checkpointing, save_json
 from train.distillation import Distiller
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
@@ -28,7 +29,6 @@ from train.language_lora import (
 )
 from train.losses import check_finite
 from train.sampler import ModalityLengthGroupedSampler
-from train.teachers import FrozenTeacher
 
 
 class MoveKDTrainer(SFTTrainer):
@@ -55,7 +55,7 @@ class MoveKDTrainer(SFTTrainer):
         self,
         model: PreTrainedModel,
         args: MoveKDSFTConfig,
-        teachers: Mapping[str, FrozenTeacher] | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
         distiller: Distiller | None = None,
         bad_rows: BadRows | None = None,
         **kwargs: Any,
@@ -136,10 +136,10 @@ class MoveKDTrainer(SFTTrainer):
         inputs.pop("image_rows", None)
         if not model.training:
             self._count([inputs], self.accelerator.device)
-        teacher_pixels = inputs.pop("teacher_pixel_values", None)
+        teacher_inputs = inputs.pop("teacher_pixel_values", None) or inputs.pop("cached_features", None)
         if self.teachers:
             inputs["teacher_features"] = {
-                name: teacher(teacher_pixels[name]) for name, teacher in self.teachers.items()
+                name: teacher(teacher_inputs[name]) for name, teacher in self.teachers.items()
             }
         # TRL keeps the model's output to itself, so it is noted where TRL gets it
         noted: list[Any] = []

@@ -1,0 +1,463 @@
+"""The feature cache gives a run what live teachers give it, and refuses whatever it does not belong to."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from colours import llava_rows
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from train import sft
+from train.build import build_teachers
+from train.cached_features import CachedTeacher, decode, encode, rows_of
+from train.data import load_conversations
+from train.feature_cache import CacheArguments, cache_features, load_processor, main
+from train.sft import build_collator
+from train.teachers import TeacherFeatures
+from train.trainer import MoveKDTrainer
+
+
+TEXT_ONLY = (0, 1, 2, 3, 5, 11, 12, 13, 14, 15)
+
+
+def mixed_rows() -> list[dict[str, Any]]:
+    """24 rows, of which ten are text alone, one has two images and one has three."""
+    rows = llava_rows(24, text_only=TEXT_ONLY)
+    for row in rows:
+        row["image"] = [row["image"]] if row["image"] is not None else None
+    for index, others in ((4, [6]), (10, [8, 9])):
+        rows[index]["image"] = [*rows[index]["image"], *(rows[other]["image"][0] for other in others)]
+        marks = "<image>\n" * len(rows[index]["image"])
+        rows[index]["conversations"][0]["value"] = f"{marks}What colour are they?"
+    return rows
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("mixed") / "rows")
+    Dataset.from_list(mixed_rows()).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def cached(arguments, mixed: str, tmp_path: Path) -> Callable[..., tuple[Any, ...]]:
+    """Writes a cache and gives the arguments of a run that reads it."""
+
+    def make(cache_dtype: str = "float16", rows_per_shard: int = 5, **overrides: Any) -> tuple[Any, ...]:
+        settings = {"dataset_name": mixed, "max_length": None, "feature_cache": str(tmp_path / "cache")} | overrides
+        cache_features(*arguments(**settings), CacheArguments(cache_dtype, rows_per_shard))
+        return arguments(**settings)
+
+    return make
+
+
+def write(cached: tuple[Any, ...], cache_dtype: str = "float16", rows_per_shard: int = 5) -> dict[str, Any]:
+    return cache_features(*cached, CacheArguments(cache_dtype, rows_per_shard))
+
+
+def features() -> TeacherFeatures:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 12, 7, generator=generator) * torch.logspace(-3, 3, 7)
+    tokens[:, :, 2] = 40 + 0.01 * tokens[:, :, 2]  # a channel far from zero that varies little
+    tokens[1, :, 4] = 0.25  # a channel that does not vary
+    return TeacherFeatures(tokens, (3, 4), tokens[:, 0], tokens[:, :, :2].transpose(1, 2).softmax(-1))
+
+
+def test_float16_is_rounded_once() -> None:
+    live = features()
+    encoded = encode(live, "float16")
+    assert torch.equal(decode(encoded, (3, 4)).tokens, live.tokens.half().float())
+
+
+def test_int8_is_off_by_half_a_step_of_each_channel_and_image() -> None:
+    live = features()
+    encoded = encode(live, "int8")
+    assert encoded["tokens"].dtype == torch.int8 and encoded["scale"].shape == (3, 7)
+    back = decode(encoded, (3, 4))
+    step = (live.tokens.amax(dim=1) - live.tokens.amin(dim=1)) / 254
+    error = (back.tokens - live.tokens).abs()
+    assert (error <= 0.5 * step.unsqueeze(1) + 1e-6 * live.tokens.abs()).all()
+    assert (error.amax(dim=1) > 0.1 * step)[:, :4].all(), "the bound is one that the codes come near to"
+    assert torch.equal(back.tokens[1, :, 4], torch.full((12,), 0.25))
+    assert torch.equal(back.cls, live.cls) and torch.equal(back.cls_attention, live.cls_attention)
+
+
+@pytest.mark.parametrize(("value", "dtype", "message"), [(7e4, "float16", "int8"), (math.nan, "int8", "finite")])
+def test_features_that_cannot_be_kept_raise(value: float, dtype: str, message: str) -> None:
+    tokens = torch.zeros(1, 4, 3)
+    tokens[0, 1, 2] = value
+    with pytest.raises(ValueError, match=message):
+        encode(TeacherFeatures(tokens, (2, 2)), dtype)
+
+
+def run(settings: tuple[Any, ...]) -> tuple[MoveKDTrainer, list[dict[str, TeacherFeatures]]]:
+    """A run of `train.sft.train`, and the features that the distiller got in each of its forwards."""
+    got: list[dict[str, TeacherFeatures]] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        got.append(dict(inputs[1]))
+
+    original = MoveKDTrainer.train
+
+    def train(self: MoveKDTrainer, *args: Any, **kwargs: Any) -> Any:
+        self.model.distiller.register_forward_pre_hook(keep)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoveKDTrainer, "train", train)
+        return sft.train(*settings), got
+
+
+@pytest.mark.parametrize("preset", ["paper", "student_heads", "released"])
+@pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
+def test_training_gives_the_same_losses(arguments, cached, mixed, cache_dtype: str, preset: str) -> None:
+    common = {
+        "distillation_preset": preset,
+        "group_by_modality_length": True,
+        "dataloader_num_workers": 1 if cache_dtype == "int8" else 0,
+        "lora_dropout": 0.0,
+        "max_steps": 6,
+    }
+    live, live_features = run(arguments(dataset_name=mixed, max_length=None, **common))
+    settings = cached(cache_dtype, **common)
+    trainer, cached_features = run(settings)
+    assert all(isinstance(teacher, CachedTeacher) for teacher in trainer.teachers.values())
+    assert not list(trainer.teachers["vit"].parameters())
+
+    errors = json.loads((Path(settings[1].feature_cache) / "index.json").read_text())["errors"]
+    assert len(live_features) == len(cached_features) == 6
+    for one, other in zip(live_features, cached_features, strict=True):
+        for name, measured in errors.items():
+            # The same images in the same order: a wrong one would be off by as much as it is large
+            assert (one[name].tokens - other[name].tokens).abs().max() <= measured["largest_error"] * 1.001 + 1e-9
+            assert measured["largest_error"] < 0.02 * one[name].tokens.abs().max()
+    tolerance = {"float16": 5e-4, "int8": 1e-2}[cache_dtype]
+    histories = [[entry for entry in each.state.log_history if "text" in entry] for each in (live, trainer)]
+    for one, other in zip(*histories, strict=True):
+        assert one.keys() == other.keys()
+        for term in ("loss", "text", "kd", "kd/vit", "kd/clip", "balance", "grad_norm"):
+            if term in one:
+                assert other[term] == pytest.approx(one[term], rel=tolerance, abs=1e-5), term
+    assert any("kd/vit" in entry for entry in histories[0])
+
+
+def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
+    settings = cached("float16", rows_per_shard=4)
+    dataset = load_conversations(mixed)
+    live = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(arguments()[1]))
+    read = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
+    teachers, stand_ins = build_teachers(arguments()[1]), build_teachers(settings[1])
+    for batch in ([23, 4, 0, 10], [10, 9, 8, 4], [0, 1], [12, 6]):
+        rows = [dataset[index] for index in batch]
+        pixels, features = live(rows), read(rows)
+        assert "teacher_pixel_values" not in features and "cached_features" not in pixels
+        for name, teacher in teachers.items():
+            expected = teacher(pixels["teacher_pixel_values"][name])
+            got = stand_ins[name](features["cached_features"][name])
+            assert got.grid == expected.grid and got.tokens.dtype == torch.float32
+            assert torch.equal(got.tokens, expected.tokens.half().float()) or torch.allclose(
+                got.tokens, expected.tokens, rtol=1e-3, atol=1e-4
+            )
+            if name == "clip":
+                torch.testing.assert_close(got.cls, expected.cls)
+                torch.testing.assert_close(got.cls_attention, expected.cls_attention)
+
+
+def test_evaluation_reads_the_rows_held_back(arguments, mixed: str, tmp_path: Path) -> None:
+    settings = arguments(
+        dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"), eval_strategy="steps", eval_steps=3
+    )
+    settings[0].validation_share = 0.4
+    write(settings)
+    trainer = sft.train(*settings)
+    assert any("eval_kd/vit" in entry for entry in trainer.state.log_history)
+
+
+def test_every_shard_says_what_it_is_of(cached, parts: dict[str, str]) -> None:
+    folder = Path(cached("int8")[1].feature_cache)
+    index = json.loads((folder / "index.json").read_text())
+    assert index["data"]["rows"] == 24 and index["data"]["images"] == 17
+    for name in ("clip", "vit"):
+        shards = sorted((folder / name).iterdir())
+        assert [path.name for path in shards] == [
+            f"{stem}.safetensors" for stem in ("000000", "000001", "000002", "blank")
+        ]
+        keys = []
+        for path in shards[:-1]:
+            with safe_open(path, "pt") as file:
+                header = file.metadata()
+                assert header["dtype"] == '"int8"' and json.loads(header["data"]) == index["data"]
+                teacher = json.loads(header["teacher"])
+                assert (teacher["model"], teacher["revision"]) == (parts[name], None)
+                assert teacher["image_size"] == {"clip": 16, "vit": 36}[name] and len(teacher["mean"]) == 3
+                assert (teacher["grid"], teacher["width"]) == {"clip": ([4, 4], 32), "vit": ([6, 6], 24)}[name]
+                keys += json.loads(header["rows"])
+                tokens = file.get_slice("tokens")
+                assert tokens.get_shape()[1:] == [math.prod(teacher["grid"]), teacher["width"]]
+                assert ("cls_attention" in file.keys()) is (name == "clip")
+        assert len(keys) == 17 and [4, 1] in keys and [10, 2] in keys and not any(row in TEXT_ONLY for row, _ in keys)
+    assert 0 < index["errors"]["vit"]["relative_error"] < 0.01
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.CaptureFixture) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache)
+    shards = sorted(folder.rglob("*.safetensors"))
+    whole = {path: path.read_bytes() for path in shards}
+    lost, cut, *kept = shards
+    lost.unlink()
+    cut.write_bytes(whole[cut][:-5])
+    (folder / "vit" / ".000001.safetensors.tmp").write_bytes(b"left behind")
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    capsys.readouterr()
+    write(settings)
+    assert "write in 2 of 4 shards" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+    # The header's entries have no fixed order
+    assert {path: load_file(path).keys() for path in shards} and not list(folder.rglob(".*.tmp"))
+    for path in (lost, cut):
+        remade = load_file(path)
+        path.write_bytes(whole[path])
+        for name, value in load_file(path).items():
+            assert torch.equal(value, remade[name])
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_missing_and_truncated_shards_are_refused(cached, harm: str) -> None:
+    settings = cached()
+    shard = Path(settings[1].feature_cache) / "vit" / "000001.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if harm == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{'lacks the shard ' if harm == 'missing' else ''}.*vit/000001.*again"):
+        sft.train(*settings)
+
+
+def test_a_shard_of_another_cache_is_refused(cached) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache) / "vit"
+    shutil.copy(folder / "000000.safetensors", folder / "000001.safetensors")
+    with pytest.raises(ValueError, match=r"000001.safetensors is of another rows: \[\[4, 0\].*, not \[\["):
+        sft.train(*settings)
+
+
+def test_an_unfinished_cache_is_refused(arguments, mixed: str, tmp_path: Path) -> None:
+    settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="index.json"):
+        sft.train(*settings)
+
+
+def changed(settings: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
+    teacher = settings[1].teachers[1] | fields
+    settings[1].teachers = [settings[1].teachers[0], teacher]
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "cached_value"),
+    [
+        ("image_size", 48, "36"),
+        ("mean", [0.1, 0.2, 0.3], r"\[0.5"),
+        ("std", [0.1, 0.2, 0.3], r"\[0.5"),
+        ("interpolation", "bicubic", "'bilinear'"),
+        ("output", 1, "None"),
+        ("dtype", "bfloat16", "'float32'"),
+        ("revision", "main", "None"),
+    ],
+)
+def test_another_teacher_is_refused(cached, field: str, value: Any, cached_value: str) -> None:
+    settings = changed(cached(), **{field: value})
+    with pytest.raises(ValueError, match=rf"Teacher vit: `{field}` is {cached_value}.*in the cache, .*in this run"):
+        build_teachers(settings[1])
+    with pytest.raises(ValueError, match=rf"vit: `{field}` is {cached_value}"):
+        write(settings)
+
+
+def test_what_the_model_says_itself_may_be_said_again(cached) -> None:
+    assert build_teachers(changed(cached(), image_size=36, interpolation="bilinear")[1])["vit"].grid == (6, 6)
+
+
+def test_what_the_recipe_said_cannot_be_left_to_the_model(cached, parts: dict[str, str]) -> None:
+    clip, vit = ({"name": name, "model": parts[name]} for name in ("clip", "vit"))
+    settings = cached(teachers=[clip, vit | {"image_size": 48}])
+    assert build_teachers(settings[1])["vit"].grid == (8, 8)
+    settings[1].teachers = [clip, vit]
+    with pytest.raises(ValueError, match="vit: `image_size` is 48 in the cache, None in this run"):
+        build_teachers(settings[1])
+
+
+def test_other_weights_are_refused(cached, parts: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(parts["vit"], tmp_path / "vit")
+    teachers = [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": str(tmp_path / "vit")}]
+    settings = cached(teachers=teachers)
+    build_teachers(settings[1])
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    save_file({name: value + 0.1 for name, value in weights.items()}, tmp_path / "vit" / "model.safetensors")
+    with pytest.raises(ValueError, match="vit: `weights` is"):
+        build_teachers(settings[1])
+    # Training needs no teacher
+    shutil.rmtree(tmp_path / "vit")
+    assert build_teachers(settings[1])["vit"].width == 24
+
+
+def test_a_teacher_more_is_added(cached, parts: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+    settings = cached(teachers=[{"name": "clip", "model": parts["clip"]}])
+    settings[1].teachers = [*settings[1].teachers, {"name": "vit", "model": parts["vit"]}]
+    with pytest.raises(ValueError, match=r"has the teachers \['clip'\], this run needs vit"):
+        build_teachers(settings[1])
+    capsys.readouterr()
+    write(settings)
+    printed = capsys.readouterr().out
+    assert "in 0 of 4 shards" in printed and "in 4 of 4 shards" in printed
+    assert set(build_teachers(settings[1])) == {"clip", "vit"}
+    assert set(json.loads((Path(settings[1].feature_cache) / "index.json").read_text())["errors"]) == {"clip", "vit"}
+
+
+def test_another_geometry_is_refused(cached) -> None:
+    data_args, args, model_args = cached()
+    args.geometry = "per_teacher"
+    with pytest.raises(ValueError, match="`geometry` is 'shared' in the cache, 'per_teacher' in this run"):
+        build_collator(args, load_processor(args, model_args), build_teachers(args))
+    with pytest.raises(ValueError, match="`geometry` is 'shared'"):
+        write((data_args, args, model_args))
+    args.geometry, args.image_aspect_ratio = "shared", "anyres"
+    with pytest.raises(ValueError, match="`crop` is 'pad' in the cache, 'whole' in this run"):
+        build_collator(args, load_processor(args, model_args), build_teachers(args))
+
+
+@pytest.mark.parametrize(("dtype", "rows", "field"), [("int8", 5, "dtype"), ("float16", 6, "rows_per_shard")])
+def test_a_cache_is_not_mixed(cached, dtype: str, rows: int, field: str) -> None:
+    with pytest.raises(ValueError, match=f"`{field}` is .* in the cache, .* in this run"):
+        write(cached(), dtype, rows)
+
+
+def other_images(rows: list[dict[str, Any]]) -> None:
+    rows[6]["image"], rows[7]["image"] = rows[7]["image"], rows[6]["image"]
+
+
+def fewer_images(rows: list[dict[str, Any]]) -> None:
+    rows[4]["image"] = rows[4]["image"][:1]
+    rows[4]["conversations"][0]["value"] = "<image>\nWhat colour is it?"
+
+
+def more_rows(rows: list[dict[str, Any]]) -> None:
+    rows.append(rows[6])
+
+
+@pytest.mark.parametrize(("change", "row"), [(other_images, 6), (fewer_images, 4), (more_rows, 24)])
+def test_other_data_is_refused(cached, tmp_path: Path, change: Callable, row: int) -> None:
+    settings = cached()
+    rows = mixed_rows()
+    change(rows)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "other")
+    settings[0].dataset_name = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"row {row} has the images .* in the cache of 24 rows, .* in the data"):
+        sft.train(*settings)
+    with pytest.raises(ValueError, match="data: `(fingerprint|images|rows)` is .* in the cache, .* in this run"):
+        write(settings)
+
+
+def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
+    settings = cached()
+    collator = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
+    row = load_conversations(mixed)[6]
+    collator([row])
+    content = bytearray(row["images"][0]["bytes"])
+    # The time of its making, which no decoder looks at
+    other = bytes(content) + b"\0"
+    with pytest.raises(ValueError, match="features are of another image"):
+        collator([row | {"images": [{"bytes": other, "path": None}]}])
+
+
+def test_images_in_a_folder_that_moves(arguments, tmp_path: Path) -> None:
+    def save(folder: Path) -> None:
+        rows = []
+        for index, row in enumerate(llava_rows(8)):
+            path = Path("pictures") / f"{index}.png"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / path)
+            rows.append(row | {"image": str(path), "id": str(index)})
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+    save(tmp_path / "here")
+    save(tmp_path / "there")
+    settings = arguments(dataset_name=str(tmp_path / "here" / "rows.json"), feature_cache=str(tmp_path / "cache"))
+    write(settings)
+    rows = rows_of(load_conversations(tmp_path / "here" / "rows.json"))
+    assert rows["images"][3] == ["pictures/3.png"]
+    settings[0].dataset_name = str(tmp_path / "there" / "rows.json")
+    sft.train(*settings)
+    shutil.copy(tmp_path / "there" / "pictures" / "1.png", tmp_path / "there" / "pictures" / "0.png")
+    with pytest.raises(ValueError, match="features are of another image"):
+        sft.train(*settings)
+
+
+def test_unreadable_images_are_counted_and_their_rows_left_out(arguments, mixed: str, tmp_path: Path) -> None:
+    rows = load_conversations(mixed).to_list()
+    folder = tmp_path / "rows"
+    broken = [
+        row | {"images": [{"bytes": b"no image", "path": None}]} if index == 6 else row
+        for index, row in enumerate(rows)
+    ]
+    Dataset.from_list(broken).select_columns(["messages", "images"]).save_to_disk(folder)
+    settings = arguments(dataset_name=str(folder), max_length=None, feature_cache=str(tmp_path / "cache"))
+    settings[0].max_bad_row_share = 0.1
+    errors = write(settings)
+    assert errors["vit"]["unreadable_images"] == 1
+    sft.train(*settings)
+    settings[0].max_bad_row_share = 0.01
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="max_bad_row_share"):
+        write(settings)
+
+
+def test_streams_are_refused(arguments, mixed: str, tmp_path: Path) -> None:
+    settings = arguments(dataset_name=mixed, feature_cache=str(tmp_path / "cache"))
+    settings[0].streaming = True
+    with pytest.raises(ValueError, match="stream"):
+        write(settings)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_size_is_said_first_and_a_full_disk_refused(
+    arguments, mixed: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="GB are needed in .*cache, 1e-06 GB are free"):
+        write(settings)
+    # 18 images, the blank one among them, of 6 x 6 x 24 values of two bytes
+    assert f"vit: 18 images of 0.00173 MB, {18 * 36 * 24 * 2 / 1e9:.4g} GB" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_command_line(parts: dict[str, str], mixed: str, tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "dataset_name": [mixed],
+                "vision_model": parts["clip"],
+                "language_model": parts["language"],
+                "teachers": [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": parts["vit"]}],
+                "output_dir": str(tmp_path / "output"),
+                "use_cpu": True,
+                "bf16": False,
+                "report_to": "none",
+            }
+        )
+    )
+    main(["--config", str(config), "--feature_cache", str(tmp_path / "cache"), "--cache_dtype", "int8"])
+    index = json.loads((tmp_path / "cache" / "index.json").read_text())
+    assert index["dtype"] == "int8" and set(index["errors"]) == {"clip", "vit"}
+    assert not (tmp_path / "output").exists()
