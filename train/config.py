@@ -137,7 +137,7 @@ class MoveKDSFTConfig(SFTConfig):
         vision_tower_learning_rate (`float`, *optional*): Learning rate of the tower; `learning_rate` by default.
         language_lora_rank (`int`, defaults to 0): Rank of LoRA in the language model, which then is frozen under it,
             embedding and head included; everything else trains as ever. 0 trains the language model in full.
-        language_lora_alpha (`float`, *optional*): LoRA is scaled by alpha / rank; twice the rank by default.
+        language_lora_alpha (`int`, *optional*): LoRA is scaled by alpha / rank; twice the rank by default.
         language_lora_dropout (`float`, defaults to 0.05): Dropout on LoRA's input.
         language_lora_learning_rate (`float`, *optional*): Learning rate of LoRA; `learning_rate` by default.
         language_lora_target_modules (`list[str]`, *optional*): Names of the layers that get LoRA; by default every
@@ -175,7 +175,7 @@ class MoveKDSFTConfig(SFTConfig):
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Keep the whole vision tower as it is."})
     vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the tower."})
     language_lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
-    language_lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale, times its rank."})
+    language_lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale, times its rank."})
     language_lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on LoRA's input."})
     language_lora_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of LoRA."})
     language_lora_target_modules: list[str] | None = field(
@@ -257,7 +257,7 @@ class MoveKDSFTConfig(SFTConfig):
 
     def _check_language_lora(self) -> None:
         if self.language_lora_alpha is None:
-            self.language_lora_alpha = 2.0 * self.language_lora_rank
+            self.language_lora_alpha = 2 * self.language_lora_rank
         if self.language_lora_rank < 0 or (self.language_lora_rank and self.language_lora_alpha <= 0):
             raise ValueError(
                 f"`language_lora_rank` is {self.language_lora_rank} and `language_lora_alpha` "

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.config import MoveKDSFTConfig
 
@@ -49,8 +49,8 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         args: With `language_lora_rank` above 0.
 
     Raises:
-        ValueError: if a target names no linear layer, or 4-bit weights are asked for without the package, or spread
-            over processes.
+        ValueError: if a target names no linear layer, or 4-bit weights are asked for without the package, or under
+            DeepSpeed or FSDP.
     """
     language_model = model.model.language_model
     targets = args.language_lora_target_modules
@@ -63,6 +63,7 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
                 f"have. Its linear layers are called {sorted(linear)}."
             )
     set_seed(args.seed)
+    assert args.language_lora_alpha is not None, "the configuration fills it in"
     config = LoraConfig(
         r=args.language_lora_rank,
         lora_alpha=args.language_lora_alpha,
@@ -72,7 +73,8 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     inject_adapter_in_model(config, language_model)
     cast_adapter_dtype(language_model, ADAPTER)
     layers = language_lora_layers(model)
-    if unsupported := [name for name, layer in layers.items() if not _is_linear(layer.get_base_layer())]:
+    adapted = {name: part.get_base_layer() for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    if unsupported := [name for name, part in adapted.items() if name not in layers or not _is_linear(part)]:
         raise ValueError(f"LoRA here is for linear layers; {unsupported} are not. Choose other target modules.")
     if args.load_in_4bit:
         _quantize(list(layers.values()), args)
@@ -91,10 +93,11 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
             "`load_in_4bit` needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or "
             "set `load_in_4bit: false`."
         ) from error
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    # Known before the processes have met; FSDP spreads packed weights, DeepSpeed loses track of them when it saves
+    if args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ValueError(
-            "`load_in_4bit` is true, but ZeRO-3 and FSDP spread the weights over processes, which packed 4-bit "
-            "weights do not stand. Use DDP or ZeRO-2, or LoRA without `load_in_4bit`."
+            "`load_in_4bit` is true, but DeepSpeed and FSDP cannot handle packed 4-bit weights. Start the run with "
+            "DDP, or set `load_in_4bit: false`."
         )
     for layer in layers:
         dense = layer.get_base_layer()
@@ -118,10 +121,10 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
 
 def language_lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The layers of the student that carry LoRA, by the name their weights are published under."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
-def language_lora_facts(model: nn.Module, args: MoveKDSFTConfig) -> dict | None:
+def language_lora_facts(model: nn.Module, args: MoveKDSFTConfig) -> dict[str, Any] | None:
     """What a model card needs to say about it; `None` without LoRA."""
     if not args.language_lora_rank:
         return None
@@ -239,14 +242,16 @@ def load_language_lora(model: PreTrainedModel, folder: str | Path) -> None:
         own[live].copy_(adapters[key])
 
     files = sorted(folder.glob("model*.safetensors"))
-    seen, unknown, changed = set(), [], {}
+    seen: set[str] = set()
+    unknown: list[str] = []
+    distances: dict[str, float] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():
                 seen.add(key)
                 name = key.removesuffix(".weight")
                 if name in layers:
-                    changed[name] = _difference(name, layers[name], own, weights.get_tensor(key))
+                    distances[name] = _difference(name, layers[name], own, weights.get_tensor(key))
                 elif (live := _live_key(key, layers)) in own:
                     own[live].copy_(weights.get_tensor(key))
                 else:
@@ -257,12 +262,24 @@ def load_language_lora(model: PreTrainedModel, folder: str | Path) -> None:
     missing = sorted(published - seen - set(model.all_tied_weights_keys))
     if missing or unknown:
         raise ValueError(f"{folder} is not a checkpoint of this model; missing: {missing}, left over: {unknown}.")
-    if differing := {name: value for name, value in changed.items() if value > 1}:
+    if changed := sorted(name for name, distance in distances.items() if not distance <= 1):
         raise ValueError(
-            f"The frozen weights under LoRA are not those that {folder} was trained on; {len(differing)} differ: "
-            f"{sorted(differing)}. Resume with the `model_name_or_path` (or `language_model`), the data type and the "
+            f"The frozen weights under LoRA are not those that {folder} was trained on; {len(changed)} differ: "
+            f"{changed}. Resume with the `model_name_or_path` (or `language_model`), the data type and the "
             "`language_lora_alpha` of the first run, or continue the checkpoint's merged weights as "
             "`model_name_or_path`."
+        )
+
+
+def refuse_language_lora(folder: str | Path) -> None:
+    """
+    Raises:
+        ValueError: if the checkpoint is one of a run with LoRA; for a run without.
+    """
+    if (Path(folder) / LANGUAGE_LORA_NAME).exists():
+        raise ValueError(
+            f"{folder} is a checkpoint of a run with LoRA of the language model, but `language_lora_rank` is 0. "
+            "Resume with the rank of that run, or continue the checkpoint's merged weights as `model_name_or_path`."
         )
 
 

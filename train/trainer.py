@@ -25,6 +25,7 @@ from train.language_lora import (
     add_language_lora,
     load_language_lora,
     merged_state_dict,
+    refuse_language_lora,
     save_language_lora,
 )
 from train.losses import check_finite
@@ -261,6 +262,8 @@ class MoveKDTrainer(SFTTrainer):
         if self._loads_language_lora():
             load_language_lora(self._student(), resume_from_checkpoint)
         else:
+            if not self.args.language_lora_rank:
+                refuse_language_lora(resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_distiller(resume_from_checkpoint)
 

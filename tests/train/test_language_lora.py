@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import DDP_CPU, SCRIPT, launch, run, write_settings
+from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaForCausalLM
 
@@ -20,6 +20,10 @@ from train.trainer import MoveKDTrainer
 
 LORA = {"language_lora_rank": 4, "language_lora_dropout": 0.1, "learning_rate": 1e-2}
 QUANTISED = pytest.param(True, id="4 bits")
+ZERO2_CPU = (
+    *("--config_file", ROOT / "train" / "accelerate" / "zero2.yaml", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--main_process_port", "0"),
+)
 LINEAR_LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
@@ -88,7 +92,7 @@ def test_lora_and_all_but_the_language_model_train(train, arguments, load_in_4bi
     facts = json.loads((Path(trainer.args.output_dir) / "training_facts.json").read_text())["language_lora"]
     assert facts == {
         "rank": 4,
-        "alpha": 8.0,
+        "alpha": 8,
         "dropout": 0.1,
         "learning_rate": 1e-2,
         "target_modules": LINEAR_LAYERS,
@@ -160,7 +164,7 @@ def test_target_modules(arguments) -> None:
         ({"language_lora_rank": 4, "stage": "pretrain"}, "language_lora_rank` is 4, but stage 'pretrain'"),
         ({"load_in_4bit": True}, "`load_in_4bit` is true, but `language_lora_rank` is 0"),
         ({"language_lora_rank": -1}, "`language_lora_rank` is -1"),
-        ({"language_lora_rank": 4, "language_lora_alpha": 0.0}, "`language_lora_alpha` 0.0"),
+        ({"language_lora_rank": 4, "language_lora_alpha": 0}, "`language_lora_alpha` 0"),
         ({"language_lora_rank": 4, "language_lora_dropout": 1.0}, "`language_lora_dropout` is 1.0"),
     ],
 )
@@ -175,11 +179,19 @@ def test_4_bits_without_the_package(arguments, monkeypatch: pytest.MonkeyPatch) 
         sft.train(*arguments(**LORA, load_in_4bit=True))
 
 
-def test_4_bits_spread_over_processes(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_4_bits_under_deepspeed(runs, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("deepspeed")
+    result = launch(SCRIPT, runs[0](tmp_path / "output", load_in_4bit=True), launcher=ZERO2_CPU)
+    assert result.returncode != 0 and "DeepSpeed and FSDP cannot handle" in result.stdout, result.stdout[-6000:]
+
+
+def test_4_bits_under_fsdp(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     settings = arguments(**LORA, load_in_4bit=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="ZeRO-3 and FSDP"):
+    with pytest.raises(ValueError, match="DeepSpeed and FSDP cannot handle"):
         sft.train(*settings)
 
 
@@ -240,6 +252,11 @@ def test_resumed_is_the_same_run(runs, resume, load_in_4bit: bool) -> None:
     assert_same(resume(load_in_4bit=load_in_4bit), straight)
 
 
+def test_resuming_without_lora_raises(resume) -> None:
+    with pytest.raises(ValueError, match="with LoRA of the language model, but `language_lora_rank` is 0"):
+        resume(language_lora_rank=0)
+
+
 def test_without_the_adapters_resuming_raises(resume) -> None:
     with pytest.raises(ValueError, match=f"{LANGUAGE_LORA_NAME} is missing"):
         resume(lambda checkpoint: (checkpoint / LANGUAGE_LORA_NAME).unlink())
@@ -261,7 +278,7 @@ def test_another_rank_is_another_run(resume) -> None:
 
 def test_another_scale_is_another_run(resume) -> None:
     with pytest.raises(ValueError, match="language_lora_alpha"):
-        resume(language_lora_alpha=9.0)
+        resume(language_lora_alpha=9)
 
 
 def test_another_language_model_is_another_run(resume, parts: dict[str, str], tmp_path: Path) -> None:
@@ -301,26 +318,31 @@ def test_best_model_is_loaded_with_its_adapters(runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(runs, tmp_path: Path, load_in_4bit: bool) -> None:
+@pytest.mark.parametrize("kind", ["LoRA, DDP", "4 bits, DDP", "LoRA, ZeRO-2"])
+def test_two_processes(runs, tmp_path: Path, kind: str) -> None:
     """They give what one process gives with twice the batch, and resume."""
+    load_in_4bit, launcher, called = "4 bits" in kind, DDP_CPU, "DistributedDataParallel"
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+    if "ZeRO-2" in kind:
+        pytest.importorskip("deepspeed")
+        launcher, called = ZERO2_CPU, "DeepSpeedEngine"
     write, _ = runs
     dropout = {"language_lora_dropout": 0.0, "lora_dropout": 0.0}
     descent = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     settings = {"load_in_4bit": load_in_4bit} | dropout | descent
     two, resumed = tmp_path / "two", tmp_path / "resumed"
-    configs = [
-        write(two, **settings),
-        write(resumed, **settings, resume_from_checkpoint=str(two / "checkpoint-2")),
-    ]
-    result = launch(SCRIPT, *configs, launcher=DDP_CPU)
+    checkpoint = str(two / "checkpoint-2")
+    configs = [write(two, **settings), write(resumed, **settings, resume_from_checkpoint=checkpoint)]
+    result = launch(SCRIPT, *configs, launcher=launcher)
     assert result.returncode == 0, result.stdout[-6000:]
     facts = [json.loads((two / f"facts-{rank}.json").read_text()) for rank in range(2)]
-    assert [part["called"] for part in facts] == [["DistributedDataParallel"]] * 2
+    assert [part["called"] for part in facts] == [[called]] * 2
     assert facts[0]["weights"] == facts[1]["weights"]
-    assert_same(resumed, two)
     one = tmp_path / "one"
     run(write(one, **settings, per_device_train_batch_size=8))
     for name in FILES:
-        weights = load_file(one / name)
+        weights, again = load_file(one / name), load_file(resumed / name)
         for key, value in load_file(two / name).items():
+            assert torch.equal(value, again[key]), key
             torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6, msg=key)
