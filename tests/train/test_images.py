@@ -1,0 +1,188 @@
+"""Every kind of image a data set of millions holds: read as RGB, or refused with the reason."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.images import MAX_SIDE, decode_image
+
+
+def stored(image: Image.Image, format: str = "PNG", **kwargs: object) -> dict[str, object]:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **kwargs)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (20, 12)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def assert_same(image: Image.Image, expected: Image.Image) -> None:
+    assert image.mode == expected.mode == "RGB" and image.size == expected.size
+    assert image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [
+        *[(mode, "PNG") for mode in ("RGB", "RGBA", "L", "LA", "P", "1")],
+        *[(mode, "TIFF") for mode in ("RGB", "CMYK", "LAB")],
+        *[("RGB", format) for format in ("BMP", "GIF", "PPM")],
+        *[("CMYK", "JPEG"), ("L", "JPEG"), ("P", "GIF")],
+    ],
+)
+def test_modes_and_formats(mode: str, format: str) -> None:
+    """The pixels are those of Pillow's conversion, which the authors use."""
+    image = stored(noise(mode), format)
+    with Image.open(io.BytesIO(image["bytes"])) as opened:
+        assert_same(decode_image(image), opened.convert("RGB"))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "JPEG2000", "MPO"])
+def test_lossy_formats(format: str) -> None:
+    smooth = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    difference = np.asarray(decode_image(stored(smooth, format)), dtype=int) - np.asarray(smooth)
+    assert abs(difference).max() < 16
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_the_upper_eight(mode: str, format: str) -> None:
+    values = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32) * 40
+    image = Image.frombytes(mode, (32, 48), values.astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+    decoded = np.asarray(decode_image(stored(image, format)))
+    assert (decoded == (values >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode '{mode}', whose values have no known range"):
+        decode_image(stored(Image.new(mode, (4, 4), 70_000), "TIFF"))
+
+
+def test_palette_with_transparency_and_alpha_show_the_stored_colour() -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert decode_image(stored(image)).getpixel((0, 0)) == (10, 20, 30)
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 40, 50, 60])
+    assert decode_image(stored(image, transparency=b"\xff\x00")).getpixel((0, 0)) == (40, 50, 60)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    image = stored(
+        frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
+    )
+    with Image.open(io.BytesIO(image["bytes"])) as opened:
+        assert opened.n_frames == 3
+    assert_same(decode_image(image), frames[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_unless_the_stored_pixels_are_wanted(orientation: int) -> None:
+    """Camera pictures say how they are to be turned; the turned ones here are made without that note."""
+    way_back = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }[orientation]
+    image, exif = noise(), Image.Exif()
+    exif[0x0112] = orientation
+    turned = image if way_back is None else image.transpose(way_back)
+    # Pillow itself turns a TIFF file
+    for format in ("PNG", "TIFF"):
+        assert_same(decode_image(stored(image, format, exif=exif)), turned)
+    assert_same(decode_image(stored(image, exif=exif), apply_orientation=False), image)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_that_claims(width: int, height: int) -> dict[str, object]:
+    """A file of a few bytes whose header promises this size."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (10_000, 10_000), (60_000, 60_000), (2**31 - 1, 1)]
+)
+@pytest.mark.filterwarnings("error")
+def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> None:
+    with pytest.raises(ValueError, match=f"{width} x {height} pixels; its sides may have 1 to 9459|DecompressionBomb"):
+        decode_image(png_that_claims(width, height))
+
+
+def test_the_longest_side_is_read() -> None:
+    """Long and thin: what counts is the square that it will be padded to."""
+    assert decode_image(stored(Image.new("L", (MAX_SIDE, 2)))).size == (MAX_SIDE, 2)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_images_without_pixels_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="known format|0 x|x 0"):
+        decode_image(png_that_claims(*size))
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels"):
+        decode_image(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_images_are_refused(format: str, share: float) -> None:
+    content = stored(noise(size=(64, 64)), format)["bytes"]
+    with pytest.raises(ValueError, match="cannot be decoded|known format"):
+        decode_image({"bytes": content[: int(len(content) * share)], "path": None})
+
+
+def test_flipped_bits_are_refused_or_read() -> None:
+    """Whatever a damaged file makes Pillow raise, it comes out as the reason, and nothing else comes out."""
+    content = bytearray(stored(noise(size=(64, 64)), "PNG")["bytes"])
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for position in random.integers(0, len(content), 3):
+            damaged[position] ^= 1 << random.integers(8)
+        try:
+            assert decode_image({"bytes": bytes(damaged), "path": None}).mode == "RGB"
+        except ValueError:
+            refused += 1
+    assert refused > 200
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    noise().save(path)
+    for image in (str(path), path, {"bytes": None, "path": str(path)}):
+        assert_same(decode_image(image), noise())
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"empty\.jpg: an image of 0 bytes"):
+        decode_image(str(tmp_path / "empty.jpg"))
+    for missing in ("missing.jpg", "."):
+        with pytest.raises(ValueError, match="no such file"):
+            decode_image(str(tmp_path / missing))
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"page\.jpg: not an image of a known format"):
+        decode_image(str(tmp_path / "page.jpg"))
+    with pytest.raises(ValueError, match="no such file"):
+        decode_image("a\0.png")
+
+
+@pytest.mark.parametrize("format", ["EPS", "PCX", "PDF", "TGA", "ICO"])
+def test_formats_that_no_photograph_has_are_not_opened(format: str) -> None:
+    """EPS would start Ghostscript."""
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        decode_image(stored(noise(), format))
