@@ -8,6 +8,7 @@ black image. Every shard says in its header what it belongs to. [`train.feature_
 import dataclasses
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,7 @@ def rows_of(*datasets: Dataset) -> dict[str, list[Any]]:
             lengths = pc.binary_length(pc.struct_field(flat, "bytes")).to_pylist()
             paths = pc.struct_field(flat, "path").to_pylist()
             names = iter(
-                "/".join(Path(path).parts[-2:]) if length is None else f"{length} bytes"
+                "/".join(path.rsplit(os.sep, 2)[-2:]) if length is None else f"{length} bytes"
                 for length, path in zip(lengths, paths, strict=True)
             )
             counts = pc.list_value_length(chunk).to_pylist()

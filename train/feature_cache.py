@@ -165,7 +165,7 @@ def cache_features(
         name: [shard for shard in layout.shards if not _is_done(layout, folder, name, shard)] for name in blanks
     }
     missing = broadcast_object_list([missing])[0]
-    _check_size(folder, layout, missing, say=state.is_main_process)
+    _check_size(folder, layout, missing, state)
     state.wait_for_everyone()
     if state.is_main_process:
         for name, blank in blanks.items():
@@ -288,7 +288,7 @@ def _is_done(layout: ShardLayout, folder: Path, name: str, shard: str) -> bool:
         return False
 
 
-def _check_size(folder: Path, layout: ShardLayout, missing: Mapping[str, Sequence[str]], say: bool) -> None:
+def _check_size(folder: Path, layout: ShardLayout, missing: Mapping[str, Sequence[str]], state: PartialState) -> None:
     """Print what the cache takes on disk, and refuse to start if there is less."""
     needed, lines = 0, []
     images = sum(len(keys) for keys in layout.keys.values())
@@ -303,8 +303,11 @@ def _check_size(folder: Path, layout: ShardLayout, missing: Mapping[str, Sequenc
         )
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    lines.append(f"Together {needed / 1e9:.4g} GB to write to {folder}, where {free / 1e9:.4g} GB are free.")
-    if say:
+    lines.append(
+        f"Together {needed / 1e9:.4g} GB to write to {folder}, where {free / 1e9:.4g} GB are free, by "
+        f"{state.num_processes} processes."
+    )
+    if state.is_main_process:
         print("\n".join(lines), flush=True)
     if needed > free:
         raise ValueError(

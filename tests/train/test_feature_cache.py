@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ import pytest
 import torch
 from colours import llava_rows
 from datasets import Dataset
+from launched import DDP_CPU, ROOT, launch, write_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trl import TrlParser
 
 from train import sft
 from train.build import build_teachers
 from train.cached_features import CachedTeacher, decode, encode, rows_of
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_conversations
 from train.feature_cache import CacheArguments, cache_features, load_processor, main
 from train.sft import build_collator
@@ -115,10 +121,14 @@ def run(settings: tuple[Any, ...]) -> tuple[MoveKDTrainer, list[dict[str, Teache
         return sft.train(*settings), got
 
 
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "anyres"])
 @pytest.mark.parametrize("preset", ["paper", "student_heads", "released"])
 @pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
-def test_training_gives_the_same_losses(arguments, cached, mixed, cache_dtype: str, preset: str) -> None:
+def test_training_gives_the_same_losses(
+    arguments, cached, mixed, cache_dtype: str, preset: str, image_aspect_ratio: str
+) -> None:
     common = {
+        "image_aspect_ratio": image_aspect_ratio,
         "distillation_preset": preset,
         "group_by_modality_length": True,
         "dataloader_num_workers": 1 if cache_dtype == "int8" else 0,
@@ -148,6 +158,22 @@ def test_training_gives_the_same_losses(arguments, cached, mixed, cache_dtype: s
     assert any("kd/vit" in entry for entry in histories[0])
 
 
+def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = cached(stage="pretrain", max_steps=1)
+    sft.train(*settings)
+    overrides = {"dataset_name": settings[0].dataset_name, "max_length": None, "max_steps": 1}
+    second = arguments(
+        model_name_or_path=str(tmp_path / "output"),
+        feature_cache=settings[1].feature_cache,
+        output_dir=str(tmp_path / "second"),
+        **overrides,
+    )
+    capsys.readouterr()
+    write(second)
+    assert "in 0 of 4 shards" in capsys.readouterr().out
+    sft.train(*second)
+
+
 def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
     settings = cached("float16", rows_per_shard=4)
     dataset = load_conversations(mixed)
@@ -158,6 +184,9 @@ def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
         rows = [dataset[index] for index in batch]
         pixels, features = live(rows), read(rows)
         assert "teacher_pixel_values" not in features and "cached_features" not in pixels
+        # Which no trainer casts to another precision on its way to the device
+        cached_values = [value for each in features["cached_features"].values() for value in each.values()]
+        assert cached_values and not any(value.is_floating_point() for value in cached_values)
         for name, teacher in teachers.items():
             expected = teacher(pixels["teacher_pixel_values"][name])
             got = stand_ins[name](features["cached_features"][name])
@@ -228,6 +257,42 @@ def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.Captu
         path.write_bytes(whole[path])
         for name, value in load_file(path).items():
             assert torch.equal(value, remade[name])
+
+
+def test_two_processes_finish_what_a_killed_one_began(parts: dict[str, str], tmp_path: Path) -> None:
+    Dataset.from_list(llava_rows(200)).save_to_disk(tmp_path / "rows")
+    config = write_settings(tmp_path / "output", parts, str(tmp_path / "rows"))
+    flags = ["train.feature_cache", "--config", str(config), "--rows_per_shard", "2", "--cache_dtype", "int8"]
+    folder = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, "-m", *flags, "--feature_cache", str(folder)], cwd=ROOT)
+    while not (folder / "vit" / "000002.safetensors").is_file():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in folder.rglob("[0-9]*.safetensors")}
+    assert 100 < len(done) < 200
+    cut = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments)).parse_args_and_config(
+        ["--config", str(config), "--feature_cache", str(folder)]
+    )
+    with pytest.raises(ValueError, match="lacks the shard .*vit/"):
+        sft.train(*cut)
+
+    result = launch("-m", *flags, "--feature_cache", str(folder), launcher=DDP_CPU)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert f"write in {200 - len(done)} of 101 shards" in result.stdout and "by 2 processes" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    cut[1].feature_cache = str(tmp_path / "whole")
+    errors = cache_features(*cut, CacheArguments("int8", 2))
+    assert json.loads((folder / "index.json").read_text())["errors"] == {
+        name: pytest.approx(measured, rel=1e-3) for name, measured in errors.items()
+    }
+    shards = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
+    assert len(shards) == 202 and not list(folder.rglob(".*.tmp"))
+    for name, path in shards.items():
+        whole = load_file(tmp_path / "whole" / name)
+        for key, value in load_file(path).items():
+            torch.testing.assert_close(value, whole[key], msg=str(name))
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
@@ -372,8 +437,7 @@ def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
     row = load_conversations(mixed)[6]
     collator([row])
     content = bytearray(row["images"][0]["bytes"])
-    # The time of its making, which no decoder looks at
-    other = bytes(content) + b"\0"
+    other = bytes(content) + b"\0"  # which no decoder looks at
     with pytest.raises(ValueError, match="features are of another image"):
         collator([row | {"images": [{"bytes": other, "path": None}]}])
 
