@@ -9,10 +9,12 @@ import pytest
 import torch
 from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaForCausalLM
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from trl import TrlParser
 
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.guards import STEPS_WATCHED
 from train.language_lora import LANGUAGE_LORA_NAME, language_lora_layers, merged_state_dict
 from train.trainer import MoveKDTrainer
@@ -250,6 +252,35 @@ def test_resumed_is_the_same_run(runs, resume, load_in_4bit: bool) -> None:
     assert len(adapters) == 2 * 2 * len(LINEAR_LAYERS)
     assert adapters["model.language_model.layers.0.mlp.down_proj.lora_B.weight"].abs().max() > 0
     assert_same(resume(load_in_4bit=load_in_4bit), straight)
+
+
+def test_tied_head_biases_and_mixed_precision(runs, parts: dict[str, str], tmp_path: Path, load_in_4bit: bool) -> None:
+    """As in many small language models; in bfloat16, with adapters in float32."""
+    config = LlamaConfig.from_pretrained(parts["language"], tie_word_embeddings=True, attention_bias=True)
+    language = shutil.copytree(parts["language"], tmp_path / "language")
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(0.1 if name.endswith("bias") else 0)
+    model.save_pretrained(language)
+    settings = {"language_model": str(language), "dtype": "bfloat16", "bf16": True, "load_in_4bit": load_in_4bit}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
+
+    def train(folder: Path, **more: Any) -> MoveKDTrainer:
+        config = runs[0](folder, **settings, **more)
+        return sft.train(*parser.parse_args_and_config(["--config", str(config)]))
+
+    trainer = train(straight)
+    dtypes = {value.dtype for name, value in trainer.model.named_parameters() if is_lora(name)}
+    assert dtypes == {torch.float32} and trainer.model.lm_head.weight.dtype == torch.bfloat16
+    train(resumed, resume_from_checkpoint=str(straight / "checkpoint-2"))
+    assert_same(resumed, straight)
+    published = load_file(straight / "model.safetensors")
+    assert {value.dtype for value in published.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in published
+    bias = published["model.language_model.layers.1.self_attn.q_proj.bias"]
+    torch.testing.assert_close(bias, torch.full_like(bias, 0.1))
 
 
 def test_resuming_without_lora_raises(resume) -> None:
