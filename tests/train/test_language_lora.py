@@ -288,6 +288,15 @@ def test_resuming_without_lora_raises(resume) -> None:
         resume(language_lora_rank=0)
 
 
+def test_shards_are_one_model(runs, resume) -> None:
+    def change(checkpoint: Path) -> None:
+        MoveKDForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(checkpoint, max_shard_size="100KB")
+        (checkpoint / "model.safetensors").unlink()
+        assert len(list(checkpoint.glob("model-*-of-*.safetensors"))) > 1
+
+    assert_same(resume(change), runs[1]())
+
+
 def test_without_the_adapters_resuming_raises(resume) -> None:
     with pytest.raises(ValueError, match=f"{LANGUAGE_LORA_NAME} is missing"):
         resume(lambda checkpoint: (checkpoint / LANGUAGE_LORA_NAME).unlink())
