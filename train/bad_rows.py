@@ -27,7 +27,7 @@ class BadRows:
         max_share: largest share of `total` that may be bad, between 0 and 1.
         max_rows: largest number that may be bad, besides the share.
         writes: whether this process writes the file; one of a run should.
-        resume: begin with the rows that the file of an earlier part of the run lists.
+        resume: begin with the rows that the file of an earlier part of the run lists. Otherwise such a file is removed.
 
     Attributes:
         total: rows that the share is of; whoever reads a data set adds to it.
@@ -56,6 +56,8 @@ class BadRows:
         if resume and self.path is not None and self.path.is_file():
             with self.path.open(encoding="utf-8") as lines:
                 self.reasons = {entry["row"]: entry["reason"] for entry in map(json.loads, lines)}
+        elif writes and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def add(self, rows: Iterable[tuple[str, str]]) -> None:
         """Note rows and reasons, warn of the new ones, list them, and stop if they are too many.
@@ -73,27 +75,25 @@ class BadRows:
         PartialState().wait_for_everyone()
         self._check()
 
-    def __len__(self) -> int:
-        return len(self.reasons)
-
     def _note(self, rows: Iterable[tuple[str, str]]) -> None:
         new = {row: reason for row, reason in rows if row not in self.reasons}
         if not new:
             return
         self.reasons |= new
         first = _first(new)
-        logger.warning("%d of %d rows cannot be used. They are skipped. New: %s", len(self), self.total, first)
+        logger.warning("%d of %d rows cannot be used. They are skipped. New: %s", len(self.reasons), self.total, first)
         self._write()
 
     def _check(self) -> None:
-        over_share = len(self) > self.max_share * self.total
-        if not over_share and (self.max_rows is None or len(self) <= self.max_rows):
+        count = len(self.reasons)
+        over_share = count > self.max_share * self.total
+        if not over_share and (self.max_rows is None or count <= self.max_rows):
             return
         limit, knob = (f"{self.max_share:.2%}", "max_bad_row_share") if over_share else (self.max_rows, "max_bad_rows")
         listed = "" if self.path is None else f" All are listed in {self.path}."
         raise ValueError(
-            f"{len(self)} of {self.total} rows cannot be used ({len(self) / max(self.total, 1):.2%}). First: {_first(self.reasons)}"
-            f"{listed} At most {limit} may be skipped: repair the data or raise {knob}."
+            f"{count} of {self.total} rows cannot be used ({count / max(self.total, 1):.2%}). First: "
+            f"{_first(self.reasons)}{listed} At most {limit} may be skipped: repair the data or raise {knob}."
         )
 
     def _write(self) -> None:

@@ -96,8 +96,8 @@ def load_train_and_validation(
 
     Returns:
         Rows as of [`load_conversations`]; in a stream of training rows also bad ones with their `problem`, which the
-        collator passes on. That stream never ends, so that no process runs out of rows before the others. `None`
-        instead of the second without `evaluate`.
+        collator passes on. That stream begins again at its end, in the same order, so that no process runs out of
+        rows before the others. `None` instead of the second without `evaluate`.
 
     Raises:
         ValueError: as [`load_conversations`], for a split that leaves either side empty, or rows held back for an
@@ -126,10 +126,10 @@ def load_train_and_validation(
             stopping_strategy=data_args.mixture_stopping_strategy,
         )
     if data_args.streaming:
-        mixture = mixture.repeat(None)
         if data_args.shuffle_buffer_size > 1:
-            # Behind the repetition, whose passes would otherwise all have one order
             mixture = mixture.shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
+        # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
+        mixture = mixture.repeat(None)
     if not validation:
         return mixture, None
     held_back = concatenate_datasets(validation)
@@ -214,7 +214,7 @@ def load_conversations(
         names = rows.column_names or list(next(iter(rows), {}))
         # Streamed from several shards, a row's number is its place in its shard
         place["sharded"] = rows.num_shards > 1
-        stream = rows.decode(False).map(
+        stream = (rows.decode(False) if rows.features else rows).map(
             convert_row, with_indices=True, fn_kwargs=place, remove_columns=names, features=FEATURES
         )
         if next(iter(stream), None) is None:
@@ -233,8 +233,10 @@ def load_conversations(
             desc="Reading conversations",
         )
     else:
+        if not rows:
+            raise ValueError(f"{name or 'The data set'} has no row.")
         # In chunks, so that the rows are not held in three forms at a time
-        chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, max(len(rows), 1), CHUNK)]
+        chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
         converted = concatenate_datasets(
             [Dataset.from_list([convert_row(rows[i], i, **place) for i in chunk], FEATURES) for chunk in chunks]
         )

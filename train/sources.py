@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
 
 
 def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> Any:
@@ -23,7 +23,8 @@ def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> A
         return _read_json(path)
     if path.suffix == ".jsonl" and path.is_file():
         if streaming:
-            return IterableDataset.from_generator(_read_line_texts, gen_kwargs={"path": str(path)})
+            lines = Features({"line": Value("binary")})
+            return IterableDataset.from_generator(_read_line_texts, lines, {"path": str(path)})
         return list(_read_lines(path))
     if path.suffix == ".parquet" and path.is_file():
         return load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
@@ -92,7 +93,7 @@ def _position(text: str, error: json.JSONDecodeError) -> str:
     except json.JSONDecodeError:
         pass
     fields = re.findall(r'"(\w+)"\s*:', text[start : error.pos])
-    return f"in row {number}" + (f", field {fields[-1]!r}" if fields else "")
+    return f"in row {max(number, 0)}" + (f", field {fields[-1]!r}" if fields else "")
 
 
 def undecoded_images(dataset: Dataset) -> Dataset:
