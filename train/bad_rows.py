@@ -27,7 +27,7 @@ class BadRows:
         max_share: largest share of `total` that may be bad, between 0 and 1.
         max_rows: largest number that may be bad, besides the share.
         writes: whether this process writes the file; one of a run should.
-        resume: begin with the rows that the file of an earlier part of the run lists. Otherwise such a file is removed.
+        resume: begin with the rows that the file of an earlier part of the run lists; otherwise that file is removed.
 
     Attributes:
         total: rows that the share is of; whoever reads a data set adds to it.
