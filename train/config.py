@@ -226,13 +226,15 @@ class MoveKDSFTConfig(SFTConfig):
             # Before TRL and DeepSpeed read it, which is also before the processes have met
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
-            if self.gradient_accumulation_steps not in (1, steps):
+            given: int = self.gradient_accumulation_steps
+            if given not in (1, steps):
                 raise ValueError(
-                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but `global_batch_size` "
+                    f"`gradient_accumulation_steps` is {given}, but `global_batch_size` "
                     f"{self.global_batch_size} asks for {steps} on {processes} processes. Give one of the two."
                 )
-            self.gradient_accumulation_steps = steps
+            self.gradient_accumulation_steps: int = steps
         super().__post_init__()
+        self.batch_summary()
         # The parser checks what is typed on the command line, but not what a YAML file says
         for name, annotation in MoveKDSFTConfig.__annotations__.items():
             literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
@@ -291,8 +293,8 @@ class MoveKDSFTConfig(SFTConfig):
                 f"{self.world_size} processes. Start one process per device with `accelerate launch`."
             )
         return (
-            f"Global batch {rows}: {self.train_batch_size} per process, {self.gradient_accumulation_steps} accumulated, "
-            f"on {self.world_size} processes."
+            f"Global batch {rows}: {self.train_batch_size} per process, {self.gradient_accumulation_steps} "
+            f"accumulated, on {self.world_size} processes."
         )
 
     def knobs(self) -> dict[str, Any]:

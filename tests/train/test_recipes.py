@@ -191,9 +191,8 @@ def test_contradicting_accumulation_is_refused():
         parse("v1.0-7b-finetune", "--gradient_accumulation_steps", "4")
 
 
-def test_processes_that_did_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch):
-    """Launched as two, running apart: each would take half the batch."""
-    _, args, _ = parse("v1.0-7b-finetune")
-    args.gradient_accumulation_steps = 4
-    with pytest.raises(ValueError, match="128, but a step takes 64 rows"):
-        args.batch_summary()
+def test_one_process_that_drives_two_gpus_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """It takes twice what it was asked for."""
+    monkeypatch.setattr(MoveKDSFTConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="128, but a step takes 256 rows.*accelerate launch"):
+        parse("v1.0-7b-finetune")
