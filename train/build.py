@@ -271,7 +271,7 @@ def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], a
     )
     return (
         f"Stage {args.stage}, preset {args.distillation_preset}. Trains: {trained or 'nothing'}. "
-        f"Frozen: {frozen or 'nothing'}. Teachers (frozen): {taught or 'none'}."
+        f"Frozen: {frozen or 'nothing'}. Teachers (frozen): {taught or 'none'}. {args.batch_summary()}"
     )
 
 

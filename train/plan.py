@@ -22,6 +22,7 @@ from torch import nn
 from trl import TrlParser
 
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, accumulation_steps
+from train.data import data_sources
 from train.plan_step import build_planned_run, measure_activations, measure_flops
 
 
@@ -341,15 +342,14 @@ def main(arguments: list[str]) -> None:
     recipe_parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     parsed: tuple[Any, ...] = recipe_parser.parse_args_and_config([*recipe, "--use_cpu", "true"])
     data_args, args, model_args = parsed
-    rows = options.rows or known_rows(data_args.dataset_name)
+    rows = options.rows or known_rows([source.name for source in data_sources(data_args)])
     plan = plan_run(args, model_args, options.gpus, options.memory_tokens, options.mean_tokens)
     capacity = (options.gpu_memory, options.headroom)
     print(format_plan(plan, args, options.gpus, *capacity, rows, options.gpu_peak, options.utilization))
 
 
-def known_rows(dataset_names: str | Sequence[str]) -> int | None:
+def known_rows(names: Sequence[str]) -> int | None:
     """Rows of the named data sets together; `None` if one of them is not in [`KNOWN_ROWS`]."""
-    names = [dataset_names] if isinstance(dataset_names, str) else dataset_names
     rows = [KNOWN_ROWS.get(name, KNOWN_ROWS.get(Path(name).name)) for name in names]
     known = [count for count in rows if count is not None]
     return sum(known) if len(known) == len(rows) else None

@@ -288,7 +288,7 @@ def test_days_and_sizes() -> None:
     assert plan.training_days(400e12, 86_400, 8, 100, 0.5) == pytest.approx(1.0)
     assert plan.parse_memory("80GB") == 80 * 10**9
     assert plan.parse_memory("1.5 GiB") == 3 * 2**29
-    assert plan.known_rows("elsewhere/llava_v1_5_mix665k.json") == 665_298
+    assert plan.known_rows(["elsewhere/llava_v1_5_mix665k.json"]) == 665_298
     assert plan.known_rows(["a/llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json"]) == 665_298 + 558_128
     assert plan.known_rows(["a/llava_v1_5_mix665k.json", "mine.json"]) is None
     for text in ("80", "80MB", "GB"):
