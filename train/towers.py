@@ -13,18 +13,20 @@ Each is an ordinary folder of `save_pretrained`. `scores.json` says how well eac
 """
 
 import json
+import multiprocessing
 import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import trange
@@ -46,28 +48,38 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from train.scene_labels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    COLOUR_CLASSES,
+    NO_DIGIT,
+    SHAPE_CLASSES,
+    Labels,
+    accuracy_where,
+    cell_labels,
+    labels_per_token,
+    normalized,
+    probe_scores,
+    resized,
+    student_features,
+)
 from train.scenes import (
     CAPTION_REQUEST,
-    COLOURS,
     COLUMNS,
-    GRID,
     ROWS,
-    SHAPES,
     Scene,
     caption,
     sample_scene,
     scene_image,
 )
-from train.text_scenes import CELLS, TextScenes, build_tokenizer, facts, language_model_scores, lesson
+from train.text_scenes import TextScenes, build_tokenizer, facts, language_model_scores, lesson
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
-SHAPE_CLASSES = ("nothing", *SHAPES, "digit")
-COLOUR_CLASSES = ("none", *COLOURS)
-NO_DIGIT = 10
+# Training steps, the longest training first.
+STEPS = {"language_model": 3600, "clip": 700, "detector": 900, "reader": 300}
 # The libraries' 0.02 is meant for networks ten times as wide.
 INITIALIZER_RANGE = 0.08
 
@@ -76,47 +88,9 @@ INITIALIZER_RANGE = 0.08
 class TowersArguments:
     output_dir: str = field(default="train/demo_towers", metadata={"help": "Where the four folders are written."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the weights."})
-    pictures: int = field(default=12000, metadata={"help": "Number of scenes to train on."})
+    pictures: int = field(default=8000, metadata={"help": "Number of scenes to train on."})
     effort: float = field(default=1.0, metadata={"help": "Scales the number of training steps of every network."})
-
-
-@dataclass
-class Labels:
-    """The truth of `n` scenes, cell by cell, row-major: `shape`, `colour`, `digit` are [n, 16] long (classes of
-    `SHAPE_CLASSES`, `COLOUR_CLASSES`, and 0-9 or `NO_DIGIT`), `centre` is [n, 16, 2] float, x and y in pixels of the
-    128-pixel picture."""
-
-    shape: Tensor
-    colour: Tensor
-    digit: Tensor
-    centre: Tensor
-
-
-def cell_labels(scenes: list[Scene]) -> Labels:
-    """Dense labels of a list of scenes."""
-    shape, colour = np.zeros((len(scenes), CELLS), dtype=np.int64), np.zeros((len(scenes), CELLS), dtype=np.int64)
-    digit, centre = np.full((len(scenes), CELLS), NO_DIGIT), np.zeros((len(scenes), CELLS, 2), dtype=np.float32)
-    for i, scene in enumerate(scenes):
-        for item in scene.objects:
-            cell = item.row * GRID + item.column
-            shape[i, cell], colour[i, cell] = SHAPE_CLASSES.index(item.shape), COLOUR_CLASSES.index(item.colour)
-            centre[i, cell] = item.x, item.y
-        for offset in range(2):
-            cell = scene.number_row * GRID + scene.number_column + offset
-            shape[i, cell], digit[i, cell] = SHAPE_CLASSES.index("digit"), int(scene.number[offset])
-            centre[i, cell] = scene.digit_centres[offset]
-    return Labels(*(torch.from_numpy(array) for array in (shape, colour, digit, centre)))
-
-
-def resized(pictures: list[Image.Image], size: int) -> Tensor:
-    """Pictures as one uint8 tensor [n, 3, size, size], resized bicubically as every processor here does."""
-    arrays = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [n, 3, S, S] to float32 pixel values of the same shape."""
-    return (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    workers: int = field(default=2, metadata={"help": "How many networks are trained at a time, on one core each."})
 
 
 def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
@@ -214,10 +188,10 @@ def train_detector(
     )
     model = Dinov2Model._from_config(config, attn_implementation="eager")
     heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOUR_CLASSES) + 2)
-    shape, colour = _per_token(labels.shape, side), _per_token(labels.colour, side)
+    shape, colour = labels_per_token(labels.shape, side), labels_per_token(labels.colour, side)
     middle = (torch.arange(side) + 0.5) * 16
     middle = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), dim=-1).view(side * side, 2)
-    offset = (_per_token(labels.centre, side) - middle) / 16
+    offset = (labels_per_token(labels.centre, side) - middle) / 16
     count = len(pixels) * 9 // 10
 
     def predict(rows: Tensor | slice) -> tuple[Tensor, ...]:
@@ -241,8 +215,8 @@ def train_detector(
         shapes, colours, offsets = predict(slice(count, None))
     thing = (shape[count:] > 0) & (shape[count:] < SHAPE_CLASSES.index("digit"))
     return model, {
-        "shape": _accuracy(shapes, shape[count:], thing),
-        "colour": _accuracy(colours, colour[count:], thing),
+        "shape": accuracy_where(shapes, shape[count:], thing),
+        "colour": accuracy_where(colours, colour[count:], thing),
         "offset_error_pixels": 16 * (offsets - offset[count:])[thing].abs().mean().item(),
     }
 
@@ -252,10 +226,10 @@ def train_reader(
 ) -> tuple[ResNetModel, dict[str, float]]:
     """Dense training on pictures (uint8 [n, 3, 128, 128]): which digit, if any, each of the 16 x 16 tokens belongs to.
     Returns the network without its head, and its scores on the last tenth of the pictures."""
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 2], layer_type="basic")
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 1], layer_type="basic")
     model = ResNetModel(config)
     head = nn.Linear(96, NO_DIGIT + 1)
-    digit = _per_token(labels.digit, 16)
+    digit = labels_per_token(labels.digit, 16)
     weight = torch.tensor([1.0] * NO_DIGIT + [0.15])
     count = len(pixels) * 9 // 10
 
@@ -272,7 +246,7 @@ def train_reader(
     model.eval()
     with torch.no_grad():
         logits = predict(slice(count, None))
-    return model, {"digit": _accuracy(logits, digit[count:], digit[count:] < NO_DIGIT)}
+    return model, {"digit": accuracy_where(logits, digit[count:], digit[count:] < NO_DIGIT)}
 
 
 def train_language_model(
@@ -318,37 +292,9 @@ def train_language_model(
     return model.eval()
 
 
-def probe_scores(features: Tensor, labels: Labels, trained: int) -> dict[str, float]:
-    """How well a linear classifier finds shape, colour and digit of a cell in the student's token of that cell.
-
-    Args:
-        features: [n, 16, d] tokens of `n` scenes.
-        labels: their truth.
-        trained: the first `trained` scenes fit the classifier, the others measure it.
-    """
-    scores = {}
-    for name, target, keep in (
-        ("shape", labels.shape, labels.colour > 0),
-        ("colour", labels.colour, labels.colour > 0),
-        ("digit", labels.digit, labels.digit < NO_DIGIT),
-    ):
-        scores[name] = _linear_probe(
-            features[:trained][keep[:trained]],
-            target[:trained][keep[:trained]],
-            features[trained:][keep[trained:]],
-            target[trained:][keep[trained:]],
-        )
-    return scores
-
-
-@torch.no_grad()
-def student_features(tower: CLIPVisionModel, pixels: Tensor, layer: int = -2) -> Tensor:
-    """Tokens [n, 16, d] of uint8 pictures [n, 3, 64, 64] as a projector gets them: `hidden_states[-2]`, no CLS."""
-    outputs = tower(pixel_values=normalized(pixels, CLIP_MEAN, CLIP_STD), output_hidden_states=True)
-    return outputs.hidden_states[layer][:, 1:]
-
-
-def build_towers(output_dir: str | Path, seed: int = 0, pictures: int = 12000, effort: float = 1.0) -> dict:
+def build_towers(
+    output_dir: str | Path, seed: int = 0, pictures: int = 8000, effort: float = 1.0, workers: int = 2
+) -> dict[str, Any]:
     """Trains all four networks and writes their folders and `scores.json` to `output_dir`, all or nothing.
 
     Returns:
@@ -356,45 +302,63 @@ def build_towers(output_dir: str | Path, seed: int = 0, pictures: int = 12000, e
     """
     start = time.time()
     output_dir = Path(output_dir)
-    transformers.set_seed(seed)
-    tokenizer = build_tokenizer()
-    scenes = [sample_scene("towers", i, seed) for i in range(pictures)]
-    labels = cell_labels(scenes)
-    images = [scene_image("towers", i, seed) for i in trange(pictures, desc="pictures")]
-    held_out = [sample_scene("validation", i, seed) for i in range(1000)]
-    held_out_images = [scene_image("validation", i, seed) for i in range(1000)]
-
-    scores: dict[str, dict[str, float]] = {}
-    clip = train_clip(resized(images, 64), scenes, tokenizer, round(900 * effort), seed)
-    features = student_features(clip, resized(held_out_images, 64))
-    scores["clip"] = probe_scores(features, cell_labels(held_out), trained=700)
-    detector, scores["detector"] = train_detector(resized(images, 96), labels, round(900 * effort))
-    reader, scores["reader"] = train_reader(resized(images, 128), labels, round(300 * effort))
-    language_model = train_language_model(scenes, tokenizer, round(2600 * effort), seed)
-    scores["language_model"] = language_model_scores(language_model, tokenizer, held_out)
-
-    facts = {
-        "scores": {name: {key: round(value, 4) for key, value in values.items()} for name, values in scores.items()},
-        "seconds": round(time.time() - start),
-        "seed": seed,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
         finished = Path(folder) / "towers"
-        _save(clip, _image_processor(CLIPImageProcessor, 64, CLIP_MEAN, CLIP_STD), finished / "clip")
-        _save(detector, _image_processor(ViTImageProcessor, 96, IMAGENET_MEAN, IMAGENET_STD), finished / "detector")
-        _save(reader, _image_processor(ViTImageProcessor, 128, HALF, HALF), finished / "reader")
-        _save(language_model, tokenizer, finished / "language_model")
+        # Networks this small gain nothing from a second thread each, but two of them can be trained at a time.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = {name: pool.submit(_build_tower, name, finished / name, seed, pictures, effort) for name in STEPS}
+            scores = {name: job.result() for name, job in jobs.items()}
+        facts = {
+            "scores": {name: {key: round(value, 4) for key, value in scores[name].items()} for name in sorted(scores)},
+            "seconds": round(time.time() - start),
+            "seed": seed,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
         (finished / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
         if output_dir.exists():
             shutil.move(output_dir, Path(folder) / "old")
         shutil.move(finished, output_dir)
     return facts
+
+
+def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float) -> dict[str, float]:
+    """Trains and saves one network, in a process of its own and from a seed of its own; returns its scores."""
+    torch.set_num_threads(1)
+    transformers.set_seed(seed)
+    tokenizer = build_tokenizer()
+    scenes, held_out = _scenes("towers", pictures, seed), _scenes("validation", 1000, seed)
+    steps = round(STEPS[name] * effort)
+    if name == "language_model":
+        language_model = train_language_model(scenes, tokenizer, steps, seed)
+        _save(language_model, tokenizer, folder)
+        return language_model_scores(language_model, tokenizer, held_out)
+    size = {"clip": 64, "detector": 96, "reader": 128}[name]
+    pixels = _pixels("towers", pictures, seed, size)
+    if name == "clip":
+        clip = train_clip(pixels, scenes, tokenizer, steps, seed)
+        _save(clip, _image_processor(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
+        features = student_features(clip, _pixels("validation", len(held_out), seed, size))
+        return probe_scores(features, cell_labels(held_out), trained=700)
+    if name == "detector":
+        model, scores = train_detector(pixels, cell_labels(scenes), steps)
+        _save(model, _image_processor(ViTImageProcessor, size, IMAGENET_MEAN, IMAGENET_STD), folder)
+        return scores
+    model, scores = train_reader(pixels, cell_labels(scenes), steps)
+    _save(model, _image_processor(ViTImageProcessor, size, HALF, HALF), folder)
+    return scores
+
+
+def _scenes(split: str, size: int, seed: int) -> list[Scene]:
+    return [sample_scene(split, i, seed) for i in range(size)]
+
+
+def _pixels(split: str, count: int, seed: int, size: int) -> Tensor:
+    return resized([scene_image(split, i, seed) for i in range(count)], size)
 
 
 def _save(
@@ -411,36 +375,6 @@ def _image_processor(kind: type, size: int, mean: tuple[float, ...], std: tuple[
         {"size": {"shortest_edge": size}, "crop_size": square} if kind is CLIPImageProcessor else {"size": square}
     )
     return kind(**options, resample=3, image_mean=list(mean), image_std=list(std))
-
-
-def _per_token(labels: Tensor, side: int) -> Tensor:
-    """Labels per cell [n, 16, ...] repeated for every token of a side x side grid: [n, side * side, ...]."""
-    factor = side // GRID
-    grid = labels.unflatten(1, (GRID, GRID))
-    return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).flatten(1, 2)
-
-
-def _accuracy(logits: Tensor, target: Tensor, keep: Tensor) -> float:
-    return (logits.argmax(-1) == target)[keep].float().mean().item()
-
-
-def _linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardised features."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    classifier = nn.Linear(x.shape[1], int(y.max()) + 1)
-    nn.init.zeros_(classifier.weight)
-    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=60, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = cross_entropy(classifier(x), y) + 1e-3 * classifier.weight.pow(2).sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return (classifier(x_test).argmax(-1) == y_test).float().mean().item()
 
 
 if __name__ == "__main__":
