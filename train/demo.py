@@ -21,7 +21,7 @@ from train.sft import train
 
 
 RECIPES = ("train/recipes/demo_pretrain.yaml", "train/recipes/demo_finetune.yaml")
-SIZES = {"pretrain": 2000, "finetune": 800, "test": 500}
+SIZES = {"pretrain": 2000, "finetune": 2000, "test": 500}
 OUTPUT = Path("outputs/demo")
 
 

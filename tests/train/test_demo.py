@@ -63,8 +63,9 @@ def test_whole_demo(tmp_path: Path) -> None:
     output = tmp_path / "outputs" / "demo"
     results = json.loads((output / "results.json").read_text())
     assert results_table({name: results[name] for name in ("trained", "untrained", "chance")}) in done.stdout
-    clear = [family for family in FAMILIES if results["trained"][family] > results["chance"][family] + 0.1]
-    assert len(clear) >= 4, results
+    for family in ("attribute", "presence", "count"):  # what the README says is learned
+        assert results["trained"][family] > results["chance"][family] + 0.25, results
+        assert results["trained"][family] > results["untrained"][family] + 0.25, results
     assert {"answers.png", "losses.png", "model.safetensors", "distiller.safetensors"} <= {
         path.name for path in output.iterdir()
     }
