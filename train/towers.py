@@ -79,7 +79,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 # Training steps, the longest training first.
-STEPS = {"language_model": 3600, "clip": 700, "detector": 900, "reader": 300}
+STEPS = {"language_model": 2400, "clip": 700, "detector": 900, "reader": 300}
 # The libraries' 0.02 is meant for networks ten times as wide.
 INITIALIZER_RANGE = 0.08
 
