@@ -48,6 +48,12 @@ DISTILLER_KNOBS = (
 STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")
 
 
+def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
+    """What a new student's tower is built with, as keywords of `MoveKDVisionModel.from_clip`."""
+    settings = {name: getattr(args, name) for name in (*STUDENT_FIELDS, "expert_init")}
+    return settings | {"feature_layer": -2 if args.cut_tower else None}
+
+
 def build_student(
     args: MoveKDSFTConfig, model_args: ModelArguments
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
@@ -84,14 +90,7 @@ def build_student(
     language = AutoModelForCausalLM.from_pretrained(args.language_model, **model_kwargs)
     vision = MoveKDVisionModel.from_clip(
         args.vision_model,
-        feature_layer=-2 if args.cut_tower else None,
-        num_experts=args.num_experts,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        expert_bias=args.expert_bias,
-        router_gradient=args.router_gradient,
-        expert_init=args.expert_init,
+        **tower_settings(args),
     )
     if model_args.attn_implementation is not None:
         vision.set_attn_implementation(model_args.attn_implementation)

@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.configuration_movekd import MoveKDConfig
-from train.build import DISTILLER_KNOBS, set_trainable, teacher_configs
+from train.build import DISTILLER_KNOBS, set_trainable, teacher_configs, tower_settings
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
 from train.distillation_heads import Target
@@ -124,14 +124,7 @@ def build_planned_student(args: MoveKDSFTConfig, model_args: ModelArguments) -> 
         text_config.vocab_size += 1
         vision = MoveKDVisionModel.from_clip(
             CLIPVisionModel(_vision_config(str(args.vision_model))),
-            feature_layer=-2 if args.cut_tower else None,
-            num_experts=args.num_experts,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            expert_bias=args.expert_bias,
-            router_gradient=args.router_gradient,
-            expert_init=args.expert_init,
+            **tower_settings(args),
         )
         return MoveKDForConditionalGeneration.from_parts(
             vision,
