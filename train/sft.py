@@ -30,6 +30,7 @@ from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_train_and_validation
 from train.teachers import FrozenTeacher
 from train.trainer import MoveKDTrainer
+from train.zero import whole_weights
 
 
 def build_collator(
@@ -54,9 +55,10 @@ def build_collator(
 
 def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments) -> MoveKDTrainer:
     """Load, train and save one stage; gives back the trainer."""
-    model, processor = build_student(args, model_args)
-    teachers = build_teachers(args)
-    distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
+    with whole_weights(args):
+        model, processor = build_student(args, model_args)
+        teachers = build_teachers(args)
+        distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
     bad_rows = BadRows(
         args.output_dir,
         data_args.max_bad_row_share,
