@@ -200,10 +200,10 @@ def fit_feature_statistics(
             collated = collator(batch)
             if bad_rows is not None:
                 bad_rows.add(collated["bad_rows"])
-            # A blank image stands in where no image of the batch could be decoded
-            if (real := collated["image_weights"] > 0).any():
+            # Without weight stands a blank image, alone, where no image of the batch could be decoded
+            if collated["image_weights"].all():
                 inputs = recursively_apply(
-                    lambda value: value[real].to(args.device),
+                    lambda value: value.to(args.device),
                     collated.get("cached_features") or collated["teacher_pixel_values"],
                 )
                 yield {name: teacher.to(args.device)(inputs[name]) for name, teacher in teachers.items()}
@@ -248,23 +248,30 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         parameter.requires_grad_(trains)
 
 
-def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], args: MoveKDSFTConfig) -> str:
-    """One line: what trains, what is frozen, and how many parameters each."""
-    groups = {"experts and routers": [0, 0], "vision tower": [0, 0], "projector": [0, 0], "distiller": [0, 0]}
-    groups |= {"LoRA of the language model": [0, 0], "language model": [0, 0]}
+def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of trained and of frozen parameters of student and distiller by part; 4-bit ones unpacked."""
+    trained: dict[str, int] = {}
+    frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if "vision_tower." in name:
             group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
         elif "distiller." in name:
             group = "distiller"
         elif "language_model." in name or "lm_head." in name:
-            group = "LoRA of the language model" if args.language_lora_rank and "lora_" in name else "language model"
+            group = "LoRA of the language model" if ".lora_" in name else "language model"
         else:
             group = "projector"
         packed = 2 if parameter.dtype == torch.uint8 else 1  # two weights of 4 bits in each byte
-        groups[group][0 if parameter.requires_grad else 1] += packed * parameter.numel()
-    trained = ", ".join(f"{group} {count:,}" for group, (count, _) in groups.items() if count)
-    frozen = ", ".join(f"{group} {count:,}" for group, (_, count) in groups.items() if count)
+        counts = trained if parameter.requires_grad else frozen
+        counts[group] = counts.get(group, 0) + packed * parameter.numel()
+    return trained, frozen
+
+
+def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], args: MoveKDSFTConfig) -> str:
+    """One line: what trains, what is frozen, and how many parameters each."""
+    trained, frozen = (
+        ", ".join(f"{group} {count:,}" for group, count in counts.items()) for counts in parameter_groups(model)
+    )
     taught = ", ".join(
         f"{name} {sum(value.numel() for value in teacher.parameters()):,}" for name, teacher in teachers.items()
     )

@@ -36,8 +36,7 @@ MERGE_TOLERANCE = 2e-3
 
 def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    Put LoRA into the language model, at its start without effect (B = 0). The adapters are float32, also on weights
-    of lower precision, and depend on the seed alone.
+    Put LoRA into the language model, as [`inject_language_lora`] does, and pack the weights under it if asked to.
 
     With `load_in_4bit` the weights under the adapters, and no others, become 4-bit NormalFloat (QLoRA, arXiv
     2305.14314) on the device of the run. Quantising the modules here, and not the whole model while it loads, keeps
@@ -51,6 +50,16 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     Raises:
         ValueError: if a target names no linear layer, or 4-bit weights are asked for without the package, or under
             DeepSpeed or FSDP.
+    """
+    inject_language_lora(model, args)
+    if args.load_in_4bit:
+        _quantize(list(language_lora_layers(model).values()), args)
+
+
+def inject_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
+    """
+    LoRA on weights as they are, at its start without effect (B = 0). The adapters are float32, also on weights of
+    lower precision, and depend on the seed alone. Arguments and errors as above.
     """
     language_model = model.model.language_model
     targets = args.language_lora_target_modules
@@ -76,8 +85,6 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     adapted = {name: part.get_base_layer() for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     if unsupported := [name for name, part in adapted.items() if name not in layers or not _is_linear(part)]:
         raise ValueError(f"LoRA here is for linear layers; {unsupported} are not. Choose other target modules.")
-    if args.load_in_4bit:
-        _quantize(list(layers.values()), args)
 
 
 def _is_linear(module: nn.Module) -> bool:
