@@ -1,5 +1,8 @@
 """Mixture of LoRA experts (MoLE) for the MLPs of a CLIP vision tower (MoVE-KD, arXiv 2501.01709)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPMLP
@@ -70,14 +73,40 @@ class LoraExperts(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, out_features)`.
         """
-        gates = (gates * self.scaling).to(hidden_states.dtype)
-        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
-        ranks = (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2)
+        ranks, gates = self.routed_ranks(hidden_states, gates)
         # One kernel that adds into the base product, instead of a product and a sum over the wide activation
         output = torch.addmm(base.flatten(0, -2), ranks.flatten(0, -2), self.weight_b.t()).view_as(base)
         if self.bias_b is not None:
             output = output + gates @ self.bias_b
         return output
+
+    def routed_ranks(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The down-projections, scaled by the gates, and zero for the ranks of unrouted experts; and the scaled gates.
+
+        Returns:
+            `(batch_size, sequence_length, num_experts * rank)` and `(batch_size, sequence_length, num_experts)`.
+        """
+        gates = (gates * self.scaling).to(hidden_states.dtype)
+        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
+        return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
+
+    def fold_into(self, linear: nn.Linear) -> torch.Tensor:
+        """
+        Lay the weights of `linear`, the up-projections and their biases side by side, `[W | B | b]`, so that one
+        product of `[x | ranks | gates]` gives what `linear` and the experts give. The parameters become views of the
+        result: nothing is held twice, and they keep their values and names.
+
+        Returns:
+            `torch.Tensor` of shape `(out_features, in_features + num_experts * rank (+ num_experts))`.
+        """
+        parts = [linear.weight, self.weight_b] + ([self.bias_b.t()] if self.bias_b is not None else [])
+        folded = torch.cat([part.detach() for part in parts], dim=1)
+        views = folded.split([part.shape[1] for part in parts], dim=1)
+        linear.weight.data, self.weight_b.data = views[0], views[1]
+        if self.bias_b is not None:
+            self.bias_b.data = views[2].t()
+        return folded
 
 
 class MixtureOfLoraExpertsMLP(CLIPMLP):
@@ -94,6 +123,7 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         self.router = ExpertRouter(config)
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
         self.fc2_experts = LoraExperts(config, config.intermediate_size, config.hidden_size)
+        self.folded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def expert_gates(self, probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
@@ -112,9 +142,71 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes `(batch_size, sequence_length, hidden_size)` in and out."""
         gates = self.expert_gates(*self.router(hidden_states))
+        if self.folded is not None and not torch.is_grad_enabled() and not self._is_wrapped():
+            intermediate = self._folded_linear(self.folded[0], self.fc1, self.fc1_experts, hidden_states, gates)
+            intermediate = self.activation_fn(intermediate)
+            return self._folded_linear(self.folded[1], self.fc2, self.fc2_experts, intermediate, gates)
         intermediate = self.fc1_experts(hidden_states, self.fc1(hidden_states), gates)
         intermediate = self.activation_fn(intermediate)
         return self.fc2_experts(intermediate, self.fc2(intermediate), gates)
+
+    @staticmethod
+    def _folded_linear(
+        folded: torch.Tensor, linear: nn.Linear, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
+        ranks, gates = experts.routed_ranks(hidden_states, gates)
+        inputs = [hidden_states, ranks] + ([gates] if experts.bias_b is not None else [])
+        return nn.functional.linear(torch.cat(inputs, dim=-1), folded, linear.bias)
+
+    def _is_wrapped(self) -> bool:
+        """Adapters and quantized weights put a module of their own in a linear layer's place."""
+        return type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear
+
+    def fold(self) -> None:
+        """
+        Fold the experts into both layers for inference. Used without gradients only; see [`LoraExperts.fold_into`].
+
+        Raises:
+            ValueError: while training, or where the layers are quantized or carry adapters.
+        """
+        if self.training or self._is_wrapped():
+            raise ValueError(
+                f"Experts are folded for inference into plain linear layers; these are {type(self.fc1).__name__} and "
+                f"{type(self.fc2).__name__} in {'training' if self.training else 'evaluation'} mode. Call `eval()`, "
+                "fold before adapters are added, and leave quantized weights as they are."
+            )
+        self.unfold()
+        self.folded = (self.fc1_experts.fold_into(self.fc1), self.fc2_experts.fold_into(self.fc2))
+
+    def unfold(self) -> None:
+        """Give each parameter memory of its own again."""
+        if self.folded is not None:
+            self.folded = None
+            for layer in (self.fc1, self.fc2, self.fc1_experts, self.fc2_experts):
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+    def train(self, mode: bool = True) -> "MixtureOfLoraExpertsMLP":
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # A change of device or dtype gives each parameter memory of its own, apart from what was folded
+        folded = self.folded is not None
+        self.unfold()
+        module = super()._apply(fn, recurse)
+        if folded and not self._is_wrapped():
+            self.fold()
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In a copy or a pickle the parameters are no views of the folded weights any more
+        return {**self.__dict__, "folded": None}
 
 
 __all__ = ["ExpertRouter", "LoraExperts", "MixtureOfLoraExpertsMLP"]

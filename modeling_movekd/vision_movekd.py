@@ -100,12 +100,31 @@ class MoveKDCheckpointMixin(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them."""
         kwargs.setdefault("max_shard_size", "5GB")
+        self.unfold_experts()
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
             code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
             custom_object_save(code, save_directory)
+
+    def fold_experts(self) -> None:
+        """
+        Fold the experts into the linear layers around them, for inference: the tower then costs about what CLIP's
+        does. Outputs stay the same up to rounding. `train()`, saving and loading weights unfold.
+
+        Raises:
+            ValueError: in training mode, or where the tower is quantized or carries adapters.
+        """
+        for module in self.modules():
+            if isinstance(module, MixtureOfLoraExpertsMLP):
+                module.fold()
+
+    def unfold_experts(self) -> None:
+        """The inverse of `fold_experts`."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfLoraExpertsMLP):
+                module.unfold()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         try:
