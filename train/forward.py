@@ -66,8 +66,11 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
         vision = self.get_image_features(
             pixel_values, image_sizes, output_router_probabilities=True, output_expert_indices=True, return_dict=True
         )
-        # Blank images have no place in the text; a zero ties what they passed through to the loss
-        zero = 0.0 * torch.cat(list(vision.pooler_output[num_images:]) or [vision.last_hidden_state[0]]).sum()
+        # Blank images have no place in the text; a zero ties what they passed through to the loss. The tower's own
+        # output, which nothing else may use, is tied in any case: ZeRO-3 stops if the backward of two processes passes
+        # through different modules
+        tied = (vision.last_hidden_state[0], *vision.pooler_output[num_images:])
+        zero = 0.0 * torch.stack([part.sum() for part in tied]).sum()
         vision.pooler_output = vision.pooler_output[:num_images]
         outputs = fused_forward(
             *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
