@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from train.images import decode_image
+from train.images import cut_tiles, decode_image
 from train.teacher_preprocessing import TeacherPreprocessor
 
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 GEOMETRIES = ("shared", "per_teacher")
 LABEL_RULES = ("answers", "released")
+DISTILL_TILES = ("base", "all")
 # Stands in for a row that cannot be used: nothing of it is trained on, but the batch keeps its number of rows.
 STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 # What stands between a question and its answer in `vicuna_v1`.
@@ -99,7 +100,7 @@ class MoveKDCollator:
 
     Every teacher gets the crop that the student's image processor makes of the image, before its resize: the image
     padded to a centred square where that processor pads, whole for anyres, the central square otherwise. So the
-    patches of all towers lie over the same pixels.
+    patches of all towers lie over the same pixels. With `distill_tiles="all"` so does every tile of anyres.
 
     Args:
         processor: LLaVA processor with a chat template that marks answers by `{% generation %}`.
@@ -112,6 +113,7 @@ class MoveKDCollator:
         distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
             authors' way).
         apply_orientation: turn images as their EXIF orientation says, see `decode_image`.
+        distill_tiles: `"base"`, or `"all"` for anyres: the teachers also get each tile that the student gets.
         pad_to_multiple_of: pad the batch to a multiple of this many tokens.
         feature_cache: where the teachers' features are read, in place of making their pixels.
 
@@ -121,7 +123,8 @@ class MoveKDCollator:
         `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and `image_sizes` int64
             [num_images, 2] for anyres). Every batch has at least one image: after the images of the text come the
             black ones, `num_blank_images` (int) of them, which no text refers to.
-        `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S].
+        `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S]; [num_crops, 3, S, S] for all tiles, the
+            whole image and then its tiles row by row, one image after the other, without padding.
         `cached_features`: with a feature cache instead, by teacher name what `FeatureCache.read` gives.
         `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
             that a batch without any other gets, so that all processes run the vision path.
@@ -143,6 +146,7 @@ class MoveKDCollator:
     labels: str = "answers"
     distill_text_only_rows: bool = False
     apply_orientation: bool = True
+    distill_tiles: str = "base"
     pad_to_multiple_of: int | None = None
     feature_cache: "FeatureCache | None" = None
 
@@ -151,6 +155,20 @@ class MoveKDCollator:
             raise ValueError(f"Unknown geometry {self.geometry!r}: choose from {GEOMETRIES}.")
         if self.labels not in LABEL_RULES:
             raise ValueError(f"Unknown labels {self.labels!r}: choose from {LABEL_RULES}.")
+        if self.distill_tiles not in DISTILL_TILES:
+            raise ValueError(f"Unknown distill_tiles {self.distill_tiles!r}: choose from {DISTILL_TILES}.")
+        if self.distill_tiles == "all" and not self._is_anyres:
+            raise ValueError(
+                "`distill_tiles` is 'all', but the student's image processor "
+                f"({type(self.processor.image_processor).__name__}) cuts no tiles: train a student with "
+                "`image_aspect_ratio: anyres`, or set `distill_tiles: base`."
+            )
+        if self.distill_tiles == "all" and (self.geometry != "shared" or self.feature_cache is not None):
+            raise ValueError(
+                f"`distill_tiles` is 'all', with the geometry {self.geometry!r} and "
+                f"{'a' if self.feature_cache is not None else 'no'} feature cache: tiles are crops that all towers "
+                "share, and no cache holds them. Use 'shared' and run the teachers, or set `distill_tiles: base`."
+            )
         if "generation" not in (self.processor.chat_template or ""):
             raise ValueError(
                 "The processor's chat template has no {% generation %} markers, so no token would be trained on: put "
@@ -251,17 +269,19 @@ class MoveKDCollator:
         return batch
 
     @property
+    def _is_anyres(self) -> bool:
+        return getattr(self.processor.image_processor, "image_grid_pinpoints", None) is not None
+
+    @property
     def _pads(self) -> bool:
-        image_processor = self.processor.image_processor
-        anyres = getattr(image_processor, "image_grid_pinpoints", None) is not None
-        return bool(image_processor.do_pad) and not anyres
+        return bool(self.processor.image_processor.do_pad) and not self._is_anyres
 
     def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
         return [pad_to_square(image, colour(preprocessor.mean)) for image in images] if self._pads else images
 
     def _crop(self, image: Image.Image) -> Image.Image:
         image_processor = self.processor.image_processor
-        if getattr(image_processor, "image_grid_pinpoints", None) is not None:
+        if self._is_anyres:
             return image
         return pad_to_square(image, colour(image_processor.image_mean)) if self._pads else centre_square(image)
 
@@ -340,9 +360,15 @@ class MoveKDCollator:
         shared = self.geometry == "shared"
         if shared and self.teacher_preprocessors:
             images = [self._crop(image) for image in images]
+        if self.distill_tiles == "all":
+            images = [crop for image in images for crop in (image, *self._tiles(image))]
         pixels = {}
         for name, preprocessor in self.teacher_preprocessors.items():
             pixels[name] = preprocessor(images) if shared else preprocessor(self._padded(images, preprocessor), False)
             if len(pixels[name]) != len(images):
                 raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
         return pixels
+
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        image_processor = self.processor.image_processor
+        return cut_tiles(image, image_processor.image_grid_pinpoints, image_processor.crop_size["height"])

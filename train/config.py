@@ -130,6 +130,8 @@ class MoveKDSFTConfig(SFTConfig):
         teachers (`list[str]`, *optional*): Names of built-in rows, Hub ids, folders, or (in YAML) mappings of
             [`TeacherConfig`]. The one called `clip` gives the token and teacher weights.
         distill (`bool`, defaults to `True`): Whether to distil at all. `False` with `num_experts=0` is plain LLaVA.
+        distill_tiles (`str`, defaults to `"base"`): What of an `anyres` image is distilled: `"base"`, the whole image;
+            `"all"`, its tiles too, which share the image's weight. The teachers then run on each of them.
         distillation_preset (`str`, defaults to `"paper"`): `"paper"`, `"released"` or `"student_heads"`; sets every
             knob below that is left at `None` (see `PRESETS`).
         num_experts, lora_rank, lora_alpha, lora_dropout: The mixture of LoRA experts. `num_experts=0` turns it off.
@@ -165,6 +167,9 @@ class MoveKDSFTConfig(SFTConfig):
         default=None, metadata={"help": "Teachers: names of built-in rows, Hub ids, folders, or YAML mappings."}
     )
     distill: bool = field(default=True, metadata={"help": "Whether to distil."})
+    distill_tiles: Literal["base", "all"] = field(
+        default="base", metadata={"help": "Distil the whole image, or all tiles of anyres too."}
+    )
     distillation_preset: Literal["paper", "released", "student_heads"] = field(
         default="paper", metadata={"help": "Form of the method; sets every knob that is not given."}
     )
@@ -249,6 +254,7 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
         if self.distill and self.freeze_vision_tower:
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
+        self._check_distill_tiles()
         self._check_language_lora()
         if self.label_smoothing_factor:
             raise ValueError(
@@ -256,6 +262,18 @@ class MoveKDSFTConfig(SFTConfig):
                 "second forward, apart from the distillation loss. Set it to 0."
             )
         refuse_reentrant_checkpointing(self)
+
+    def _check_distill_tiles(self) -> None:
+        if self.distill_tiles == "base":
+            return
+        needed = {"distill": True, "image_aspect_ratio": "anyres", "geometry": "shared", "feature_cache": None}
+        other = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+        if other:
+            way_out = {name: needed[name] for name in other}
+            raise ValueError(
+                f"`distill_tiles` is {self.distill_tiles!r}, with {other}. Tiles are crops of `anyres` that student "
+                f"and teachers share, and a feature cache holds none: set {way_out}, or `distill_tiles: base`."
+            )
 
     def _check_language_lora(self) -> None:
         if self.language_lora_alpha is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from trl.trainer.utils import FusedCausalLMOutput
@@ -21,8 +22,10 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
     TRL's fused output with the terms of the method, per image, in declared fields: DDP rebuilds an output from those.
 
     Args:
-        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, summed over the weighted teachers.
-        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient.
+        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, summed over the weighted teachers; of shape
+            `(num_crops,)` where all tiles are distilled, which share the image's weight.
+        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient; or
+            `(num_teachers, num_crops)`.
         balance (`torch.Tensor` of shape `(num_crops,)`): Router balance loss; for `pad` an image is one crop.
         expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Tokens each expert got.
     """
@@ -33,7 +36,7 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
     expert_tokens: torch.Tensor | None = None
 
 
-def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
+def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_tiles: str = "base") -> None:
     """
     Wrap the forward that TRL installed on this model, so that one call runs the student's tower once, feeds the
     projector and the distiller with its features, and returns a [`MoveKDTrainingOutput`].
@@ -41,6 +44,11 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
     The losses are computed in here and nowhere else: only what happens inside the forward of the wrapped model is seen
     by DDP, ZeRO and FSDP2. The tower is run first and handed on through `mm_encoder_outputs`, also for blank images,
     so that every process makes the same calls whatever its batch holds.
+
+    Args:
+        model: The student, after TRL has put its forward in.
+        balance_form: See [`~train.losses.balance_loss`].
+        distill_tiles: `"base"`, whole images alone are distilled, or `"all"`, every tile of `anyres` too.
     """
     fused_forward = model.forward
 
@@ -72,18 +80,28 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str) -> None:
         tied = (vision.last_hidden_state[0], *vision.pooler_output[num_images:])
         zero = 0.0 * torch.stack([part.sum() for part in tied]).sum()
         vision.pooler_output = vision.pooler_output[:num_images]
+        head = self.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            # TRL reads the head's weight without calling the head, so that FSDP2 would not gather it; TRL's own way
+            # to gather it loses the gradient's sum over the processes
+            head.unshard()
         outputs = fused_forward(
             *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
         )
+        if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
+            head.reshard()  # after a backward FSDP2 does it itself
 
-        whole_images, crop_weights = split_crops(self, image_weights, image_sizes)
-        kd, teacher_losses = image_weights * 0.0 + zero, None
+        distilled_crops, crop_weights = split_crops(self, image_weights, image_sizes)
+        distilled_weights = image_weights
+        if distill_tiles == "all":
+            distilled_crops, distilled_weights = slice(None), crop_weights
+        kd, teacher_losses = distilled_weights * 0.0 + zero, None
         if teacher_features:
             tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
-            distilled = self.distiller(tokens[whole_images], teacher_features)
-            kd = kd + distilled.loss * image_weights
+            distilled = self.distiller(tokens[distilled_crops], teacher_features)
+            kd = kd + distilled.loss * distilled_weights
             teacher_losses = torch.stack([distilled.teacher_losses[name] for name in teacher_features])
-            teacher_losses = teacher_losses.detach() * image_weights
+            teacher_losses = teacher_losses.detach() * distilled_weights
         balance = expert_tokens = None
         if vision.router_probabilities:
             balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)

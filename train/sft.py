@@ -49,6 +49,7 @@ def build_collator(
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
         apply_orientation=args.distillation_preset != "released",
+        distill_tiles=args.distill_tiles,
         feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
     )
 

@@ -88,7 +88,7 @@ class MoveKDTrainer(SFTTrainer):
         refuse_reentrant_checkpointing(self.args)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
-        add_distilling_forward(self._student(), args.knobs()["balance_form"])
+        add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         self.gradient_guard = GradientGuard(self.model, self.accelerator)
