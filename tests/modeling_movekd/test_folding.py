@@ -1,4 +1,4 @@
-"""Experts folded into the linear layers around them: the same outputs, and weights that are never lost or held twice."""
+"""Experts folded into the layers around them: the same outputs, and weights that are never lost or held twice."""
 
 import copy
 
@@ -87,7 +87,8 @@ def test_weights_changed_in_place_are_seen(make_tower, pixels):
     mlps(tower)[1].fc2_experts.weight_b.mul_(3)
     unfolded = copy.deepcopy(tower)
     assert all(mlp.folded is None for mlp in mlps(unfolded)), "a copy shares nothing with what was folded"
-    torch.testing.assert_close(tower(pixels).last_hidden_state, unfolded(pixels).last_hidden_state)
+    expected = unfolded(pixels).last_hidden_state
+    torch.testing.assert_close(tower(pixels).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
     tower.load_state_dict(other.state_dict())
     torch.testing.assert_close(tower(pixels).last_hidden_state, other(pixels).last_hidden_state, atol=0, rtol=0)
 
@@ -122,9 +123,10 @@ def test_what_cannot_be_folded(make_tower, pixels):
     inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), tower)
     plain = copy.deepcopy(tower)
     with torch.no_grad():
-        torch.testing.assert_close(tower(pixels).last_hidden_state, plain(pixels).last_hidden_state)
-        tower.to(torch.float32)
-        torch.testing.assert_close(tower(pixels).last_hidden_state, plain(pixels).last_hidden_state)
+        for _ in range(2):
+            expected = plain(pixels).last_hidden_state
+            torch.testing.assert_close(tower(pixels).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+            tower.to(torch.float32)
         assert (make_tower()(pixels).last_hidden_state - plain(pixels).last_hidden_state).abs().max() > 0.01
     with pytest.raises(ValueError, match="before adapters are added"):
         plain.eval().fold_experts()
