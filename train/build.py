@@ -1,11 +1,9 @@
 """Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
 
-import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
@@ -28,12 +26,8 @@ from train.cached_features import CachedTeacher, FeatureCache, Teacher
 from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
-from train.language_lora import language_lora_facts
 from train.teachers import TeacherConfig, TeacherFeatures, load_teacher, resolve_teacher
 
-
-if TYPE_CHECKING:
-    from train.trainer import MoveKDTrainer
 
 DISTILLER_NAME = "distiller.safetensors"
 DISTILLER_KNOBS = (
@@ -279,35 +273,3 @@ def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], a
         f"Stage {args.stage}, preset {args.distillation_preset}. Trains: {trained or 'nothing'}. "
         f"Frozen: {frozen or 'nothing'}. Teachers (frozen): {taught or 'none'}. {args.batch_summary()}"
     )
-
-
-def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
-    """What a model card needs to say about the run so far; measured or configured, nothing inferred."""
-    args = trainer.args
-    last: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        last.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
-    losses = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
-    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")
-    return {
-        "stage": args.stage,
-        "distillation_preset": args.distillation_preset if args.distill else None,
-        "knobs": args.knobs(),
-        "vision_model": args.vision_model,
-        "language_model": args.language_model,
-        "teachers": [
-            {"name": name, "model": teacher.config.model, "revision": teacher.config.revision}
-            for name, teacher in trainer.teachers.items()
-        ],
-        "steps": trainer.state.global_step,
-        "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "learning_rate": args.learning_rate,
-        "vision_tower_learning_rate": args.vision_tower_learning_rate,
-        "language_lora": language_lora_facts(trainer.model, args),
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "seed": args.seed,
-        "losses": {name: last[name] for name in last if name in losses or name.startswith("kd/")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "processes": args.world_size,
-        "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
-    }

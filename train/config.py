@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from trl import SFTConfig
 
+from hub.licenses import check_license
+
 
 # Every knob that tells the three forms of the method apart. A knob of the configuration that is left at `None` takes
 # the preset's value. `paper` is what the paper's text says, `released` what the authors' code does, `student_heads`
@@ -153,6 +155,8 @@ class MoveKDSFTConfig(SFTConfig):
             `gradient_accumulation_steps`, so that a recipe means the same on any number of GPUs.
         feature_cache (`str`, *optional*): Folder with the teachers' features of this data, written by
             `python -m train.feature_cache`; the teachers themselves are then not loaded.
+        license (`str`, *optional*): Identifier of the student's licence for its model card, as `llama2`; by default it
+            follows from those of the models the student is made of, as far as they are known.
 
     Raises:
         ValueError: for settings that would silently do nothing or train wrongly; the message names the way out.
@@ -196,6 +200,7 @@ class MoveKDSFTConfig(SFTConfig):
     )
 
     feature_cache: str | None = field(default=None, metadata={"help": "Folder of the teachers' cached features."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the student, for its model card."})
 
     # Knobs of the preset
     router_gradient: Literal["straight_through", "none"] | None = field(
@@ -256,6 +261,7 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
         self._check_distill_tiles()
         self._check_language_lora()
+        self.license = None if self.license is None else check_license(self.license)
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}; with it TRL computes the text loss in a "
@@ -349,9 +355,6 @@ def refuse_reentrant_checkpointing(args: SFTConfig) -> None:
         raise ValueError(
             "Activation checkpointing with `use_reentrant: true` gives the routers no gradient. Set it to false."
         )
-
-
-TRAINING_FACTS_NAME = "training_facts.json"
 
 
 def save_json(content: dict[str, Any], path: Path) -> None:

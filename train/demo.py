@@ -146,7 +146,7 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
     trainer = None
     for recipe in RECIPES:
         data_args, args, model_args = parse_recipe(recipe)
-        trainer = train(data_args, args, model_args)
+        trainer = train(data_args, args, model_args, recipe)
         histories[args.stage] = trainer.state.log_history
         trainer.end() if recipe != RECIPES[-1] else None
     state.wait_for_everyone()

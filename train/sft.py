@@ -11,6 +11,7 @@ Train a MoVE-KD student.
 import copy
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -28,6 +29,7 @@ from train.cached_features import CachedTeacher, Teacher
 from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_train_and_validation
+from train.facts import run_facts
 from train.teachers import FrozenTeacher
 from train.trainer import MoveKDTrainer
 from train.zero import whole_weights
@@ -54,8 +56,10 @@ def build_collator(
     )
 
 
-def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments) -> MoveKDTrainer:
-    """Load, train and save one stage; gives back the trainer."""
+def train(
+    data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, recipe: str | None = None
+) -> MoveKDTrainer:
+    """Load, train and save one stage; gives back the trainer. `recipe` is the file that the arguments come from."""
     with whole_weights(args):
         model, processor = build_student(args, model_args)
         teachers = build_teachers(args)
@@ -91,6 +95,7 @@ def train(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArgu
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         bad_rows=bad_rows,
+        run_facts=run_facts(data_args, args, model_args, [t.config for t in teachers.values()], recipe),
         data_collator=collator,
         processing_class=processor,
     )
@@ -107,7 +112,8 @@ def main(arguments: list[str]) -> None:
         run_demo(rebuild_towers=bool(arguments))
         return
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
-    trainer = train(*parser.parse_args_and_config(arguments))
+    recipe = dict(pairwise(arguments)).get("--config")
+    trainer = train(*parser.parse_args_and_config(arguments), recipe=recipe)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -14,10 +14,11 @@ from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
 from train.bad_rows import BadRows
-from train.build import DISTILLER_NAME, parameter_summary, set_trainable, training_facts
+from train.build import DISTILLER_NAME, parameter_summary, set_trainable
 from train.cached_features import Teacher
-from train.config import TRAINING_FACTS_NAME, MoveKDSFTConfig, refuse_reentrant_checkpointing, save_json
+from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.distillation import Distiller
+from train.facts import RunFacts, save_facts_and_card, update_card
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
 from train.guards import GradientGuard
 from train.language_lora import (
@@ -43,6 +44,7 @@ class MoveKDTrainer(SFTTrainer):
         distiller (`Distiller`, *optional*): Their adapters or heads; becomes a submodule of the model while it trains.
         bad_rows (`BadRows`, *optional*): Counts the rows that the collator could not use, beside those that were bad
             when the data was read. By default at most one in a hundred may be.
+        run_facts (`RunFacts`, *optional*): What the model card should say of data, base models and earlier stages.
         kwargs: As for [`~trl.SFTTrainer`].
 
     Logs beside TRL's metrics: `text`, `kd`, `kd/{teacher}` (unweighted), `balance`, `experts/{i}` (share of tokens),
@@ -59,6 +61,7 @@ class MoveKDTrainer(SFTTrainer):
         teachers: Mapping[str, Teacher] | None = None,
         distiller: Distiller | None = None,
         bad_rows: BadRows | None = None,
+        run_facts: RunFacts | None = None,
         **kwargs: Any,
     ) -> None:
         self.teachers = dict(teachers or {})
@@ -96,7 +99,7 @@ class MoveKDTrainer(SFTTrainer):
         if bad_rows is None:
             bad_rows = BadRows(self.args.output_dir, writes=self.args.should_save)
             bad_rows.total = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
-        self.bad_rows = bad_rows
+        self.bad_rows, self.run_facts = bad_rows, run_facts or RunFacts()
         self._images, self._logged_at = torch.zeros(()), time.perf_counter()
         self._images_since_log = torch.zeros((), device=self.args.device)
         self.accelerator.print(parameter_summary(self.model, self.teachers, args))
@@ -242,7 +245,9 @@ class MoveKDTrainer(SFTTrainer):
         self._signature_columns += [name for name in own if name not in self._signature_columns]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card describes a text model; the facts for ours are saved with every checkpoint instead."""
+        """Ours instead of TRL's, which describes a text model; it also comes with every save, beside the facts."""
+        if self.args.should_save:
+            update_card(Path(self.args.output_dir), self.args)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -256,7 +261,7 @@ class MoveKDTrainer(SFTTrainer):
         if self.args.should_save:
             if self.teachers:
                 self._student().distiller.save(folder / DISTILLER_NAME, weights)
-            save_json(training_facts(self), folder / TRAINING_FACTS_NAME)
+            save_facts_and_card(self, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_language_lora():

@@ -176,7 +176,7 @@ def test_two_processes(folder: Path, parts: dict[str, str]) -> None:
     assert {".".join(key.split(".")[:2]) for key in keys} == names
 
 
-def test_checkpoint_in_the_middle(straight: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> None:
+def test_checkpoint_in_the_middle(straight: Path, tmp_path: Path) -> None:
     checkpoint = straight / "checkpoint-2"
     assert not any("distiller" in name or "teacher" in name for name in load_file(checkpoint / "model.safetensors"))
     keys = load_file(checkpoint / "distiller.safetensors").keys()
@@ -184,10 +184,9 @@ def test_checkpoint_in_the_middle(straight: Path, parts: dict[str, str], dataset
 
     facts = json.loads((checkpoint / "training_facts.json").read_text())
     assert facts["steps"] == 2 and facts["losses"]["kd/vit"] > 0
-    assert {facts["vision_model"], facts["language_model"]} == {parts["clip"], parts["language"]}
-    given = {*parts.values(), dataset_folder}
+    assert (facts["vision_model"], facts["language_model"]) == ("clip", "language")
     for path in checkpoint.glob("*.json"):
-        assert set(absolute_paths(json.loads(path.read_text()))) <= given, path.name
+        assert not list(absolute_paths(json.loads(path.read_text()))), path.name
 
     stranger = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, str(checkpoint)],

@@ -1,0 +1,429 @@
+"""
+The model card of a checkpoint, written from the facts of its training and evaluation.
+
+    python hub/card.py outputs/finetune --repo-id me/my-student
+    python hub/card.py outputs/encoder --encoder-only
+"""
+
+import argparse
+import html
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+# Run as a script, Python puts hub/ first on the path instead of the repository
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from hub.licenses import HUB_LICENSES, check_license, derive_license, model_license
+from hub.run_facts import EvaluationResult, hub_id, read_evaluation, read_json, read_training_facts
+
+
+CARD_NAME = "README.md"
+MARK = "<!-- Written by hub/card.py"
+TEMPLATE = Path(__file__).with_name("model_card.md")
+LONGEST = 300
+ENCODER_TYPES = ("movekd_vision", "clip_vision_model")
+ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "checkpoint"}
+
+
+def inline(value: Any, code: bool = True) -> str:
+    """
+    A value as Markdown that stands in one line or table cell and is nothing but text there: identifiers as code,
+    anything else (and without `code` everything) with what Markdown, HTML or a template would act on escaped.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(inline(part) for part in value)
+    kept = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in str(value))
+    # What is left of the category: direction marks, surrogates, private characters
+    line = " ".join("".join(char for char in kept if not unicodedata.category(char).startswith("C")).split())
+    if len(line) > LONGEST:
+        line = line[: LONGEST - 1] + "…"
+    if code and re.fullmatch(r"[A-Za-z0-9][\w.+/@-]*", line, re.ASCII) and not re.fullmatch(r"[\d.]+", line):
+        return f"`{line}`"
+    line = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(line, quote=False))
+    entities = {"{": "&#123;", "}": "&#125;", "://": "&#58;//", "www.": "www&#46;"}
+    for part, entity in entities.items():
+        line = line.replace(part, entity)
+    return line
+
+
+def _python(value: str) -> str:
+    """The value as a string of Python, in a fenced block."""
+    return re.sub(r"[<>`{}]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{inline(name)} {inline(value)}" for name, value in values.items() if value is not None)
+
+
+def _rows(facts: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Table rows of what is known."""
+    return [(label, inline(facts[name])) for name, label in labels.items() if facts.get(name) not in (None, "", [])]
+
+
+def _table(entries: Any, columns: Mapping[str, str]) -> str:
+    """A Markdown table of mappings, with the columns (field: heading) that at least one of them knows."""
+    known = [entry for entry in entries or [] if isinstance(entry, Mapping)]
+    used = [name for name in columns if any(entry.get(name) not in (None, "") for entry in known)]
+    rows = [["" if entry.get(name) is None else inline(entry[name]) for name in used] for entry in known]
+    lines = [[columns[name] for name in used], ["---"] * len(used), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if used else ""
+
+
+def _architecture(config: Mapping[str, Any], encoder_only: bool) -> list[tuple[str, str]]:
+    tower = config.get("vision_config", config)
+    rows = _rows(
+        tower,
+        {"image_size": "image size (pixels)", "patch_size": "patch size (pixels)", "hidden_size": "width of the tower"}
+        | {"num_hidden_layers": "layers of the tower", "num_experts": "LoRA experts in each of its MLPs"}
+        | ({"lora_rank": "rank of an expert", "lora_alpha": "alpha of an expert"} if tower.get("num_experts") else {}),
+    )
+    if not encoder_only:
+        rows += _rows(config.get("text_config", {}), {"model_type": "language model"})
+        rows += _rows(config, {"image_aspect_ratio": "images"})
+    return rows
+
+
+STAGE_LABELS = {
+    "recipe": "recipe",
+    "distillation_preset": "form of the method",
+    "steps": "steps",
+    "epochs": "epochs",
+    "global_batch_size": "global batch (rows)",
+    "rows": "rows of data",
+    "bad_rows": "rows skipped as unusable",
+    "learning_rate": "learning rate",
+    "vision_tower_learning_rate": "learning rate of the tower",
+    "seed": "seed",
+    "device": "device",
+    "processes": "processes",
+    "backend": "backend",
+    "precision": "mixed precision",
+    "dtype": "type of the weights",
+}
+
+
+BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "licence"}
+TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
+TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "type", "license": "licence"}
+DATA_COLUMNS = {"name": "data set", "subset": "subset", "split": "split", "revision": "revision", "weight": "weight"}
+RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "split": "split", "metric": "metric"}
+RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
+
+
+def _stage(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage for the template, every value in it harmless."""
+    rows = _rows(facts, STAGE_LABELS)
+    if isinstance(facts.get("seconds"), int | float):
+        hours, minutes = divmod(round(facts["seconds"] / 60), 60)
+        rows.append(("wall time", f"{hours} h {minutes} min"))
+    for name, label in (
+        ("knobs", "knobs"),
+        ("hyperparameters", "other settings"),
+        ("language_lora", "LoRA of the language model"),
+        ("feature_cache", "teachers' features read from a cache"),
+        ("best", "weights of the best evaluation"),
+        ("versions", "versions"),
+    ):
+        if isinstance(facts.get(name), Mapping):
+            rows.append((label, _pairs(facts[name])))
+    evaluation = facts.get("evaluation") if isinstance(facts.get("evaluation"), Mapping) else {}
+    return {
+        "name": inline(facts["stage"]) if facts.get("stage") else "",
+        "rows": rows,
+        "teachers": _table(facts.get("teachers"), TEACHER_COLUMNS),
+        "data": _table(facts.get("data"), DATA_COLUMNS),
+        "losses": _pairs(facts["losses"]) if isinstance(facts.get("losses"), Mapping) else "",
+        "evaluation": _pairs(evaluation.get("metrics") or {}),
+        "evaluation_rows": "" if evaluation.get("rows") is None else inline(evaluation["rows"]),
+        "validation": inline(facts["validation"]) if facts.get("validation") else "",
+    }
+
+
+def _eval_result(result: EvaluationResult) -> EvalResult:
+    return EvalResult(
+        task_type=result.task,
+        dataset_type=result.dataset,
+        dataset_name=result.dataset_name or result.dataset,
+        dataset_config=result.subset,
+        dataset_split=result.split,
+        dataset_revision=result.revision,
+        metric_type=result.metric,
+        metric_value=result.value,
+        # Not `dataset_args`, of which the index keeps one for all metrics of a split
+        metric_args={"prompt": result.prompt},
+    )
+
+
+def _limits(config: Mapping[str, Any], encoder_only: bool) -> list[str]:
+    limits = ["Errors, gaps and biases of the base models, the teachers and the data are in this model too."]
+    if config.get("vision_config", config).get("num_experts"):
+        limits.append(
+            "The router takes one expert for each token: the experts cannot be merged into a plain MLP exactly."
+        )
+    if encoder_only:
+        limits.append("The tower gives features of patches. It no longer matches the text tower of the CLIP it was.")
+    else:
+        limits.append("Answers can be wrong about the picture while sounding sure. Check them before relying on them.")
+    return limits
+
+
+def _stages(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    earlier = facts.get("earlier_stages") or []
+    return [*(stage for stage in earlier if isinstance(stage, Mapping)), facts]
+
+
+def card_metadata(
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+    results: Sequence[EvaluationResult],
+    name: str,
+    license: str | None,
+    encoder_only: bool,
+) -> ModelCardData:
+    """
+    The card's front matter. Only identifiers get into it: a name that is not of the form that its field takes, such as
+    that of a local folder where a Hub id belongs, is left out.
+    """
+    stages = _stages(facts)
+    base_models = [hub_id(model.get("model")) for model in _base_models(facts, encoder_only)]
+    data = [entry for stage in stages for entry in stage.get("data") or [] if isinstance(entry, Mapping)]
+    teachers = [entry for stage in stages for entry in stage.get("teachers") or [] if isinstance(entry, Mapping)]
+    tags = ["movekd"]
+    if teachers:
+        tags.append("knowledge-distillation")
+    if config.get("vision_config", config).get("num_experts"):
+        tags.append("mixture-of-experts")
+    if _has_remote_code(config):
+        tags.append("custom_code")
+    for entry in teachers:
+        model = hub_id(entry.get("model")) or str(entry.get("model")).split("/")[-1]
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model, re.ASCII):
+            tags.append(f"teacher:{model}")
+    other = license is not None and license not in HUB_LICENSES
+    bases = list(dict.fromkeys(model for model in base_models if model))
+    datasets = list(dict.fromkeys(found for entry in data if (found := hub_id(entry.get("name")))))
+    return ModelCardData(
+        license="other" if other else license,
+        license_name=license if other else None,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction" if encoder_only else "image-text-to-text",
+        base_model=bases or None,
+        # A list without it reads as a merge
+        base_model_relation="finetune" if bases else None,
+        datasets=datasets or None,
+        tags=tags,
+        model_name=name if results else None,
+        eval_results=[_eval_result(result) for result in results] or None,
+    )
+
+
+def _base_models(facts: Mapping[str, Any], encoder_only: bool) -> list[Mapping[str, Any]]:
+    models = [entry for entry in facts.get("base_models") or [] if isinstance(entry, Mapping)]
+    return [entry for entry in models if not encoder_only or entry.get("role") != "language_model"]
+
+
+def _has_remote_code(config: Mapping[str, Any]) -> bool:
+    return not config or "auto_map" in config
+
+
+def render_card(
+    folder: Path,
+    encoder_only: bool = False,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    evaluated: bool = True,
+) -> ModelCard:
+    """As [`write_card`], without writing."""
+    config = read_json(folder / "config.json") or {}
+    facts = read_training_facts(folder)
+    if not config and facts is None:
+        raise ValueError(f"{folder} is no checkpoint: it has neither config.json nor training_facts.json.")
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"`repo_id` {repo_id!r} is no id of the Hub (owner/name): {error}") from error
+    encoder_only = encoder_only or config.get("model_type") in ENCODER_TYPES
+    results = read_evaluation(folder) if evaluated else []
+    stages = [] if facts is None else _stages(facts)
+    facts = facts or {}
+    base_models = _base_models(facts, encoder_only)
+    stated = license or facts.get("license")
+    derived, reason = derive_license(base_models)
+    if stated is not None:
+        derived, reason = check_license(stated), "the licence its owner states"
+    name = repo_id or folder.resolve().name
+    data = card_metadata(facts, config, results, name.split("/")[-1], derived, encoder_only)
+    remote_code = _has_remote_code(config)
+    pinned = _python(revision or "main")
+    distilled = any(stage.get("teachers") for stage in stages)
+    what = "A vision encoder" if encoder_only else "A vision-language model"
+    title = inline(name.split("/")[-1], code=False)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=f"{what} distilled from several visual encoders." if distilled else f"{what} of the MoVE-KD family.",
+        model_class="AutoModel",
+        processor_class="AutoImageProcessor" if encoder_only else "AutoProcessor",
+        source=_python(name),
+        revision=pinned,
+        loading=f"revision={pinned}" + (", trust_remote_code=True" if remote_code else ""),
+        remote_code=remote_code,
+        architecture=_architecture(config, encoder_only),
+        base_models=_table(
+            [
+                {**entry, "role": ROLES.get(str(entry.get("role"))), "license": model_license(entry) or "not known"}
+                for entry in base_models
+            ],
+            BASE_MODEL_COLUMNS,
+        ),
+        stages=[_stage(stage) for stage in stages],
+        results=_table([asdict(result) for result in results], RESULT_COLUMNS),
+        limits=_limits(config, encoder_only),
+        license_text=f"{inline(derived)}: {reason}."
+        if derived
+        else f"No licence is stated: {reason}. Those of the base models hold.",
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # what the template's branches leave
+    if card.data.to_dict() != data.to_dict():
+        raise ValueError(f"The card of {folder} would read {card.data.to_dict()}, meant was {data.to_dict()}.")
+    return card
+
+
+def write_card(
+    folder: Path,
+    encoder_only: bool = False,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    evaluated: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Write the model card `README.md` of a checkpoint. It says what `training_facts.json`, `config.json` and
+    `evaluation.json` say; what they do not know is left out.
+
+    Args:
+        folder: The checkpoint.
+        encoder_only: Whether the card is of the vision encoder alone (found out from a `config.json` that is one's).
+        repo_id: Where it will be published, `owner/name`.
+        revision: Tag, branch or commit that the card loads; `main` if `None`.
+        license: Identifier of its licence, instead of the one noted in training or derived from the base models.
+        evaluated: Whether `evaluation.json` counts.
+        overwrite: Whether to replace a card that was not written here.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: if the folder is no checkpoint, a file or argument is unfit, or a card is there that was not
+            written here.
+    """
+    path = Path(folder) / CARD_NAME
+    if path.exists() and not overwrite and not is_generated(path):
+        raise ValueError(f"{path} was not written here. Move it away, or say to overwrite it.")
+    card = render_card(Path(folder), encoder_only, repo_id, revision, license, evaluated)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        card.save(temporary)
+        check_card(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def is_generated(path: Path) -> bool:
+    """Whether the card was written here and not changed by hand since, as far as its mark says."""
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def check_card(path: Path, online: bool = False) -> None:
+    """
+    Check a card: front matter that is YAML, results that make a model index, fields of the right form.
+
+    Args:
+        path: The card.
+        online: Ask the Hub's own validator too (`HF_ENDPOINT`).
+
+    Raises:
+        ValueError: naming what is wrong with it.
+    """
+    content = Path(path).read_text(encoding="utf-8")
+    if not REGEX_YAML_BLOCK.search(content):
+        raise ValueError(f"{path} does not begin with metadata between two lines of ---.")
+    try:
+        card = ModelCard(content)
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
+    data = card.data.to_dict()
+    problems = [f"`{name}` is missing" for name in ("library_name", "pipeline_tag", "tags") if not data.get(name)]
+    for name in ("base_model", "datasets"):
+        value = data.get(name) or []
+        problems += [
+            f"`{name}` has {part!r}, no id of the Hub"
+            for part in ([value] if isinstance(value, str) else value)
+            if not isinstance(part, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", part, re.ASCII)
+        ]
+    tags = data.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.isprintable() for tag in tags):
+        problems.append(f"`tags` is {tags!r}, expected a list of words")
+    license = data.get("license")
+    if license is not None and license != "other" and license not in HUB_LICENSES:
+        problems.append(f"`license` is {license!r}, none the Hub knows; write `other`, and its name in `license_name`")
+    if isinstance(data.get("base_model"), list) and "base_model_relation" not in data:
+        problems.append("`base_model` is a list without `base_model_relation`, which reads as a merge")
+    if ModelCard(str(card)).data.to_dict() != data:
+        problems.append("it reads otherwise when it is written again")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}.")
+    if online:
+        card.validate()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the model card of a checkpoint from the facts of its run.")
+    parser.add_argument("checkpoint", type=Path, help="Folder of the checkpoint.")
+    parser.add_argument("--encoder-only", action="store_true", help="The card is of the vision encoder alone.")
+    parser.add_argument("--repo-id", help="Where it will be published (owner/name).")
+    parser.add_argument("--revision", help="Tag, branch or commit that the card loads.")
+    parser.add_argument("--license", help="Identifier of the licence, instead of the derived one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a card that was not written here.")
+    given = parser.parse_args(arguments)
+    try:
+        path = write_card(
+            given.checkpoint,
+            given.encoder_only,
+            given.repo_id,
+            given.revision,
+            given.license,
+            overwrite=given.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {path}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

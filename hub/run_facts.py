@@ -1,0 +1,194 @@
+"""The two files a card is written from: what training noted of a run, and what an evaluation measured."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+TRAINING_FACTS_NAME = "training_facts.json"
+EVALUATION_NAME = "evaluation.json"
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def public_name(source: str | os.PathLike) -> str:
+    """
+    What a model, data set or file may be called in public: a Hub id or a library's name as it is, and of a path on
+    this machine, or an address, the last part alone.
+    """
+    name = re.sub(r"^(hf-hub|local-dir):", "", str(source).strip())
+    if "://" in name:
+        name = re.split(r"[?#]", name)[0]
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name or ":/" in name or len(parts) != 2
+    if is_path or os.path.exists(name):
+        return parts[-1] if parts else ""
+    return name
+
+
+def hub_id(name: Any) -> str | None:
+    """The name if it is `owner/name` of the Hub, else `None`: a folder's name, or one of timm's, has no owner."""
+    if not isinstance(name, str) or name.count("/") != 1 or public_name(name) != name:
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def without_paths(content: Any) -> Any:
+    """The same content with every absolute path in it cut to its last part."""
+    if isinstance(content, dict):
+        return {str(without_paths(key)): without_paths(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str) and re.match(r"(~?/|~$|[A-Za-z]:[/\\]|\\\\|\w+://)", content):
+        return public_name(content)
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """
+    What the file holds; `None` if there is none.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Restore it, or remove it to go without.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def read_training_facts(folder: Path) -> dict[str, Any] | None:
+    """
+    `training_facts.json` of a checkpoint, without paths; `None` if there is none.
+
+    Files from before `base_models` get it from the two fields of that time.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    facts = read_json(folder / TRAINING_FACTS_NAME)
+    if facts is None:
+        return None
+    facts = without_paths(facts)
+    if "base_models" not in facts:
+        models = {role: facts.get(role) for role in ("vision_model", "language_model")}
+        facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
+    for entries in (facts["base_models"], facts.get("teachers"), facts.get("data")):
+        for entry in entries or []:
+            for key in {"model", "name"} & entry.keys():
+                entry[key] = public_name(entry[key])
+    return facts
+
+
+@dataclass
+class EvaluationResult:
+    """
+    One number of `evaluation.json`, which is `{"results": [...], "weights": ...}`; the latter, optional, is the
+    [`weights_fingerprint`] of the checkpoint that was evaluated.
+
+    Args:
+        task: Task of the Hub, as `"image-text-to-text"`.
+        dataset: Data set evaluated on, best as its Hub id.
+        split: Its split.
+        metric: What was measured, as `"exact_match"`.
+        value: The number, finite.
+        prompt: The prompt or template, in words: numbers with and without OCR tokens in it are different things.
+        revision: Commit of the data set.
+        subset: Its configuration.
+        dataset_name: What the data set is called in a table.
+        rows: Rows evaluated on.
+
+    Raises:
+        ValueError: for a field of another type, empty, of several lines, or a value that is not finite.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    metric: str
+    value: float
+    prompt: str
+    revision: str | None = None
+    subset: str | None = None
+    dataset_name: str | None = None
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name in ("value", "rows"):
+                kinds = (int, float) if field.name == "value" else (int,)
+                if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                    raise ValueError(f"`{field.name}` is {value!r}, expected a finite number.")
+            elif not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 500:
+                raise ValueError(f"`{field.name}` is {value!r}, expected one line of text, at most 500 characters.")
+        names = ("task", "dataset", "split", "metric", "revision", "subset")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[\w.,:+@ -]+(/[\w.-]+)?", value, re.ASCII):
+                raise ValueError(f"`{name}` is {value!r}, expected an identifier: letters, digits and `._-`.")
+
+
+def read_evaluation(folder: Path) -> list[EvaluationResult]:
+    """
+    The results in `evaluation.json` of a checkpoint; none if there is no such file.
+
+    Raises:
+        ValueError: for a missing, unknown or unfit field, naming it and the result; or if the file is of other weights
+            than those in the folder.
+    """
+    path = folder / EVALUATION_NAME
+    content = read_json(path)
+    if content is None:
+        return []
+    if not isinstance(content.get("results"), list) or not content.keys() <= {"results", "weights"}:
+        raise ValueError(f"{path} has the keys {list(content)}: a list `results` must, `weights` may be there.")
+    known = {field.name for field in fields(EvaluationResult)}
+    required = {field.name for field in fields(EvaluationResult) if field.default is not None}
+    results = []
+    for index, entry in enumerate(content["results"]):
+        if not isinstance(entry, dict) or not required <= entry.keys() <= known:
+            raise ValueError(f"{path}, result {index}: {entry!r} needs {sorted(required)}, of {sorted(known)}.")
+        try:
+            results.append(EvaluationResult(**entry))
+        except ValueError as error:
+            raise ValueError(f"{path}, result {index}: {error}") from error
+    if "weights" in content and content["weights"] != (found := weights_fingerprint(folder)):
+        raise ValueError(
+            f"{path} is of the weights {content['weights']!r}, but the folder holds {found!r}. Evaluate this "
+            "checkpoint again, or remove the file."
+        )
+    return results
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """
+    Tells one checkpoint's weights from another's without reading all of them: a SHA-256 of the names, sizes, and
+    evenly spaced samples of its safetensors files, as 16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(index * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
