@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from .configuration_movekd import MoveKDConfig
 from .vision_movekd import MoveKDCheckpointMixin, MoveKDVisionModel, MoveKDVisionOutput, load_strictly
+from .visualization_movekd import MoveKDPictures
 
 
 @dataclass
@@ -185,6 +186,12 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
     def get_image_features(self, *args: Any, **kwargs: Any) -> MoveKDVisionOutput:
         """See [`MoveKDModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
+
+    def visualize(self, pixel_values: torch.Tensor, layer: int = -1, **kwargs: Any) -> MoveKDPictures:
+        """See [`MoveKDVisionModel.visualize`]. Of the tiles of `anyres` the first, which is the whole image."""
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values[:, 0]
+        return self.model.vision_tower.visualize(pixel_values, layer, **kwargs)
 
     @classmethod
     def from_parts(

@@ -22,6 +22,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_movekd import MoveKDVisionConfig
 from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
+from .visualization_movekd import (
+    MoveKDPictures,
+    component_picture,
+    expert_colours,
+    expert_map,
+    heat_map,
+    pixels_to_image,
+    principal_components,
+)
 
 
 # What a whole CLIP checkpoint has beside its vision tower
@@ -318,6 +327,46 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         pooler_output = None if self.post_layernorm is None else self.post_layernorm(hidden_states[:, 0])
         return MoveKDVisionOutput(
             last_hidden_state=hidden_states, pooler_output=pooler_output, cls_attention=cls_attention
+        )
+
+    @torch.no_grad()
+    def visualize(
+        self,
+        pixel_values: torch.Tensor,
+        layer: int = -1,
+        image_mean: tuple[float, ...] | None = None,
+        image_std: tuple[float, ...] | None = None,
+    ) -> MoveKDPictures:
+        """
+        Pictures of one layer: which expert took each patch, where [CLS] looks, and the features' principal components.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`).
+            layer (`int`, defaults to -1): Counted from 0, or from the end.
+            image_mean, image_std: What the pixels were normalised with, to show the image; by default CLIP's.
+
+        Raises:
+            ValueError: for a layer that the tower has not.
+        """
+        training = self.training
+        self.eval()
+        outputs = self(pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True)
+        self.train(training)
+        tokens = outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:].float()
+        image = pixels_to_image(pixel_values, image_mean, image_std)
+        experts = shares = colours = None
+        if outputs.expert_indices:
+            num_experts = self.config.num_experts
+            experts, shares = expert_map(outputs.expert_indices[layer][:, 1:], num_experts, image)
+            experts, shares, colours = experts.cpu(), shares.cpu(), expert_colours(num_experts)
+        return MoveKDPictures(
+            image=image.cpu(),
+            experts=experts,
+            expert_shares=shares,
+            expert_colours=colours,
+            cls_attention=heat_map(outputs.cls_attention[:, :, 1:].float().mean(dim=1), image).cpu(),
+            components=component_picture(principal_components(tokens), image.shape[1:3]).cpu(),
+            tokens=tokens.cpu(),
         )
 
 

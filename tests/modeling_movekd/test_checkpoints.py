@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Gen
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
-CODE = {"configuration_movekd.py", "experts_movekd.py", "vision_movekd.py"}
+CODE = {"configuration_movekd.py", "experts_movekd.py", "vision_movekd.py", "visualization_movekd.py"}
 
 
 @pytest.fixture(scope="module")

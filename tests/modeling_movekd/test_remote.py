@@ -19,7 +19,13 @@ import modeling_movekd
 
 PACKAGE = Path(modeling_movekd.__file__).parent
 COPIED = sorted(PACKAGE.glob("*_movekd.py"))
-MODEL_CODE = {"configuration_movekd.py", "experts_movekd.py", "vision_movekd.py", "modeling_movekd.py"}
+MODEL_CODE = {
+    "configuration_movekd.py",
+    "experts_movekd.py",
+    "modeling_movekd.py",
+    "vision_movekd.py",
+    "visualization_movekd.py",
+}
 QUESTION = "What is this?"
 
 # Run by an isolated interpreter (no PYTHONPATH, no current folder); an editable install of this repository, which puts
