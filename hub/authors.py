@@ -10,6 +10,7 @@ import torch
 PREFIXES = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("vision_model.", "vision_tower."),
+    ("model.image_newline", "model.image_newline"),
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
     ("model.", "model.language_model."),
@@ -61,6 +62,11 @@ def key_to_authors(key: str, expert: int | None = None) -> str:
     return _replace_prefix(key, tuple((ours, theirs) for theirs, ours in PREFIXES))
 
 
+def is_packed(key: str) -> bool:
+    """Whether one of our keys holds all experts of a layer."""
+    return _OUR_EXPERT.fullmatch(key) is not None
+
+
 def pack_experts(key: str, experts: list[torch.Tensor]) -> torch.Tensor:
     """One packed tensor of [`LoraExperts`] from its experts' parts, in their order."""
     if key.endswith("bias_b"):
@@ -101,7 +107,7 @@ def state_dict_to_authors(state_dict: dict[str, torch.Tensor], num_experts: int)
     """The inverse of [`state_dict_from_authors`]."""
     converted = {}
     for key, tensor in state_dict.items():
-        if _OUR_EXPERT.fullmatch(key):
+        if is_packed(key):
             for expert, part in enumerate(unpack_experts(key, tensor, num_experts)):
                 converted[key_to_authors(key, expert)] = part
         else:
