@@ -6,11 +6,8 @@ The model card of a checkpoint, written from the facts of its training and evalu
 """
 
 import argparse
-import html
-import json
 import re
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +23,21 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hub.card_text import (
+    BASE_MODEL_COLUMNS,
+    RESULT_COLUMNS,
+    architecture,
+    entries_of,
+    inline,
+    limits,
+    mapping,
+    python_string,
+    stage_view,
+    stages_of,
+    summary,
+    table,
+    tower_of,
+)
 from hub.licenses import HUB_LICENSES, check_license, derive_license, model_license
 from hub.run_facts import EvaluationResult, hub_id, read_evaluation, read_json, read_training_facts
 
@@ -33,127 +45,8 @@ from hub.run_facts import EvaluationResult, hub_id, read_evaluation, read_json, 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by hub/card.py"
 TEMPLATE = Path(__file__).with_name("model_card.md")
-LONGEST = 300
 ENCODER_TYPES = ("movekd_vision", "clip_vision_model")
 ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "checkpoint"}
-
-
-def inline(value: Any, code: bool = True) -> str:
-    """
-    A value as Markdown that stands in one line or table cell and is nothing but text there: identifiers as code,
-    anything else (and without `code` everything) with what Markdown, HTML or a template would act on escaped.
-    """
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(inline(part) for part in value)
-    kept = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in str(value))
-    # What is left of the category: direction marks, surrogates, private characters
-    line = " ".join("".join(char for char in kept if not unicodedata.category(char).startswith("C")).split())
-    if len(line) > LONGEST:
-        line = line[: LONGEST - 1] + "…"
-    if code and re.fullmatch(r"[A-Za-z0-9][\w.+/@-]*", line, re.ASCII) and not re.fullmatch(r"[\d.]+", line):
-        return f"`{line}`"
-    line = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(line, quote=False))
-    entities = {"{": "&#123;", "}": "&#125;", "://": "&#58;//", "www.": "www&#46;"}
-    for part, entity in entities.items():
-        line = line.replace(part, entity)
-    return line
-
-
-def _python(value: str) -> str:
-    """The value as a string of Python, in a fenced block."""
-    return re.sub(r"[<>`{}]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{inline(name)} {inline(value)}" for name, value in values.items() if value is not None)
-
-
-def _rows(facts: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Table rows of what is known."""
-    return [(label, inline(facts[name])) for name, label in labels.items() if facts.get(name) not in (None, "", [])]
-
-
-def _table(entries: Any, columns: Mapping[str, str]) -> str:
-    """A Markdown table of mappings, with the columns (field: heading) that at least one of them knows."""
-    known = [entry for entry in entries or [] if isinstance(entry, Mapping)]
-    used = [name for name in columns if any(entry.get(name) not in (None, "") for entry in known)]
-    rows = [["" if entry.get(name) is None else inline(entry[name]) for name in used] for entry in known]
-    lines = [[columns[name] for name in used], ["---"] * len(used), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if used else ""
-
-
-def _architecture(config: Mapping[str, Any], encoder_only: bool) -> list[tuple[str, str]]:
-    tower = config.get("vision_config", config)
-    rows = _rows(
-        tower,
-        {"image_size": "image size (pixels)", "patch_size": "patch size (pixels)", "hidden_size": "width of the tower"}
-        | {"num_hidden_layers": "layers of the tower", "num_experts": "LoRA experts in each of its MLPs"}
-        | ({"lora_rank": "rank of an expert", "lora_alpha": "alpha of an expert"} if tower.get("num_experts") else {}),
-    )
-    if not encoder_only:
-        rows += _rows(config.get("text_config", {}), {"model_type": "language model"})
-        rows += _rows(config, {"image_aspect_ratio": "images"})
-    return rows
-
-
-STAGE_LABELS = {
-    "recipe": "recipe",
-    "distillation_preset": "form of the method",
-    "steps": "steps",
-    "epochs": "epochs",
-    "global_batch_size": "global batch (rows)",
-    "rows": "rows of data",
-    "bad_rows": "rows skipped as unusable",
-    "learning_rate": "learning rate",
-    "vision_tower_learning_rate": "learning rate of the tower",
-    "seed": "seed",
-    "device": "device",
-    "processes": "processes",
-    "backend": "backend",
-    "precision": "mixed precision",
-    "dtype": "type of the weights",
-}
-
-
-BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "licence"}
-TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
-TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "type", "license": "licence"}
-DATA_COLUMNS = {"name": "data set", "subset": "subset", "split": "split", "revision": "revision", "weight": "weight"}
-RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "split": "split", "metric": "metric"}
-RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
-
-
-def _stage(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """One stage for the template, every value in it harmless."""
-    rows = _rows(facts, STAGE_LABELS)
-    if isinstance(facts.get("seconds"), int | float):
-        hours, minutes = divmod(round(facts["seconds"] / 60), 60)
-        rows.append(("wall time", f"{hours} h {minutes} min"))
-    for name, label in (
-        ("knobs", "knobs"),
-        ("hyperparameters", "other settings"),
-        ("language_lora", "LoRA of the language model"),
-        ("feature_cache", "teachers' features read from a cache"),
-        ("best", "weights of the best evaluation"),
-        ("versions", "versions"),
-    ):
-        if isinstance(facts.get(name), Mapping):
-            rows.append((label, _pairs(facts[name])))
-    evaluation = facts.get("evaluation") if isinstance(facts.get("evaluation"), Mapping) else {}
-    return {
-        "name": inline(facts["stage"]) if facts.get("stage") else "",
-        "rows": rows,
-        "teachers": _table(facts.get("teachers"), TEACHER_COLUMNS),
-        "data": _table(facts.get("data"), DATA_COLUMNS),
-        "losses": _pairs(facts["losses"]) if isinstance(facts.get("losses"), Mapping) else "",
-        "evaluation": _pairs(evaluation.get("metrics") or {}),
-        "evaluation_rows": "" if evaluation.get("rows") is None else inline(evaluation["rows"]),
-        "validation": inline(facts["validation"]) if facts.get("validation") else "",
-    }
 
 
 def _eval_result(result: EvaluationResult) -> EvalResult:
@@ -171,24 +64,6 @@ def _eval_result(result: EvaluationResult) -> EvalResult:
     )
 
 
-def _limits(config: Mapping[str, Any], encoder_only: bool) -> list[str]:
-    limits = ["Errors, gaps and biases of the base models, the teachers and the data are in this model too."]
-    if config.get("vision_config", config).get("num_experts"):
-        limits.append(
-            "The router takes one expert for each token: the experts cannot be merged into a plain MLP exactly."
-        )
-    if encoder_only:
-        limits.append("The tower gives features of patches. It no longer matches the text tower of the CLIP it was.")
-    else:
-        limits.append("Answers can be wrong about the picture while sounding sure. Check them before relying on them.")
-    return limits
-
-
-def _stages(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    earlier = facts.get("earlier_stages") or []
-    return [*(stage for stage in earlier if isinstance(stage, Mapping)), facts]
-
-
 def card_metadata(
     facts: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -201,14 +76,13 @@ def card_metadata(
     The card's front matter. Only identifiers get into it: a name that is not of the form that its field takes, such as
     that of a local folder where a Hub id belongs, is left out.
     """
-    stages = _stages(facts)
+    stages = stages_of(facts)
     base_models = [hub_id(model.get("model")) for model in _base_models(facts, encoder_only)]
-    data = [entry for stage in stages for entry in stage.get("data") or [] if isinstance(entry, Mapping)]
-    teachers = [entry for stage in stages for entry in stage.get("teachers") or [] if isinstance(entry, Mapping)]
+    data, teachers = entries_of(stages, "data"), entries_of(stages, "teachers")
     tags = ["movekd"]
     if teachers:
         tags.append("knowledge-distillation")
-    if config.get("vision_config", config).get("num_experts"):
+    if tower_of(config).get("num_experts"):
         tags.append("mixture-of-experts")
     if _has_remote_code(config):
         tags.append("custom_code")
@@ -229,13 +103,13 @@ def card_metadata(
         base_model_relation="finetune" if bases else None,
         datasets=datasets or None,
         tags=tags,
-        model_name=name if results else None,
+        model_name=(re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "model") if results else None,
         eval_results=[_eval_result(result) for result in results] or None,
     )
 
 
 def _base_models(facts: Mapping[str, Any], encoder_only: bool) -> list[Mapping[str, Any]]:
-    models = [entry for entry in facts.get("base_models") or [] if isinstance(entry, Mapping)]
+    models = entries_of([facts], "base_models")
     return [entry for entry in models if not encoder_only or entry.get("role") != "language_model"]
 
 
@@ -261,47 +135,51 @@ def render_card(
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise ValueError(f"`repo_id` {repo_id!r} is no id of the Hub (owner/name): {error}") from error
-    encoder_only = encoder_only or config.get("model_type") in ENCODER_TYPES
-    results = read_evaluation(folder) if evaluated else []
-    stages = [] if facts is None else _stages(facts)
+    is_encoder = config.get("model_type") in ENCODER_TYPES
+    # What was measured of the whole model says nothing of its encoder
+    results = read_evaluation(folder) if evaluated and (is_encoder or not encoder_only) else []
+    encoder_only = encoder_only or is_encoder
     facts = facts or {}
+    stages = stages_of(facts)
     base_models = _base_models(facts, encoder_only)
     stated = license or facts.get("license")
     derived, reason = derive_license(base_models)
     if stated is not None:
-        derived, reason = check_license(stated), "the licence its owner states"
+        derived, reason = check_license(stated), "as its owner states"
     name = repo_id or folder.resolve().name
     data = card_metadata(facts, config, results, name.split("/")[-1], derived, encoder_only)
     remote_code = _has_remote_code(config)
-    pinned = _python(revision or "main")
-    distilled = any(stage.get("teachers") for stage in stages)
-    what = "A vision encoder" if encoder_only else "A vision-language model"
+    pinned = python_string(revision or "main")
+    new_weights = mapping(facts.get("conversion")).get("new_weights")
+    listed = any(entry.get("license") for entry in entries_of(stages, "teachers"))
+    licenses = "Those of the teachers are listed with them." if listed else ""
     title = inline(name.split("/")[-1], code=False)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=title,
-        summary=f"{what} distilled from several visual encoders." if distilled else f"{what} of the MoVE-KD family.",
+        summary=summary(stages, encoder_only),
         model_class="AutoModel",
         processor_class="AutoImageProcessor" if encoder_only else "AutoProcessor",
-        source=_python(name),
+        source=python_string(name),
         revision=pinned,
         loading=f"revision={pinned}" + (", trust_remote_code=True" if remote_code else ""),
         remote_code=remote_code,
-        architecture=_architecture(config, encoder_only),
-        base_models=_table(
+        architecture=architecture(config, encoder_only),
+        base_models=table(
             [
                 {**entry, "role": ROLES.get(str(entry.get("role"))), "license": model_license(entry) or "not known"}
                 for entry in base_models
             ],
             BASE_MODEL_COLUMNS,
         ),
-        stages=[_stage(stage) for stage in stages],
-        results=_table([asdict(result) for result in results], RESULT_COLUMNS),
-        limits=_limits(config, encoder_only),
-        license_text=f"{inline(derived)}: {reason}."
+        stages=[stage_view(stage) for stage in stages],
+        results=table([asdict(result) for result in results], RESULT_COLUMNS),
+        new_weights=len(new_weights) if isinstance(new_weights, list) else 0,
+        limits=limits(config, encoder_only),
+        license_text=f"{inline(derived)}, {reason}. {licenses}"
         if derived
-        else f"No licence is stated: {reason}. Those of the base models hold.",
+        else f"No licence is stated here: {reason}. What the base models' own licences ask for holds. {licenses}",
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # what the template's branches leave
     if card.data.to_dict() != data.to_dict():

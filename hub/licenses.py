@@ -69,5 +69,5 @@ def derive_license(base_models: Sequence[Mapping[str, Any]]) -> tuple[str | None
     if len(restricting) > 1:
         return None, f"the base models are under different licences that both restrict use ({', '.join(restricting)})"
     if restricting:
-        return restricting[0], "the licence of the base models that passes on"
-    return max((name for name in licenses if name), key=PERMISSIVE.index), "the licence of the base models"
+        return restricting[0], "as the base models' licence passes on"
+    return max((name for name in licenses if name), key=PERMISSIVE.index), "as the base models"

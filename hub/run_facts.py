@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 TRAINING_FACTS_NAME = "training_facts.json"
 EVALUATION_NAME = "evaluation.json"
+CONVERSION_NAME = "conversion.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -34,7 +35,7 @@ def public_name(source: str | os.PathLike) -> str:
 
 def hub_id(name: Any) -> str | None:
     """The name if it is `owner/name` of the Hub, else `None`: a folder's name, or one of timm's, has no owner."""
-    if not isinstance(name, str) or name.count("/") != 1 or public_name(name) != name:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)
@@ -74,25 +75,36 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def read_training_facts(folder: Path) -> dict[str, Any] | None:
     """
-    `training_facts.json` of a checkpoint, without paths; `None` if there is none.
+    `training_facts.json` of a checkpoint, without paths; `None` if there is none. Of one that was converted and not
+    trained since, what `conversion.json` says of its source.
 
     Files from before `base_models` get it from the two fields of that time.
 
     Raises:
-        ValueError: if it is no JSON object.
+        ValueError: if it is no JSON object, or an entry that is a list of objects is none.
     """
     facts = read_json(folder / TRAINING_FACTS_NAME)
     if facts is None:
-        return None
-    facts = without_paths(facts)
-    if "base_models" not in facts:
+        conversion = read_json(folder / CONVERSION_NAME)
+        if conversion is None:
+            return None
+        models = {"checkpoint": conversion.get("source"), "vision_model": conversion.get("vision_model")}
+        facts = {"conversion": conversion}
+        facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
+        if conversion.get("source"):
+            facts["base_models"][0]["revision"] = conversion.get("revision")
+    elif "base_models" not in facts:
         models = {role: facts.get(role) for role in ("vision_model", "language_model")}
         facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
-    for entries in (facts["base_models"], facts.get("teachers"), facts.get("data")):
-        for entry in entries or []:
-            for key in {"model", "name"} & entry.keys():
-                entry[key] = public_name(entry[key])
-    return facts
+    facts = without_paths(facts)
+    earlier = facts.get("earlier_stages") or []
+    for name in ("base_models", "teachers", "data", "earlier_stages"):
+        entries = facts.get(name) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"`{name}` in {folder / TRAINING_FACTS_NAME} is {entries!r}, expected a list of objects.")
+        for entry in entries:
+            entry |= {key: public_name(entry[key]) for key in ("model", "name") if isinstance(entry.get(key), str)}
+    return facts | {"earlier_stages": earlier}
 
 
 @dataclass

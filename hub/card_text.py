@@ -1,0 +1,171 @@
+"""The parts of a model card, every one of them harmless wherever it stands in Markdown."""
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+LONGEST = 300
+
+
+def inline(value: Any, code: bool = True) -> str:
+    """
+    A value as Markdown that stands in one line or table cell and is nothing but text there: identifiers as code,
+    anything else (and without `code` everything) with what Markdown, HTML or a template would act on escaped.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(inline(part) for part in value)
+    kept = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in str(value))
+    # What is left of the category: direction marks, surrogates, private characters
+    line = " ".join("".join(char for char in kept if not unicodedata.category(char).startswith("C")).split())
+    if len(line) > LONGEST:
+        line = line[: LONGEST - 1] + "…"
+    if code and re.fullmatch(r"[A-Za-z0-9][\w.+/@-]*", line, re.ASCII) and not re.fullmatch(r"[\d.]+", line):
+        return f"`{line}`"
+    line = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(line, quote=False))
+    entities = {"{": "&#123;", "}": "&#125;", "://": "&#58;//", "www.": "www&#46;"}
+    for part, entity in entities.items():
+        line = line.replace(part, entity)
+    return line
+
+
+def python_string(value: str) -> str:
+    """The value as a string of Python, in a fenced block."""
+    return re.sub(r"[<>`{}]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def tower_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The vision tower's part of a configuration, which is all of one that is a tower's."""
+    return mapping(config.get("vision_config", config))
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """What is known, as a list in one line."""
+    return ", ".join(f"{inline(name)} {inline(value)}" for name, value in values.items() if value is not None)
+
+
+def known_rows(facts: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Table rows of what is known."""
+    return [(label, inline(facts[name])) for name, label in labels.items() if facts.get(name) not in (None, "", [])]
+
+
+def table(entries: Any, columns: Mapping[str, str]) -> str:
+    """A Markdown table of mappings, with the columns (field: heading) that at least one of them knows."""
+    known = [entry for entry in entries or [] if isinstance(entry, Mapping)]
+    used = [name for name in columns if any(entry.get(name) not in (None, "") for entry in known)]
+    rows = [["" if entry.get(name) is None else inline(entry[name]) for name in used] for entry in known]
+    lines = [[columns[name] for name in used], ["---"] * len(used), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if used else ""
+
+
+def architecture(config: Mapping[str, Any], encoder_only: bool) -> list[tuple[str, str]]:
+    tower = tower_of(config)
+    rows = known_rows(
+        tower,
+        {"image_size": "image size (pixels)", "patch_size": "patch size (pixels)", "hidden_size": "width of the tower"}
+        | {"num_hidden_layers": "layers of the tower", "num_experts": "LoRA experts in each of its MLPs"}
+        | ({"lora_rank": "rank of an expert", "lora_alpha": "alpha of an expert"} if tower.get("num_experts") else {}),
+    )
+    if not encoder_only:
+        rows += known_rows(mapping(config.get("text_config")), {"model_type": "type of the language model"})
+        rows += known_rows(config, {"image_aspect_ratio": "images"})
+    return rows
+
+
+STAGE_LABELS = {
+    "recipe": "recipe",
+    "distillation_preset": "form of the method",
+    "steps": "steps",
+    "epochs": "epochs",
+    "global_batch_size": "global batch (rows)",
+    "rows": "rows of data",
+    "bad_rows": "rows skipped as unusable",
+    "learning_rate": "learning rate",
+    "vision_tower_learning_rate": "learning rate of the tower",
+    "seed": "seed",
+    "device": "device",
+    "processes": "processes",
+    "backend": "backend",
+    "precision": "mixed precision",
+    "dtype": "type of the weights",
+}
+
+
+BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "licence"}
+TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
+TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "type", "license": "licence"}
+DATA_COLUMNS = {"name": "data set", "subset": "subset", "split": "split", "revision": "revision", "weight": "weight"}
+RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "split": "split", "metric": "metric"}
+RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
+
+
+def stage_view(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage for the template, every value in it harmless."""
+    rows = known_rows(facts, STAGE_LABELS)
+    if isinstance(facts.get("seconds"), int | float):
+        hours, minutes = divmod(round(facts["seconds"] / 60), 60)
+        rows.append(("wall time", f"{hours} h {minutes} min"))
+    for name, label in (
+        ("knobs", "knobs"),
+        ("hyperparameters", "other settings"),
+        ("language_lora", "LoRA of the language model"),
+        ("feature_cache", "teachers' features read from a cache"),
+        ("best", "weights of the best evaluation"),
+        ("versions", "versions"),
+    ):
+        if listed := pairs(mapping(facts.get(name))):
+            rows.append((label, listed))
+    evaluation = mapping(facts.get("evaluation"))
+    return {
+        "name": inline(facts["stage"]) if facts.get("stage") else "",
+        "rows": rows,
+        "teachers": table(facts.get("teachers"), TEACHER_COLUMNS),
+        "data": table(facts.get("data"), DATA_COLUMNS),
+        "losses": pairs(mapping(facts.get("losses"))),
+        "evaluation": pairs(mapping(evaluation.get("metrics"))),
+        "evaluation_rows": "" if evaluation.get("rows") is None else inline(evaluation["rows"]),
+        "validation": inline(facts["validation"]) if facts.get("validation") else "",
+    }
+
+
+def summary(stages: Sequence[Mapping[str, Any]], encoder_only: bool) -> str:
+    what = "A vision encoder" if encoder_only else "A vision-language model"
+    names = list(dict.fromkeys(str(entry.get("name")) for entry in entries_of(stages, "teachers")))
+    if not names:
+        return f"{what} of the MoVE-KD family; no distillation is recorded."
+    part = "" if encoder_only else " whose vision encoder is"
+    return f"{what}{part} distilled from {len(names)} frozen teacher{'s' * (len(names) > 1)}: {inline(names)}."
+
+
+def limits(config: Mapping[str, Any], encoder_only: bool) -> list[str]:
+    limits = ["Errors, gaps and biases of the base models, the teachers and the data are in this model too."]
+    if tower_of(config).get("num_experts"):
+        limits.append(
+            "The router takes one expert for each token: the experts cannot be merged into a plain MLP exactly."
+        )
+    if encoder_only:
+        limits.append("The tower gives features of patches. It no longer matches the text tower of the CLIP it was.")
+    else:
+        limits.append("Answers can be wrong about the picture while sounding sure. Check them before relying on them.")
+    return limits
+
+
+def stages_of(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [stage for stage in (*(facts.get("earlier_stages") or []), facts) if stage.get("stage")]
+
+
+def entries_of(stages: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The entries of a list of all stages."""
+    return [entry for stage in stages for entry in stage.get(name) or [] if isinstance(entry, Mapping)]
