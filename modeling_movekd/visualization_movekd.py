@@ -175,8 +175,8 @@ def resample(tokens: torch.Tensor, num_patches: int) -> torch.Tensor:
 def relational_distance(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """
     How differently two encoders relate a patch to the rest of its image: 1 minus the correlation of its cosine
-    similarities to all other patches in one encoder with those in the other. It compares encoders of any width, and needs
-    nothing that was trained.
+    similarities to all other patches in one encoder with those in the other. It compares encoders of any width, and
+    needs nothing that was trained.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`).

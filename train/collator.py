@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from train.images import cut_tiles, decode_image
+from modeling_movekd.images import decode_image
 from train.teacher_preprocessing import TeacherPreprocessor
+from train.tiles import cut_tiles
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from modeling_movekd.images import decode_image
 from train.data import load_conversations
-from train.images import decode_image
 
 
 def picture(red: int = 200) -> PILImage.Image:

@@ -9,12 +9,13 @@ from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from modeling_movekd.images import decode_image
 from train import sft
 from train.build import build_distiller, build_student, build_teachers
 from train.collator import MoveKDCollator
 from train.data import load_conversations
-from train.images import cut_tiles, decode_image
 from train.teacher_preprocessing import TeacherPreprocessor
+from train.tiles import cut_tiles
 from train.trainer import MoveKDTrainer
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.images import MAX_SIDE, decode_image
+from modeling_movekd.images import MAX_SIDE, decode_image
 
 
 def stored(image: Image.Image, format: str = "PNG", **kwargs: object) -> dict[str, object]:
