@@ -84,7 +84,13 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
         if isinstance(head, FSDPModule):
             # TRL reads the head's weight without calling the head, so that FSDP2 would not gather it; TRL's own way
             # to gather it loses the gradient's sum over the processes
-            head.unshard()
+            head.unshard()  # before the embedding in any case: the processes have to gather in the same order
+        if not num_images:
+            # Else no gradient would pass through a frozen language model here, while FSDP2 and ZeRO-3 gather its
+            # layers in the backward of the processes that have images, and wait for this one
+            input_ids = kwargs.pop("input_ids")
+            self.model._check_no_image_tokens(input_ids)
+            kwargs["inputs_embeds"] = self.get_input_embeddings()(input_ids) + zero
         outputs = fused_forward(
             *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
         )
