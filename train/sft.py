@@ -30,9 +30,9 @@ from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_train_and_validation
 from train.facts import run_facts
+from train.processes import whole_weights
 from train.teachers import FrozenTeacher
 from train.trainer import MoveKDTrainer
-from train.zero import whole_weights
 
 
 def build_collator(

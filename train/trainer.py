@@ -1,6 +1,5 @@
 """TRL's `SFTTrainer` with the teachers, losses and files of MoVE-KD."""
 
-import os
 import time
 from collections.abc import Mapping, Sized
 from pathlib import Path
@@ -30,6 +29,7 @@ from train.language_lora import (
     save_language_lora,
 )
 from train.losses import check_finite
+from train.processes import check_launch
 from train.sampler import ModalityLengthGroupedSampler
 
 
@@ -70,12 +70,7 @@ class MoveKDTrainer(SFTTrainer):
                 f"`distill` is {args.distill}, with teachers {list(self.teachers)} and "
                 f"{'a' if distiller is not None else 'no'} distiller; give all of them or none."
             )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != args.world_size:
-            raise ValueError(
-                f"{launched} processes were launched, but each would train by itself (world size {args.world_size}). "
-                "On CPUs add `--use_cpu true`."
-            )
+        check_launch(args)
         if self.teachers and not isinstance(model.config.vision_feature_layer, int):
             raise ValueError(
                 f"`vision_feature_layer` is {model.config.vision_feature_layer}; one layer can be distilled into."

@@ -1,0 +1,59 @@
+"""What a run on several processes needs: a check of how it was launched, and models that load whole under ZeRO-3."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if several processes were asked for or launched, but each would train by itself; or if ZeRO-3 would
+            save no weights.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train by itself (world size {args.world_size}). "
+            "On CPUs add `--use_cpu true`."
+        )
+    # `accelerate launch` gives an address to meet at only where the configuration has several processes, but starts a
+    # single one for `--cpu`, and for `distributed_type: MULTI_CPU` without mpirun
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and args.world_size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "The configuration of `accelerate launch` asks for several processes, but one was started: it ignores the "
+            "backend under `--cpu` and under `distributed_type: MULTI_CPU`. Leave `--cpu` out and give the script "
+            "`--use_cpu true` (see train/accelerate/ddp_cpu.yaml); for a single process add `--num_processes 1` and "
+            "unset MASTER_ADDR."
+        )
+    plugin = args.deepspeed_plugin
+    gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if plugin is not None and plugin.hf_ds_config.is_zero3() and not plugin.hf_ds_config.is_true(gathers):
+        raise ValueError(
+            "ZeRO-3 would save checkpoints without weights. Set `zero3_save_16bit_model: true` in the configuration "
+            f"of accelerate, or `{gathers}` in DeepSpeed's."
+        )
+
+
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """
+    Load models in here as on a single process, whole, also where ZeRO-3 will partition the student later.
+
+    Once arguments for ZeRO-3 exist, transformers partitions every model from its construction on, whatever
+    `zero3_init_flag` says. Towers, though, are cut, copied and checked as whole tensors; the frozen teachers must stay
+    whole, since no engine ever gathers them; and a single process may load a model for itself.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
