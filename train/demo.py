@@ -16,6 +16,7 @@ from trl import TrlParser
 from modeling_movekd import MoveKDForConditionalGeneration
 from train.build import build_student
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.processes import whole_weights
 from train.scenes import FAMILIES, chance_levels, scenes
 from train.sft import train
 
@@ -153,14 +154,16 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     if state.is_main_process:
         rows = scenes("test", SIZES["test"])
-        untrained, processor = build_student(*parse_recipe(RECIPES[0])[1:])
-        model = MoveKDForConditionalGeneration.from_pretrained(OUTPUT)
-        answers = answer_questions(model, processor, rows)
-        results = {
-            "trained": accuracy_by_family(answers, rows),
-            "untrained": accuracy_by_family(answer_questions(untrained, processor, rows), rows),
-            "chance": chance_levels(),
-        }
+        _, args, model_args = parse_recipe(RECIPES[0])
+        with whole_weights(args):
+            untrained, processor = build_student(args, model_args)
+            model = MoveKDForConditionalGeneration.from_pretrained(OUTPUT)
+            answers = answer_questions(model, processor, rows)
+            results = {
+                "trained": accuracy_by_family(answers, rows),
+                "untrained": accuracy_by_family(answer_questions(untrained, processor, rows), rows),
+                "chance": chance_levels(),
+            }
         draw_answers(OUTPUT / "answers.png", rows, answers)
         draw_losses(OUTPUT / "losses.png", histories)
         save_json(results | {"seconds": time.perf_counter() - started}, OUTPUT / "results.json")
