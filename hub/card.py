@@ -46,7 +46,7 @@ CARD_NAME = "README.md"
 MARK = "<!-- Written by hub/card.py"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 ENCODER_TYPES = ("movekd_vision", "clip_vision_model")
-ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "checkpoint"}
+ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "whole model"}
 
 
 def _eval_result(result: EvaluationResult) -> EvalResult:
@@ -88,7 +88,7 @@ def card_metadata(
         tags.append("custom_code")
     for entry in teachers:
         model = hub_id(entry.get("model")) or str(entry.get("model")).split("/")[-1]
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model, re.ASCII):
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,95})?", model, re.ASCII):
             tags.append(f"teacher:{model}")
     other = license is not None and license not in HUB_LICENSES
     bases = list(dict.fromkeys(model for model in base_models if model))

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revisi
 def stage_view(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One stage for the template, every value in it harmless."""
     rows = known_rows(facts, STAGE_LABELS)
-    if isinstance(facts.get("seconds"), int | float):
+    if isinstance(facts.get("seconds"), int | float) and math.isfinite(facts["seconds"]):
         hours, minutes = divmod(round(facts["seconds"] / 60), 60)
         rows.append(("wall time", f"{hours} h {minutes} min"))
     for name, label in (
