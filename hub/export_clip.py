@@ -1,0 +1,216 @@
+"""
+A vision tower without experts as the plain CLIP that other libraries read.
+
+```
+DEST/                     transformers 4 and 5: CLIPVisionModel.from_pretrained(DEST)
+DEST/timm/                timm: timm.create_model("local-dir:DEST/timm", pretrained=True)
+DEST/open_clip/           open_clip: model = open_clip.create_model("local-dir:DEST/open_clip", load_weights=False)
+                          model.visual.load_state_dict(load_file("DEST/open_clip/visual.safetensors"))
+```
+
+A tower that is cut to the layers in use stays cut: `num_hidden_layers` says how many layers there are, and the
+features are the last hidden state (`feature_layer` -1). It has no final layer norm: transformers and open_clip, whose
+towers always have one, get a neutral one (weight 1, bias 0), and timm's is left out. The pooled output of a cut tower
+is therefore not CLIP's and was never trained. No tower has CLIP's projection to the space it shares with texts:
+open_clip's is the identity, and its text tower is a small untrained placeholder.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import BaseImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
+from transformers import initialization as init
+
+from hub.checkpoint_parts import feature_layer
+from modeling_movekd import MoveKDVisionModel
+from modeling_movekd.vision_movekd import load_strictly
+
+
+# Ours, and the names in OpenAI's layout that open_clip keeps
+OPENAI_NAMES = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "self_attn.out_proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+TIMM_SIZES = {768: "base", 1024: "large", 1280: "huge"}
+
+
+def refuse_experts(tower: MoveKDVisionModel, form: str) -> None:
+    """
+    Raises:
+        ValueError: if the tower has experts, which no plain CLIP can hold, with the way out.
+    """
+    if tower.config.num_experts > 0:
+        raise ValueError(
+            f"The tower has {tower.config.num_experts} experts per layer, and `--form {form}` needs none: which "
+            "expert serves a token depends on the token, so experts cannot be merged exactly into a plain MLP. "
+            "`--form merged` makes the best approximation without experts and says its error; export that with "
+            f"`--form {form}`."
+        )
+
+
+def plain_clip_config(tower: MoveKDVisionModel) -> CLIPVisionConfig:
+    """The tower's configuration without what only MoVE-KD has."""
+    names = set(CLIPVisionConfig().to_dict()) - set(PreTrainedConfig().to_dict())
+    return CLIPVisionConfig(**{name: getattr(tower.config, name) for name in names - {"model_type"}})
+
+
+def plain_clip_state_dict(tower: MoveKDVisionModel) -> dict[str, torch.Tensor]:
+    """The tower's weights, with a neutral final layer norm where it was cut."""
+    state_dict = dict(tower.state_dict())
+    if tower.post_layernorm is None:
+        like = state_dict["pre_layrnorm.weight"]
+        state_dict["post_layernorm.weight"] = torch.ones_like(like)
+        state_dict["post_layernorm.bias"] = torch.zeros_like(like)
+    return state_dict
+
+
+def plain_clip(tower: MoveKDVisionModel) -> CLIPVisionModel:
+    """The stock model with the tower's weights, which are shared."""
+    refuse_experts(tower, "clip")
+    with init.no_init_weights():
+        clip = CLIPVisionModel._from_config(plain_clip_config(tower), dtype=tower.dtype)
+    load_strictly(clip, plain_clip_state_dict(tower), may_lack=lambda key: False, assign=True)
+    return clip.eval()
+
+
+def openai_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A plain CLIP tower's weights in OpenAI's layout, `(3 * hidden_size, hidden_size)` for query, key and value in one.
+
+    Raises:
+        ValueError: if a key has no place there, naming it.
+    """
+    rest = dict(state_dict)
+    width = rest["embeddings.class_embedding"].shape[0]
+    converted = {
+        "class_embedding": rest.pop("embeddings.class_embedding"),
+        "positional_embedding": rest.pop("embeddings.position_embedding.weight"),
+        "conv1.weight": rest.pop("embeddings.patch_embedding.weight"),
+        "proj": torch.eye(width, dtype=rest["pre_layrnorm.weight"].dtype),
+    }
+    for ours, theirs in {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}.items():
+        for kind in ("weight", "bias"):
+            converted[f"{theirs}.{kind}"] = rest.pop(f"{ours}.{kind}")
+    layer = 0
+    while f"encoder.layers.{layer}.layer_norm1.weight" in rest:
+        ours, theirs = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [rest.pop(f"{ours}self_attn.{part}_proj.{kind}") for part in "qkv"]
+            converted[f"{theirs}attn.in_proj_{kind}"] = torch.cat(parts)
+            for name, their_name in OPENAI_NAMES.items():
+                converted[theirs + their_name + kind] = rest.pop(ours + name + kind)
+        layer += 1
+    if rest:
+        raise ValueError(f"These weights have no place in OpenAI's CLIP layout: {sorted(rest)}.")
+    return converted
+
+
+def write_clip(tower: MoveKDVisionModel, processor: BaseImageProcessor, folder: Path) -> None:
+    """
+    Write the folder that the module's documentation describes.
+
+    Raises:
+        ValueError: if the tower has experts, or an activation or layer norm that open_clip or timm cannot be told.
+        ImportError: if timm is not installed.
+    """
+    clip = plain_clip(tower)
+    if clip.config.hidden_act not in ("quick_gelu", "gelu") or clip.config.layer_norm_eps != 1e-5:
+        raise ValueError(
+            f"The tower has the activation {clip.config.hidden_act!r} and layer norms with eps "
+            f"{clip.config.layer_norm_eps}; CLIP in timm and open_clip has 'quick_gelu' or 'gelu', and 1e-05."
+        )
+    state_dict = clip.state_dict()
+    clip.config.architectures = ["CLIPVisionModel"]
+    clip.config.feature_layer = feature_layer(tower.config)
+    clip.config.dtype = tower.dtype
+    clip.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # transformers 4 knows its weights below `vision_model.` alone, and 5 reads that layout as well
+    save_weights({f"vision_model.{key}": value for key, value in state_dict.items()}, folder / "model.safetensors")
+    layout = openai_state_dict(state_dict)
+    write_open_clip(clip.config, layout, processor, folder / "open_clip")
+    write_timm(clip.config, layout, processor, folder / "timm", cut=tower.post_layernorm is None)
+
+
+def save_weights(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in state_dict.items()}, path, metadata={"format": "pt"})
+
+
+def write_open_clip(
+    config: CLIPVisionConfig, layout: dict[str, torch.Tensor], processor: BaseImageProcessor, folder: Path
+) -> None:
+    """open_clip's configuration, and the weights of its `visual`."""
+    folder.mkdir()
+    width = config.hidden_size
+    ratio = config.intermediate_size / width
+    if int(width * ratio) != config.intermediate_size:
+        # open_clip rounds the product down
+        ratio = (config.intermediate_size + 0.5) / width
+    settings = {
+        "model_cfg": {
+            "embed_dim": width,
+            "quick_gelu": config.hidden_act == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config.image_size,
+                "layers": config.num_hidden_layers,
+                "width": width,
+                "head_width": width // config.num_attention_heads,
+                "mlp_ratio": ratio,
+                "patch_size": config.patch_size,
+            },
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+        },
+        "preprocess_cfg": {
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+            "interpolation": "bicubic",
+        },
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_weights(layout, folder / "visual.safetensors")
+
+
+def write_timm(
+    config: CLIPVisionConfig, layout: dict[str, torch.Tensor], processor: BaseImageProcessor, folder: Path, cut: bool
+) -> None:
+    """timm's model, built and saved by timm, its weights converted by timm's own reader of CLIP checkpoints."""
+    try:
+        import timm
+        from timm.models.vision_transformer import checkpoint_filter_fn
+    except ImportError as error:
+        raise ImportError(f"{error}\nThe form `clip` writes timm's layout too: `pip install timm`.") from error
+    ending = f"clip_{'quickgelu_' if config.hidden_act == 'quick_gelu' else ''}"
+    name = f"vit_{TIMM_SIZES.get(config.hidden_size)}_patch{config.patch_size}_{ending}{config.image_size}"
+    if not timm.is_model(name):
+        name = f"vit_base_patch16_{ending}224"
+    # All that the name says is said again, so that the name decides nothing
+    arguments = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "num_classes": 0,
+        "final_norm": not cut,
+    }
+    model = timm.create_model(name, pretrained=False, **arguments).to(layout["conv1.weight"].dtype)
+    lacks = ("proj",) + (("ln_post.weight", "ln_post.bias") if cut else ())
+    weights = {f"visual.{key}": value for key, value in layout.items() if key not in lacks}
+    model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
+    pixels = {
+        "input_size": (config.num_channels, config.image_size, config.image_size),
+        "mean": tuple(processor.image_mean),
+        "std": tuple(processor.image_std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+    arguments.pop("num_classes")
+    timm.models.save_for_hf(
+        model, str(folder), {"pretrained_cfg": pixels}, arguments, safe_serialization=True, data_config=pixels
+    )

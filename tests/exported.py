@@ -1,0 +1,116 @@
+"""Tiny checkpoints for the tests of what is exported from them: towers and whole models whose every weight shows."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import build_processor
+
+
+SIZE = 16
+VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
+def spread(module: torch.nn.Module, seed: int) -> None:
+    """Draw every weight wide enough that one left out shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+
+
+def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
+    """Three layers, two after the cut; the experts do something and the routers use all of them."""
+    torch.manual_seed(seed)
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=4,
+            hidden_act=kwargs.pop("hidden_act", "quick_gelu"),
+        )
+    )
+    spread(clip, seed)
+    tower = MoveKDVisionModel.from_clip(clip, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
+    for name, part in tower.named_modules():
+        if name.endswith(("router", "experts")):
+            spread(part, seed + 1)
+    return tower.eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def make_model(tower: MoveKDVisionModel, tied: bool = False, **kwargs) -> MoveKDForConditionalGeneration:
+    torch.manual_seed(2)
+    language = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=tied,
+        )
+    )
+    spread(language, 2)
+    model = MoveKDForConditionalGeneration.from_parts(tower, language, **kwargs)
+    spread(model.model.multi_modal_projector, 3)
+    if model.model.image_newline is not None:
+        model.model.image_newline.data.normal_(generator=torch.Generator().manual_seed(4))
+    return model
+
+
+def save_tower(tower: MoveKDVisionModel, folder: Path) -> Path:
+    tower.save_pretrained(folder)
+    LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    return folder
+
+
+def save_model(model: MoveKDForConditionalGeneration, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    build_processor(model.config, CLIPImageProcessor(), make_tokenizer()).save_pretrained(folder)
+    (folder / "training_facts.json").write_text('{"recipe": "tiny"}')
+    (folder / "evaluation.json").write_text("{}")
+    return folder
+
+
+def save_images(folder: Path, count: int) -> Path:
+    """Pictures of a few large fields of colour each: neighbouring patches are alike, and no two pictures are."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    for index in range(count):
+        fields = torch.randint(256, (4, 4, 3), generator=generator).byte().numpy()
+        Image.fromarray(fields).resize((40, 24), Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def make_pixels(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6))
