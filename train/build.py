@@ -213,21 +213,25 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
       is trained, since distillation would otherwise have nothing to change; without distillation either, none of it.
     - `finetune`: tower and language model too; of the latter LoRA alone where `language_lora_rank` is set.
 
-    Frozen in any case: the tower under `freeze_vision_tower`, and what lies behind the layer that feeds the projector,
-    except the routers there, which a balance loss reaches.
+    Frozen in any case: the tower under `freeze_vision_tower`, and what no loss reaches of the layers behind the one
+    that feeds the projector: a balance loss reaches the routers there and what lies in front of a router.
     """
     depth = model.config.vision_config.num_hidden_layers
     layer = model.config.vision_feature_layer
     layers = [layer] if isinstance(layer, int) else layer
     used = max(index if index >= 0 else depth + 1 + index for index in layers)
     unused = (*(f"encoder.layers.{index}." for index in range(used, depth)), "post_layernorm.")
+    last = f"encoder.layers.{depth - 1}."
     experts = model.config.vision_config.num_experts > 0
     for name, parameter in model.named_parameters():
         is_expert = "expert" in name or "router" in name
         if "vision_tower." in name:
             behind = any(part in name for part in unused)
-            if behind:
-                trains = "router" in name and bool(args.lambda_balance)
+            balanced = experts and bool(args.lambda_balance) and "post_layernorm." not in name
+            if last in name:
+                balanced = balanced and any(part in name for part in (".router.", ".self_attn.", ".layer_norm"))
+            if behind and not balanced:
+                trains = False
             elif args.stage == "pretrain":
                 trains = is_expert if experts else args.distill
             else:

@@ -1,0 +1,62 @@
+"""The authors' tiny checkpoint, converted, and the base models that its first stage was trained from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hub.convert import convert
+
+
+TOWER = "model.vision_tower.vision_tower."
+
+
+@pytest.fixture(scope="session")
+def authors(parity_dir: Path) -> Path:
+    """The authors' checkpoint after stage 2."""
+    return parity_dir / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def converted(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It converted, its tower cut to the layers in use."""
+    return convert(authors, tmp_path_factory.mktemp("converted") / "cut")
+
+
+@pytest.fixture(scope="session")
+def converted_whole(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It converted with all layers of the tower."""
+    return convert(authors, tmp_path_factory.mktemp("converted") / "whole", keep_all_layers=True)
+
+
+@pytest.fixture(scope="session")
+def base_models(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """
+    Folders of CLIP and of the language model under the checkpoint. Stage 1 changes neither, and the state at its end
+    is the only place they are kept in.
+    """
+    folder = tmp_path_factory.mktemp("base")
+    state = load_file(authors / "stage1_state.safetensors")
+    vision = folder / "vision"
+    shutil.copytree(authors / json.loads((authors / "config.json").read_text())["mm_vision_tower"], vision)
+    tower = {key.removeprefix(TOWER): value for key, value in state.items() if key.startswith(TOWER)}
+    tower = {key: value for key, value in tower.items() if ".moe_" not in key and ".router." not in key}
+    save_file(
+        {key.replace("original_module.", ""): value for key, value in tower.items()},
+        vision / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    language = folder / "language"
+    language.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(authors / name, language / name)
+    config = json.loads((authors / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith(("mm_", "moe", "kd"))}
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (language / "config.json").write_text(json.dumps(config))
+    weights = {key: value for key, value in state.items() if key.startswith(("model.", "lm_head."))}
+    weights = {key: value for key, value in weights.items() if not key.startswith((TOWER, "model.mm_projector."))}
+    save_file(weights, language / "model.safetensors", metadata={"format": "pt"})
+    return vision, language
