@@ -208,6 +208,9 @@ def build_app(hub: Hub) -> FastAPI:
     @app.post(API + "/commit" + AT)
     async def commit(request: Request) -> Any:
         repository = hub.find(request, write=True)
+        if hub.commit_before == repository.id:
+            before, hub.commit_before = repository.refs["refs/heads/main"], None
+            repository.commit("refs/heads/main", dict(repository.commits[before]), "Somebody else", before)
         parent = hub.find_commit(request, repository)
         lines = [json.loads(line) for line in (await request.body()).splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
@@ -217,7 +220,8 @@ def build_app(hub: Hub) -> FastAPI:
         for line in lines:
             key, value = line["key"], line["value"]
             if key == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"]), is_lfs=False)
+                damage = b"damaged" if value["path"] == hub.damage else b""
+                files[value["path"]] = File(base64.b64decode(value["content"]) + damage, is_lfs=False)
             elif key == "lfsFile":
                 if value["oid"] not in hub.objects:
                     raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")

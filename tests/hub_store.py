@@ -93,7 +93,8 @@ class Refusal(Exception):
 class Hub:
     """
     Switches: `cut_uploads` (so many of the next uploads lose their connection midway), `uploads_left` (later ones are
-    refused, as by an expired link), `quota` (bytes of LFS).
+    refused, as by an expired link), `quota` (bytes of LFS), `commit_before` (somebody else commits to this repository
+    just before the next commit), `damage` (a file that arrives with other content).
 
     Counters: `uploads` and `downloads` by sha256 of the object, `cuts`, `requests` (method and path).
     `tokens_elsewhere` counts requests that took a token to the other origin.
@@ -106,6 +107,8 @@ class Hub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.cut_uploads = self.cuts = self.tokens_elsewhere = 0
         self.uploads_left: int | None = None
+        self.commit_before: str | None = None
+        self.damage: str | None = None
         self.quota: int | None = None
         self.uploads: Counter[str] = Counter()
         self.downloads: Counter[str] = Counter()
