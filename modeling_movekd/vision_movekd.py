@@ -107,12 +107,24 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         return (model, loading_info) if return_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them."""
+        """
+        As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them.
+
+        Raises:
+            ValueError: if weights are empty here because they are spread over processes, naming them.
+        """
         kwargs.setdefault("max_shard_size", "5GB")
         self.unfold_experts()
+        is_main_process = kwargs.get("is_main_process", True)
+        weights = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+        if is_main_process and (empty := sorted(name for name, value in weights.items() if not value.numel())):
+            raise ValueError(
+                f"{len(empty)} weights are spread over processes, as under ZeRO-3, and empty here: {empty}. Save by "
+                "`trainer.save_model`, or give the gathered weights as `state_dict`."
+            )
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if is_main_process:
             # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
             code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
             custom_object_save(code, save_directory)

@@ -1,0 +1,123 @@
+"""
+Talk to a checkpoint in a terminal, or over a pipe (one question a line, one answer after the other).
+
+    python -m modeling_movekd.chat outputs/demo --image picture.png
+
+    /image PATH   show an image with the next question (again for several)
+    /reset        begin a new conversation
+    /history      what was said so far
+    /help, /exit
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextStreamer, set_seed
+from transformers.utils import logging
+
+from .images import decode_image
+from .inference import Conversation, load_checkpoint
+
+
+def read_lines(is_terminal: bool) -> Iterator[str]:
+    """Lines of standard input until it ends; with a prompt and line editing in a terminal."""
+    if not is_terminal:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    try:
+        import readline  # noqa: F401  (gives `input` its history; not on every platform)
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+
+
+def show_history(conversation: Conversation) -> None:
+    for message in conversation.messages:
+        parts = ["<image>" if part["type"] == "image" else part["text"] for part in message["content"]]
+        print(f"{message['role']}: {' '.join(parts)}")
+
+
+def converse(conversation: Conversation, images: list[Image.Image], lines: Iterator[str]) -> int:
+    """
+    Answer line by line. What goes wrong with a line is said on standard error, and the next one is read.
+
+    Returns:
+        The number of lines that went wrong.
+    """
+    failed = 0
+    for line in lines:
+        command, _, argument = line.strip().partition(" ")
+        try:
+            if command in ("/exit", "/quit"):
+                break
+            if command == "/help":
+                print((__doc__ or "").strip())
+            elif command == "/reset":
+                conversation.reset()
+                images.clear()
+            elif command == "/history":
+                show_history(conversation)
+            elif command == "/image":
+                images.append(decode_image(argument.strip()))
+            elif command.startswith("/"):
+                raise ValueError(f"{command} is no command; /help lists them.")
+            elif line.strip():
+                streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                conversation.ask(line.strip(), images, streamer=streamer)
+                images.clear()
+        except ValueError as error:
+            failed += 1
+            print(error, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print("\n(stopped; the question is not part of the conversation)", file=sys.stderr, flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
+    parser.add_argument("--device", help="by default the first GPU, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    options = parser.parse_args(arguments)
+
+    is_terminal = sys.stdin.isatty()
+    if not is_terminal:
+        logging.disable_progress_bar()
+    generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        generation |= {"temperature": options.temperature, "top_p": options.top_p}
+    set_seed(options.seed)
+    try:
+        images = [decode_image(path) for path in options.image]
+        model, processor = load_checkpoint(options.checkpoint, options.revision, options.device, options.dtype)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    conversation = Conversation(model, processor, **generation)
+    if is_terminal:
+        threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+        print(f"{options.checkpoint} on {model.device}{threads}. /help lists the commands.")
+    failed = converse(conversation, images, read_lines(is_terminal))
+    return 1 if failed and not is_terminal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""
+Answer a file of questions, in LLaVA's form:
+
+    python -m modeling_movekd.predict CHECKPOINT QUESTIONS.jsonl ANSWERS.jsonl --image-folder images
+
+A question is a line {"question_id": 1, "image": "1.jpg", "text": "What is this?"}; `image` may be missing (text alone)
+or a list. An answer is {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}. Started again after an
+interruption it goes on where it stopped. Questions that cannot be asked are skipped, counted and listed with their
+line in ANSWERS.jsonl.bad_rows.jsonl.
+"""
+
+import argparse
+import json
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import ProcessorMixin, set_seed
+
+from .images import decode_image
+from .inference import check_length, load_checkpoint, prepare, user_message
+from .modeling_movekd import MoveKDForConditionalGeneration
+
+
+@dataclass
+class Question:
+    """A line of the file that can be asked; `line` counts from 1."""
+
+    line: int
+    question_id: Any
+    text: str
+    images: list[str]
+
+
+def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
+    """
+    Returns:
+        The questions, and for each bad line, counted from 1, what is wrong with it.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    questions: list[Question] = []
+    bad: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            question = parse_question(number, line)
+            key = json.dumps(question.question_id)
+            if key in seen:
+                raise ValueError(f"question_id {key} is that of line {seen[key]} already")
+            seen[key] = number
+            questions.append(question)
+        except ValueError as error:
+            bad[number] = str(error)
+    return questions, bad
+
+
+def parse_question(number: int, line: str) -> Question:
+    """
+    Raises:
+        ValueError: with the field that is missing or of a wrong type.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, got a {type(row).__name__}")
+    if not isinstance(row.get("question_id"), int | str):
+        raise ValueError(f"`question_id` must be a number or a string, got {row.get('question_id')!r}")
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise ValueError(f"`text` must be a question, got {row.get('text')!r}")
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"`image` must be a file name or a list of them, got {row['image']!r}")
+    return Question(number, row["question_id"], row["text"].replace("<image>", "").strip(), images)
+
+
+def load_image(folder: Path, name: str) -> Image.Image:
+    """
+    Raises:
+        ValueError: if the name leads out of the folder, or the image cannot be decoded.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"`image` {name!r} leads out of {folder}")
+    return decode_image(path)
+
+
+def answered(path: Path, model_id: str, prompts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """
+    The answers that an interrupted run has left, without a line cut short.
+
+    Args:
+        prompts: Each question's prompt, by its id as JSON.
+
+    Raises:
+        ValueError: if another model gave them, or to other questions.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    for row in rows:
+        prompt = prompts.get(json.dumps(row["question_id"]))
+        if row["model_id"] != model_id or row["prompt"] != prompt:
+            raise ValueError(
+                f"{path} holds an answer of {row['model_id']} to {row['prompt']!r}; asked is {model_id}, {prompt!r}. "
+                "Remove it to begin anew."
+            )
+    return rows
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines, under a temporary name first."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: MoveKDForConditionalGeneration,
+    processor: ProcessorMixin,
+    batch: Sequence[tuple[str, Sequence[Image.Image]]],
+    **generation: Any,
+) -> list[str]:
+    """Answers to questions with their images, as one batch."""
+    inputs = prepare(processor, [[user_message(text, images)] for text, images in batch], model.device)
+    check_length(model, inputs, generation.get("max_new_tokens", 0))
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    output = model.generate(**inputs, **generation)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def predict(
+    model: MoveKDForConditionalGeneration,
+    processor: ProcessorMixin,
+    questions_path: Path,
+    answers_path: Path,
+    model_id: str,
+    image_folder: Path,
+    batch_size: int = 8,
+    max_bad_share: float = 0.01,
+    prompt_suffix: str = "",
+    **generation: Any,
+) -> dict[int, str]:
+    """
+    Answer the questions of a file; see the module.
+
+    Args:
+        max_bad_share: Largest share of the lines that may be bad, between 0 and 1.
+        prompt_suffix: Text after each question, such as LLaVA's request for a single word.
+        generation: Arguments of `generate`.
+
+    Returns:
+        For each bad line, counted from 1, what is wrong with it.
+
+    Raises:
+        ValueError: if more lines are bad than may be (they are listed then too), or if answers of another model or to
+            other questions are there already.
+    """
+    questions, bad = read_questions(questions_path)
+    partial = answers_path.with_name(f"{answers_path.name}.part")
+    bad_path = answers_path.with_name(f"{answers_path.name}.bad_rows.jsonl")
+    total = len(questions) + len(bad)
+    prompts = {json.dumps(question.question_id): f"{question.text}{prompt_suffix}" for question in questions}
+    rows = answered(partial, model_id, prompts)
+    done = {json.dumps(row["question_id"]) for row in rows}
+    answers_path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(partial, rows)
+
+    def note(new: dict[int, str]) -> None:
+        bad.update(new)
+        if bad:
+            write_lines(bad_path, [{"line": line, "reason": reason} for line, reason in sorted(bad.items())])
+        if len(bad) > max_bad_share * total:
+            first = "; ".join(f"line {line}: {reason}" for line, reason in sorted(bad.items())[:3])
+            raise ValueError(
+                f"{len(bad)} of {total} questions cannot be asked ({len(bad) / total:.1%}; {max_bad_share:.1%} may be)"
+                f". {first}. All are listed in {bad_path}: repair them or raise --max-bad-share."
+            )
+
+    bad_path.unlink(missing_ok=True)
+    note({})
+    open_questions = [question for question in questions if json.dumps(question.question_id) not in done]
+    with partial.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done)) as progress:
+        for start in range(0, len(open_questions), batch_size):
+            batch, inputs, found = [], [], {}
+            for question in open_questions[start : start + batch_size]:
+                try:
+                    images = [load_image(image_folder, name) for name in question.images]
+                except ValueError as error:
+                    found[question.line] = str(error)
+                    continue
+                batch.append(question)
+                inputs.append((prompts[json.dumps(question.question_id)], images))
+            note(found)
+            answers = answer_batch(model, processor, inputs, **generation) if batch else []
+            for question, (prompt, _), answer in zip(batch, inputs, answers, strict=True):
+                row = {"question_id": question.question_id, "prompt": prompt, "text": answer}
+                row |= {"answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(batch) + len(found))
+    partial.replace(answers_path)
+    return bad
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--image-folder", type=Path, default=Path("."))
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
+    parser.add_argument("--prompt-suffix", default="", help="text after each question")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
+    parser.add_argument("--device", help="by default the first GPU, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    options = parser.parse_args(arguments)
+
+    generation = {
+        "max_new_tokens": options.max_new_tokens,
+        "num_beams": options.num_beams,
+        "do_sample": options.temperature > 0,
+    }
+    if options.temperature > 0:
+        generation |= {"temperature": options.temperature, "top_p": options.top_p}
+    set_seed(options.seed)
+    try:
+        model, processor = load_checkpoint(options.checkpoint, options.revision, options.device, options.dtype)
+        bad = predict(
+            model,
+            processor,
+            options.questions,
+            options.answers,
+            model_id=Path(options.checkpoint).name,
+            image_folder=options.image_folder,
+            batch_size=options.batch_size,
+            max_bad_share=options.max_bad_share,
+            prompt_suffix=options.prompt_suffix,
+            **generation,
+        )
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Answers are in {options.answers}; {len(bad)} questions were skipped.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
