@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
-from .configuration_movekd import MoveKDConfig
+from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .vision_movekd import MoveKDVisionOutput
 
@@ -33,7 +33,8 @@ def load_checkpoint(
         ValueError: if the checkpoint is of another kind of model, naming it.
     """
     # This package's own code is used, whatever code lies in the folder
-    AutoConfig.register("movekd", MoveKDConfig, exist_ok=True)
+    for config_class in (MoveKDConfig, MoveKDVisionConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
     if not isinstance(config, MoveKDConfig):
         raise ValueError(
