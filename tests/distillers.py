@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from train.build import DISTILLER_KNOBS
 from train.config import PRESETS
 from train.distillation import Distiller
 from train.teachers import TeacherFeatures
@@ -12,19 +13,11 @@ from train.teachers import TeacherFeatures
 WIDTH, GRID = 16, (4, 6)
 # The second divides by the student's grid, the third does not
 TEACHERS = {"clip": (WIDTH, GRID), "eva": (10, (8, 12)), "sam": (24, (5, 7))}
-KNOBS = (
-    "head_side",
-    "feature_normalization",
-    "grid_matching",
-    "token_weighting",
-    "teacher_weighting",
-    "clip_share",
-)
 
 
 def make_distiller(preset: str = "paper", teachers: dict[str, Any] = TEACHERS, **overrides: Any) -> Distiller:
     torch.manual_seed(0)
-    knobs = {knob: PRESETS[preset][knob] for knob in KNOBS}
+    knobs = {knob: PRESETS[preset][knob] for knob in DISTILLER_KNOBS}
     distiller = Distiller(WIDTH, GRID, teachers, **{"whitening_components": 8, **knobs, **overrides})
     if distiller.needs_statistics:
         distiller.fit_statistics([make_features(16, seed=7, teachers=teachers)])

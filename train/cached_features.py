@@ -20,65 +20,20 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from train.teachers import FrozenTeacher, TeacherConfig, TeacherFeatures
+from train.feature_shards import BLANK, UNREADABLE, WAY_OUT, ShardLayout, decode
+from train.teacher_features import FrozenTeacher, TeacherFeatures
+from train.teachers import TeacherConfig, cached_commit
 
 
 if TYPE_CHECKING:
     from train.collator import MoveKDCollator
 
-INDEX_NAME, ROWS_NAME, BLANK = "index.json", "rows.json", "blank"
-CACHE_DTYPES = ("float16", "int8")
+INDEX_NAME, ROWS_NAME = "index.json", "rows.json"
 # What a header and the index agree on; a field of a teacher's own comes from its configuration and its preprocessor
 TEACHER_FIELDS = ("model", "loader", "file", "revision", "output", "layout", "dtype")
 PIXEL_FIELDS = ("image_size", "mean", "std", "interpolation", "fit")
-WAY_OUT = "Run `python -m train.feature_cache` with this recipe again: it makes what is missing, truncated or other."
-# In place of the checksum of an image that could not be decoded
-UNREADABLE = -1
 # Integers of the same bits: Trainer casts floating-point inputs to bfloat16 under DeepSpeed
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.int8: torch.int8}
-
-
-def encode(features: TeacherFeatures, dtype: str) -> dict[str, torch.Tensor]:
-    """
-    Features as they are stored, on their device.
-
-    Args:
-        features: Of a batch of images.
-        dtype: `"float16"`, or `"int8"`: 255 steps from the least to the largest value of each channel in each image.
-
-    Returns:
-        `tokens` of shape `(batch_size, h * w, width)`; for int8 `scale` and `offset`, float32 `(batch_size, width)`:
-        a value is `tokens * scale + offset`; `cls` and `cls_attention` in float32 where the teacher gives them.
-
-    Raises:
-        ValueError: for values that are not finite, or too large for float16.
-    """
-    tokens = features.tokens.float()
-    largest = tokens.abs().max()
-    if not largest.isfinite():
-        raise ValueError("The teacher's features are not finite; set its dtype to float32.")
-    if dtype == "float16":
-        if largest > torch.finfo(torch.float16).max:
-            raise ValueError(f"The teacher's features reach {largest:.4g}, beyond float16; cache them as int8.")
-        encoded = {"tokens": tokens.half()}
-    else:
-        least, most = tokens.amin(dim=1), tokens.amax(dim=1)
-        scale, offset = (most - least) / 254, (most + least) / 2
-        steps = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
-        codes = ((tokens - offset.unsqueeze(1)) / steps).round().clamp(-127, 127)
-        encoded = {"tokens": codes.to(torch.int8), "scale": scale, "offset": offset}
-    for name in ("cls", "cls_attention"):
-        if (value := getattr(features, name)) is not None:
-            encoded[name] = value.float()
-    return encoded
-
-
-def decode(encoded: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> TeacherFeatures:
-    """The inverse of [`encode`], in float32."""
-    tokens = encoded["tokens"].float()
-    if "scale" in encoded:
-        tokens = tokens * encoded["scale"].unsqueeze(1) + encoded["offset"].unsqueeze(1)
-    return TeacherFeatures(tokens, grid, encoded.get("cls"), encoded.get("cls_attention"))
 
 
 def image_bytes(image: Mapping[str, Any]) -> bytes:
@@ -97,7 +52,10 @@ def rows_of(*datasets: Dataset) -> dict[str, list[Any]]:
     rows: dict[int, list[str]] = {}
     for dataset in datasets:
         if not isinstance(dataset, Dataset):
-            raise ValueError(f"A feature cache needs data of known rows, not a stream ({type(dataset).__name__}).")
+            raise ValueError(
+                f"A feature cache needs data of known rows, not a stream ({type(dataset).__name__}). Set `streaming: "
+                "false`, or leave out `feature_cache` and run the teachers."
+            )
         # From the table below the data set: taking the rows in use out of it would copy their images
         images: list[list[str]] = []
         for chunk in dataset.data.column("images").chunks:
@@ -141,10 +99,20 @@ def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
 
 
 def live_facts(teacher: FrozenTeacher) -> dict[str, Any]:
-    """As [`teacher_facts`], with what the loaded teacher read from its files; `asked` holds what the recipe said."""
+    """
+    As [`teacher_facts`], with what the loaded teacher read from its files, and the `commit` these are of, if known;
+    `asked` holds what the recipe said.
+    """
     asked = teacher_facts(teacher.config)
     pixels = json.loads(json.dumps(dataclasses.asdict(teacher.preprocessor)))
-    return {**asked, **pixels, "grid": list(teacher.grid), "width": teacher.width, "asked": asked}
+    return {
+        **asked,
+        **pixels,
+        "commit": cached_commit(teacher.config),
+        "grid": list(teacher.grid),
+        "width": teacher.width,
+        "asked": asked,
+    }
 
 
 def _weights(config: TeacherConfig) -> str | None:
@@ -176,37 +144,6 @@ def check_same(what: str, cached: Mapping[str, Any], needed: Mapping[str, Any]) 
                 f"{what}: `{field}` is {cached.get(field)!r} in the cache, {needed.get(field)!r} in this run. Use the "
                 "recipe that the cache was made with, or make another in a new folder."
             )
-
-
-def check_shard(
-    path: Path, header: Mapping[str, str], tensors: Mapping[str, Sequence[Any]], images: int
-) -> dict[str, str]:
-    """
-    The header of one shard, once it is what it should be.
-
-    Args:
-        header: The entries it must have.
-        tensors: By name the dtype and the shape of what is kept of one image.
-        images: How many it must hold.
-
-    Raises:
-        ValueError: naming the shard, if it is missing, truncated, or of something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"The feature cache lacks the shard {path}. {WAY_OUT}")
-    try:
-        with safe_open(path, "pt") as file:
-            found, names = file.metadata() or {}, set(file.keys())
-            shapes = {name: file.get_slice(name).get_shape() for name in names & tensors.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"The shard {path} is truncated or no safetensors file ({error}). {WAY_OUT}") from error
-    if other := [name for name in header if found.get(name) != header[name]]:
-        name = other[0]
-        raise ValueError(f"The shard {path} is of another {name}: {found.get(name)}, not {header[name]}. {WAY_OUT}")
-    needed = {name: [images, *shape] for name, (_, shape) in tensors.items()}
-    if shapes != needed:
-        raise ValueError(f"The shard {path} holds {shapes}, not {needed}. {WAY_OUT}")
-    return found
 
 
 class CachedTeacher(nn.Module):
@@ -267,6 +204,19 @@ class FeatureCache:
             for shard in layout.shards:
                 layout.check(self.folder, name, shard)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """
+        What a model card needs to say about it: `dtype`, and by teacher the `model`, the `revision` asked for, the
+        `commit` that was read, and the errors measured over the data, `relative_error` and `largest_error`.
+        """
+        teachers = {}
+        for name in self.names:
+            teacher, errors = self.index["teachers"][name], self.index.get("errors", {}).get(name, {})
+            known = {field: teacher.get(field) for field in ("model", "revision", "commit")}
+            teachers[name] = known | {field: errors.get(field) for field in ("relative_error", "largest_error")}
+        return {"dtype": self.index["dtype"], "teachers": teachers}
+
     def _check_teacher(self, config: TeacherConfig) -> None:
         cached, needed = self.index["teachers"][config.name], teacher_facts(config)
         if needed["weights"] is None:  # on the Hub, or not on this machine
@@ -311,7 +261,8 @@ class FeatureCache:
             num_blank_images: How many black images follow after those.
 
         Returns:
-            By teacher, what [`encode`] made, one entry per image, floating-point values as integers of the same bits.
+            By teacher, what [`~train.feature_shards.encode`] made, one entry per image, floating-point values as
+            integers of the same bits.
 
         Raises:
             ValueError: if a row is not in the cache, or its images are others than those the features are of.
@@ -352,49 +303,3 @@ class FeatureCache:
                 )
         stacked = {tensor: torch.stack(values) for tensor, values in read.items()}
         return {tensor: value.view(_BITS[value.dtype]) for tensor, value in stacked.items()}
-
-
-class ShardLayout:
-    """
-    Which shard holds which images: those of `rows_per_shard` rows with images each, in the order of the data.
-
-    Args:
-        rows: As [`rows_of`] gives them.
-        index: Content of `index.json`.
-    """
-
-    def __init__(self, rows: Mapping[str, list[Any]], index: Mapping[str, Any]) -> None:
-        self.index = index
-        self.images: dict[int, list[str]] = dict(zip(rows["row_index"], rows["images"], strict=True))
-        with_images = [row for row, images in self.images.items() if images]
-        size = index["rows_per_shard"]
-        starts = range(0, len(with_images), size)
-        self.rows = {f"{number:06d}": with_images[start : start + size] for number, start in enumerate(starts)}
-        self.keys = {
-            shard: [[row, position] for row in of_shard for position in range(len(self.images[row]))]
-            for shard, of_shard in self.rows.items()
-        }
-        self.keys[BLANK] = [[-1, 0]]
-        self.places = {
-            (row, position): (shard, place)
-            for shard, keys in self.keys.items()
-            for place, (row, position) in enumerate(keys)
-        }
-
-    @property
-    def shards(self) -> list[str]:
-        return list(self.keys)
-
-    def path(self, folder: Path, name: str, shard: str) -> Path:
-        return folder / name / f"{shard}.safetensors"
-
-    def header(self, name: str, shard: str) -> dict[str, str]:
-        """What the header of a shard says of it."""
-        fields = {field: self.index[field] for field in ("data", "geometry", "dtype")}
-        fields |= {"teacher": self.index["teachers"][name], "rows": self.keys[shard]}
-        return {field: json.dumps(value) for field, value in fields.items()}
-
-    def check(self, folder: Path, name: str, shard: str) -> dict[str, str]:
-        """As [`check_shard`]."""
-        tensors = self.index["teachers"][name]["tensors"] | {"checksums": ["int64", []]}
-        return check_shard(self.path(folder, name, shard), self.header(name, shard), tensors, len(self.keys[shard]))

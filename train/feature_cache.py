@@ -36,14 +36,9 @@ from modeling_movekd.processing import add_image_token, build_processor
 from train.bad_rows import BadRows
 from train.build import teacher_configs
 from train.cached_features import (
-    BLANK,
     INDEX_NAME,
     ROWS_NAME,
-    UNREADABLE,
-    ShardLayout,
     check_same,
-    decode,
-    encode,
     geometry_of,
     image_bytes,
     live_facts,
@@ -52,6 +47,7 @@ from train.cached_features import (
 from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data import load_train_and_validation
+from train.feature_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
 from train.sft import build_collator
 from train.teachers import FrozenTeacher, load_teacher
 

@@ -1,57 +1,24 @@
-"""A student, its teachers and one training step without weights: the size of every tensor, nothing computed."""
+"""One training step without weights: the size of every tensor, nothing computed."""
 
-import os
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import timm
-import timm.data
-import timm.models
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, PreTrainedConfig
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from trl.trainer.utils import add_fused_lm_head
 
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.configuration_movekd import MoveKDConfig
-from train.build import DISTILLER_KNOBS, set_trainable, teacher_configs, tower_settings
+from modeling_movekd import MoveKDForConditionalGeneration
 from train.config import ModelArguments, MoveKDSFTConfig
-from train.distillation import Distiller
-from train.distillation_heads import Target
-from train.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig
 from train.losses import balance_loss
-from train.teacher_loaders import (
-    _VISION_PARTS,
-    DTYPES,
-    TeacherFeatures,
-    _clip_features,
-    _timm_features,
-    _transformers_features,
-)
-from train.teachers import TeacherConfig
-
-
-@dataclass
-class PlannedTeacher:
-    """A teacher on the meta device: `features(model, pixel_values)` as in [`~train.teachers.FrozenTeacher`]."""
-
-    config: TeacherConfig
-    model: nn.Module
-    image_size: int
-    features: Callable[[nn.Module, torch.Tensor], TeacherFeatures]
-
-    @property
-    def bytes(self) -> int:
-        return sum(value.numel() for value in self.model.parameters()) * DTYPES[self.config.dtype].itemsize
+from train.plan_models import PlannedCache, PlannedTeacher, build_planned_run
+from train.teacher_features import TeacherFeatures
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,141 +54,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.current -= size
-
-
-def _vision_config(source: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(source)
-    return getattr(config, "vision_config", config)
-
-
-def build_planned_student(args: MoveKDSFTConfig, model_args: ModelArguments) -> MoveKDForConditionalGeneration:
-    """
-    The student on the meta device, from configurations alone.
-
-    A recipe that continues `model_name_or_path` is planned before that folder exists if `vision_model` and
-    `language_model` are given too.
-
-    Raises:
-        ValueError: if there is no configuration to build from.
-    """
-    source = model_args.model_name_or_path
-    parts = args.vision_model and args.language_model
-    with torch.device("meta"):
-        if source is not None and not (parts and not os.path.isdir(source)):
-            try:
-                config = MoveKDConfig.from_pretrained(source)
-            except OSError as error:
-                raise ValueError(
-                    f"There is no student in {source} yet. Give `--vision_model` and `--language_model` of the stage "
-                    "that makes it, to plan with their configurations."
-                ) from error
-            return MoveKDForConditionalGeneration(config)
-        if not parts:
-            raise ValueError("Give `vision_model` and `language_model`, or `model_name_or_path` of a saved student.")
-        text_config = AutoConfig.from_pretrained(args.language_model)
-        image_token_id = text_config.vocab_size
-        # The row of `<image>`; resizing an embedding looks at its values, of which there are none
-        text_config.vocab_size += 1
-        vision = MoveKDVisionModel.from_clip(
-            CLIPVisionModel(_vision_config(str(args.vision_model))),
-            **tower_settings(args),
-        )
-        return MoveKDForConditionalGeneration.from_parts(
-            vision,
-            AutoModelForCausalLM.from_config(text_config),
-            image_token_id=image_token_id,
-            image_aspect_ratio=args.image_aspect_ratio,
-        )
-
-
-def build_planned_teacher(config: TeacherConfig) -> PlannedTeacher:
-    """
-    A teacher on the meta device, from its configuration alone. Its image size is the row's, else the configuration's.
-
-    Raises:
-        ValueError: for a teacher whose shapes depend on what it sees.
-    """
-    with torch.device("meta"):
-        if config.loader == "timm":
-            return _planned_timm(config)
-        if config.name == "clip":
-            return _planned_clip(config)
-        if config.loader == "eva02":
-            own = os.path.isfile(os.path.join(config.model, "config.json"))
-            model = Eva02DetectionBackbone(
-                Eva02DetectionConfig.from_pretrained(config.model) if own else Eva02DetectionConfig()
-            )
-        else:
-            architecture = AutoConfig.from_pretrained(config.model, revision=config.revision)
-            if architecture.model_type == "pix2struct":
-                raise ValueError(
-                    f"Teacher {config.name}: Pix2Struct cuts its patches by what it sees, which a plan without pixels "
-                    "cannot follow. Plan without it."
-                )
-            model = AutoModel.from_config(architecture)
-            while part := next((name for name in _VISION_PARTS if hasattr(model, name)), None):
-                model = getattr(model, part)
-    native = model.config.image_size
-    size = config.image_size or native
-    arguments: dict[str, Any] = {"output_hidden_states": True} if isinstance(config.output, int) else {}
-    if config.loader == "transformers" and native not in (size, [size, size], (size, size)):
-        arguments["interpolate_pos_encoding"] = True
-    features = partial(_transformers_features, config.output, arguments, layout=config.layout)
-    return PlannedTeacher(config, model.eval(), size, features)
-
-
-def _planned_timm(config: TeacherConfig) -> PlannedTeacher:
-    source = f"local-dir:{config.model}" if os.path.isdir(config.model) else config.model
-    source = f"hf-hub:{source}" if source.startswith("timm/") else source
-    size = {"img_size": config.image_size}
-    model = timm.create_model(pretrained=False, **timm.models.resolve_model_input_args(source, size))
-    model.reset_classifier(0)
-    image_size = timm.data.resolve_model_data_config(model, size)["input_size"][-1]
-    return PlannedTeacher(config, model.eval(), image_size, partial(_timm_features, config.output))
-
-
-def _planned_clip(config: TeacherConfig) -> PlannedTeacher:
-    vision_config = _vision_config(config.model)
-    size = config.image_size or vision_config.image_size
-    layer = -2 if config.output is None else int(config.output)
-    model = MoveKDVisionModel.from_clip(CLIPVisionModel(vision_config), layer, num_experts=0)
-    return PlannedTeacher(config, model.eval(), size, partial(_clip_features, vision_config.image_size != size))
-
-
-def _empty_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Gives a module on the meta device tensors of the mode we are in, tied ones still tied; parameters in `dtype`."""
-    made: dict[int, nn.Parameter] = {}
-    for child in module.modules():
-        for name, value in child._parameters.items():
-            if value is not None and id(value) not in made:
-                empty = torch.empty(value.shape, dtype=dtype or value.dtype, device="cpu")
-                made[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad)
-            if value is not None:
-                child._parameters[name] = made[id(value)]
-        for name, buffer in child._buffers.items():
-            if buffer is not None:
-                child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-    return module
-
-
-def build_planned_run(
-    args: MoveKDSFTConfig, model_args: ModelArguments, dtype: torch.dtype
-) -> tuple[FakeTensorMode, MoveKDForConditionalGeneration, dict[str, PlannedTeacher]]:
-    """
-    The mode in which tensors have a size and a dtype and no values; and in it the student with its distiller in
-    `dtype`, frozen as the stage says, and the teachers by name.
-    """
-    model = build_planned_student(args, model_args)
-    teachers = {config.name: build_planned_teacher(config) for config in teacher_configs(args)}
-    mode = FakeTensorMode()
-    with mode:
-        _empty_copy(model, dtype)
-        for teacher in teachers.values():
-            _empty_copy(teacher.model, DTYPES[teacher.config.dtype]).requires_grad_(False)
-        if teachers:
-            model.distiller = _empty_copy(build_planned_distiller(args, model, teachers), dtype)
-    set_trainable(model, args)
-    return mode, model, teachers
 
 
 # Kernels of a CPU that torch's counter does not know; in-place products are how TRL's head adds up its gradients
@@ -261,14 +93,15 @@ def measure_activations(
     Raises:
         ValueError: if the image alone is longer than `sequence_length`.
     """
-    mode, model, teachers = build_planned_run(args, model_args, dtype)
+    mode, model, teachers = build_planned_run(args, model_args, dtype, torch.float32 if autocast else dtype)
     memory = LiveBytes()
     with mode:
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        modules: list[nn.Module] = [model, *(teacher.model for teacher in teachers.values())]
+        running = [teacher.model for teacher in teachers.values() if isinstance(teacher, PlannedTeacher)]
+        modules: list[nn.Module] = [model, *running]
         for module in modules:
             memory.ignore(*module.parameters(), *module.buffers())
         memory.ignore(*(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
@@ -284,7 +117,7 @@ def measure_flops(args: MoveKDSFTConfig, model_args: ModelArguments, sequence_le
     recomputation. A product is two; attention counts in full, causal or not. Arguments as above.
     """
     # Not together with the bytes: the counter's hooks keep activations alive
-    mode, model, teachers = build_planned_run(args, model_args, torch.bfloat16)
+    mode, model, teachers = build_planned_run(args, model_args, torch.bfloat16, torch.bfloat16)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     flops: dict[str, int] = {}
     with mode, counter:
@@ -293,59 +126,50 @@ def measure_flops(args: MoveKDSFTConfig, model_args: ModelArguments, sequence_le
     return flops
 
 
+def image_shape(
+    model: MoveKDForConditionalGeneration, args: MoveKDSFTConfig
+) -> tuple[tuple[int, ...], list[list[int]] | None, int]:
+    """The shape of the student's pixels of one image, for anyres of one with the most tiles; its size, and how many
+    crops of it the teachers see."""
+    size = model.config.vision_config.image_size
+    if model.config.image_aspect_ratio != "anyres":
+        return (3, size, size), None, 1
+    grids = model.config.image_grid_pinpoints
+    largest = max(grids, key=lambda grid: image_size_to_num_patches(grid, grids, size))
+    crops = image_size_to_num_patches(largest, grids, size)
+    return (crops, 3, size, size), [list(largest)], crops if args.distill_tiles == "all" else 1
+
+
+def input_bytes(
+    model: MoveKDForConditionalGeneration,
+    teachers: Mapping[str, PlannedTeacher | PlannedCache],
+    args: MoveKDSFTConfig,
+    sequence_length: int,
+) -> int:
+    """Bytes of one row as the collator makes it: pixels of student and teachers, ids, labels and mask of the text."""
+    shape, _, taught = image_shape(model, args)
+    taught_bytes = sum(teacher.input_bytes(taught) for teacher in teachers.values())
+    return 4 * math.prod(shape) + 3 * 8 * sequence_length + taught_bytes
+
+
 def step_phases(
     model: MoveKDForConditionalGeneration,
-    teachers: Mapping[str, PlannedTeacher],
+    teachers: Mapping[str, PlannedTeacher | PlannedCache],
     args: MoveKDSFTConfig,
     batch_size: int,
     sequence_length: int,
 ) -> Iterator[str]:
     """One micro-batch in the order of the trainer: each teacher's forward, then the student's forward and backward."""
+    shape, image_sizes, taught = image_shape(model, args)
+    image_sizes = image_sizes and image_sizes * batch_size
     features = {}
     for name, teacher in teachers.items():
-        dtype = DTYPES[teacher.config.dtype]
-        pixels = torch.empty(batch_size, 3, teacher.image_size, teacher.image_size).to(dtype)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            features[name] = teacher.features(teacher.model, pixels)
-        del pixels
+        features[name] = teacher.run(batch_size * taught)
         yield name
-    size = model.config.vision_config.image_size
-    shape: tuple[int, ...] = (3, size, size)
-    image_sizes = None
-    if model.config.image_aspect_ratio == "anyres":
-        grids = model.config.image_grid_pinpoints
-        largest = max(grids, key=lambda grid: image_size_to_num_patches(grid, grids, size))
-        image_sizes = [list(largest)] * batch_size
-        shape = (image_size_to_num_patches(largest, grids, size), *shape)
     model.train()
     add_fused_lm_head(model)
     _student_loss(model, args, torch.empty(batch_size, *shape), image_sizes, sequence_length, features).backward()
     yield "student"
-
-
-def build_planned_distiller(
-    args: MoveKDSFTConfig, model: MoveKDForConditionalGeneration, teachers: Mapping[str, PlannedTeacher]
-) -> Distiller:
-    """The distiller for teachers on fake tensors, whose grids and widths are those of one image's features."""
-    shapes = {}
-    for name, teacher in teachers.items():
-        pixels = torch.empty(1, 3, teacher.image_size, teacher.image_size, dtype=DTYPES[teacher.config.dtype])
-        with torch.no_grad():
-            features = teacher.features(teacher.model, pixels)
-        shapes[name] = (features.tokens.shape[-1], features.grid)
-    vision_config = model.config.vision_config
-    side = vision_config.image_size // vision_config.patch_size
-    distiller = Distiller(
-        student_width=vision_config.hidden_size,
-        student_grid=(side, side),
-        teachers=shapes,
-        whitening_components=args.whitening_components,
-        **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
-    )
-    for module in distiller.modules():
-        if isinstance(module, Target):
-            module.needs_statistics = False
-    return distiller
 
 
 def _student_loss(
@@ -372,8 +196,9 @@ def _student_loss(
     knobs = args.knobs()
     if features:
         tokens = vision.hidden_states[model.config.vision_feature_layer][:, 1:]
-        whole = tokens[:: len(tokens) // len(images)]
-        loss = loss + knobs["lambda_kd"] * model.distiller(whole, features).loss.sum()
+        if args.distill_tiles == "base":
+            tokens = tokens[:: len(tokens) // len(images)]
+        loss = loss + knobs["lambda_kd"] * model.distiller(tokens, features).loss.sum()
     probabilities, indices = vision.router_probabilities, vision.expert_indices
     if probabilities and indices:
         balance = balance_loss(probabilities, indices, knobs["balance_form"])

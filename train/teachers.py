@@ -7,27 +7,22 @@ from the model's own preprocessing configuration, the grid and the width of its 
 
 import dataclasses
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from train.eva02 import Eva02DetectionConfig
-from train.teacher_loaders import (
-    DTYPES,
-    LAYOUTS,
-    TeacherFeatures,
-    load_clip,
-    load_eva02,
-    load_timm,
-    load_transformers,
-)
+from train.teacher_features import LAYOUTS, FrozenTeacher, TeacherFeatures
+from train.teacher_loaders import DTYPES, load_clip, load_eva02, load_timm, load_transformers
 from train.teacher_preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -46,10 +41,15 @@ __all__ = [
     "TeacherConfig",
     "TeacherFeatures",
     "TeacherPreprocessor",
+    "cached_commit",
+    "hub_repository",
     "load_teacher",
     "resolve_teacher",
 ]
 
+logger = logging.getLogger(__name__)
+
+COMMIT = r"[0-9a-f]{40}"
 LOADERS = {"transformers": load_transformers, "timm": load_timm, "eva02": load_eva02}
 
 
@@ -65,7 +65,7 @@ class TeacherConfig:
             also a detector's checkpoint (`.pth` or `.safetensors`).
         loader: `"transformers"`, `"timm"` or `"eva02"`; inferred from `model` if None.
         file: Path of the checkpoint inside `model`; for `"eva02"` only.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub; None reads the main branch, and the log says how to pin it.
         image_size: Side in pixels of the square input; None reads it from the preprocessing configuration.
         mean: Per-channel mean of pixels in [0, 1]; None as above.
         std: Per-channel standard deviation of pixels in [0, 1]; None as above.
@@ -76,7 +76,7 @@ class TeacherConfig:
             (timm: of the intermediate features), a string for a field of a transformers model's output that holds
             patches alone. For `"clip"` an integer, and None stands for -2, the layer LLaVA reads.
         layout: `"map"`, or `"interleaved"`: the feature map as the authors' code reads SAM's, channels and positions
-            mixed (see [`train.teacher_loaders.interleave`]); for their checkpoints only.
+            mixed (see [`train.teacher_features.interleave`]); for their checkpoints only.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`, the teacher's own, whatever the student's.
         trust_remote_code: Run code from the Hub; asks for `revision` to be a full commit hash.
         license: Of the weights.
@@ -141,7 +141,7 @@ class TeacherConfig:
             raise ValueError(f"Teacher {self.name}: loader {self.loader!r} reads no single file {self.file!r}.")
         if self.layout != "map" and (self.name == "clip" or self.loader == "timm"):
             raise ValueError(f"Teacher {self.name}: layout {self.layout!r} is of a feature map of transformers.")
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        if self.trust_remote_code and not re.fullmatch(COMMIT, self.revision or ""):
             raise ValueError(
                 f"Teacher {self.name}: trust_remote_code runs code of {self.model}; set revision to the full commit "
                 f"hash that was read (40 hex digits), found {self.revision!r}."
@@ -151,7 +151,7 @@ class TeacherConfig:
 _CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"}
 _IMAGENET_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"}
 
-# Where no commit is pinned, the main branch is read.
+# Where no commit is pinned, the main branch is read, and the log says so.
 TEACHERS: dict[str, TeacherConfig] = {
     row.name: row
     for row in (
@@ -321,84 +321,42 @@ def _infer_loader(model: str) -> str:
     )
 
 
-class FrozenTeacher(nn.Module):
-    """
-    A vision model that only ever gives features: no gradient, no training mode, its own dtype also under autocast.
+def hub_repository(config: TeacherConfig) -> str | None:
+    """The Hub repository that a resolved teacher's weights are read from; None for files on this machine."""
+    model = config.model.removeprefix("hf-hub:").split("@")[0]
+    if os.path.exists(model) or model.startswith("local-dir:"):
+        return None
+    if config.loader == "timm" and "/" not in model:
+        pretrained = timm.get_pretrained_cfg(model, allow_unregistered=True)
+        return None if pretrained is None else pretrained.hf_hub_id
+    return model
 
-    Built by [`load_teacher`]. Attributes: `name`, `config`, `preprocessor`, `grid` `(h, w)`, `width` (channels).
 
-    Raises:
-        ValueError: if weights are absent on this process, or if the features of a blank image are not finite, not the
-            same twice, or not on a square grid.
-    """
+def cached_commit(config: TeacherConfig) -> str | None:
+    """The commit that a resolved teacher was read at, as far as the local cache knows; nothing is asked online."""
+    repository, revision = hub_repository(config), config.revision or "main"
+    if repository is None or re.fullmatch(COMMIT, revision):
+        return None if repository is None else revision
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
-    def __init__(
-        self,
-        config: TeacherConfig,
-        model: nn.Module,
-        features: Callable[[nn.Module, torch.Tensor], TeacherFeatures],
-        preprocessor: TeacherPreprocessor,
-    ) -> None:
-        super().__init__()
-        absent = [name for name, weight in model.named_parameters() if weight.is_meta or hasattr(weight, "ds_id")]
-        if absent:
-            raise ValueError(
-                f"Teacher {config.name}: {len(absent)} weights, {absent[0]} first, are not on this process. Every "
-                "process needs the whole teacher: set fsdp_cpu_ram_efficient_loading and zero3_init_flag to false."
-            )
-        self.name = config.name
-        self.config = config
-        self.preprocessor = preprocessor
-        self.model = model.requires_grad_(False)
-        self._features = features
-        self.eval()
 
-        size = preprocessor.image_size
-        try:
-            blank, again = self(torch.zeros(1, 3, size, size)), self(torch.zeros(1, 3, size, size))
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Teacher {config.name}: {type(model).__name__} of {config.model} gives no grid of patch features for "
-                f"a blank image of {size} x {size} pixels: {error}"
-            ) from error
-        if not torch.isfinite(blank.tokens).all():
-            raise ValueError(
-                f"Teacher {self.name}: features of a blank image are not finite in {self.dtype}; set another dtype."
-            )
-        if not torch.allclose(blank.tokens, again.tokens, rtol=1e-2, atol=1e-3 * blank.tokens.abs().max().item()):
-            raise ValueError(
-                f"Teacher {self.name}: {type(model).__name__} gives other features for the same image the second "
-                "time; a model that masks or samples patches cannot teach."
-            )
-        self.grid: tuple[int, int] = blank.grid
-        self.width: int = blank.tokens.shape[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stays in evaluation mode, whatever the model around it does."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor) -> TeacherFeatures:
-        """
-        Args:
-            pixel_values: `(batch_size, 3, image_size, image_size)` from this teacher's preprocessor, any float dtype.
-
-        Raises:
-            ValueError: for pixels of another shape.
-        """
-        size = self.preprocessor.image_size
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"Teacher {self.name} takes pixels of shape (batch_size, 3, {size}, {size}) from its preprocessor, "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        weight = next(self.model.parameters())
-        with torch.autocast(weight.device.type, enabled=False):
-            return self._features(self.model, pixel_values.to(device=weight.device, dtype=weight.dtype))
+def _warn_unpinned(config: TeacherConfig) -> None:
+    """Once a run: what was read may be something else tomorrow."""
+    if (
+        hub_repository(config) is None
+        or re.fullmatch(COMMIT, config.revision or "")
+        or os.environ.get("RANK", "0") != "0"
+    ):
+        return
+    commit = cached_commit(config)
+    key = f"name: {config.name}" if config.name in TEACHERS else f"model: {config.model}"
+    logger.warning(
+        f"Teacher {config.name} is not pinned: {config.model} was read at {config.revision or 'main'}, "
+        f"{'an unknown commit' if commit is None else f'now commit {commit}'}. To pin it, write "
+        f"{{{key}, revision: {commit or 'COMMIT'}}} in `teachers`."
+    )
 
 
 def load_teacher(config: TeacherConfig, device: torch.device | str | None = None) -> FrozenTeacher:
@@ -419,4 +377,5 @@ def load_teacher(config: TeacherConfig, device: torch.device | str | None = None
         model, features, preprocessor = loader(config)
     except RuntimeError as error:  # how both libraries report missing keys and sizes that do not fit
         raise ValueError(f"Teacher {config.name}: {config.model} cannot be read fully: {error}") from error
+    _warn_unpinned(config)
     return FrozenTeacher(config, model.to(device=device, dtype=DTYPES[config.dtype]), features, preprocessor)

@@ -1,10 +1,12 @@
 """Tiny parts of a run, saved as the folders a user would name, and rows of generated pictures to train on."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cached import mixed_rows, write
 from colours import llava_rows
 from datasets import Dataset
 from transformers import (
@@ -84,5 +86,24 @@ def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any
         if model["model_name_or_path"] is None:
             settings |= {"vision_model": parts["clip"], "language_model": parts["language"]}
         return DataArguments(**data), MoveKDSFTConfig(**settings | overrides), ModelArguments(**model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("mixed") / "rows")
+    Dataset.from_list(mixed_rows()).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def cached(arguments, mixed: str, tmp_path: Path) -> Callable[..., tuple[Any, ...]]:
+    """Writes a cache and gives the arguments of a run that reads it."""
+
+    def make(cache_dtype: str = "float16", rows_per_shard: int = 5, **overrides: Any) -> tuple[Any, ...]:
+        settings = {"dataset_name": mixed, "max_length": None, "feature_cache": str(tmp_path / "cache")} | overrides
+        write(arguments(**settings), cache_dtype, rows_per_shard)
+        return arguments(**settings)
 
     return make

@@ -14,7 +14,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from modeling_movekd.chat_templates import set_chat_template
 from train.collator import MoveKDCollator, centre_square, pad_to_square
 from train.data import load_conversations
-from train.teacher_loaders import TeacherPreprocessor
+from train.teacher_preprocessing import TeacherPreprocessor
 
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "parity" / "conversation" / "tokenizer"

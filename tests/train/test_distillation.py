@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from distillers import GRID, KNOBS, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
+from distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from train.build import DISTILLER_KNOBS
 from train.config import PRESETS
 from train.distillation import DistillationOutput, Distiller
 from train.losses import teacher_weights, token_weights
@@ -236,7 +237,9 @@ def test_saved_and_loaded_it_gives_the_same_loss(preset: str, tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert set(load_file(path)) == set(distiller.state_dict())
     torch.manual_seed(99)
-    other = Distiller(WIDTH, GRID, TEACHERS, whitening_components=8, **{knob: PRESETS[preset][knob] for knob in KNOBS})
+    other = Distiller(
+        WIDTH, GRID, TEACHERS, whitening_components=8, **{knob: PRESETS[preset][knob] for knob in DISTILLER_KNOBS}
+    )
     other.load(path)
     assert torch.equal(other(make_student(), make_features()).loss, distiller(make_student(), make_features()).loss)
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from distillers import GRID, KNOBS, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
+from distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
 
+from train.build import DISTILLER_KNOBS
 from train.config import PRESETS
 from train.distillation import Distiller
 from train.distillation_heads import resample_grid, unshuffle_factors
@@ -117,7 +118,7 @@ def test_a_sample_without_the_statistics_is_refused(spoil: Any, message: str) ->
 
 
 def test_statistics_are_needed_first(tmp_path: Path) -> None:
-    knobs = {knob: PRESETS["student_heads"][knob] for knob in KNOBS}
+    knobs = {knob: PRESETS["student_heads"][knob] for knob in DISTILLER_KNOBS}
     distiller = Distiller(WIDTH, GRID, TEACHERS, whitening_components=8, **knobs)
     assert distiller.needs_statistics
     with pytest.raises(ValueError, match="statistics of teacher clip are not measured"):

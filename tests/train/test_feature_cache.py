@@ -6,66 +6,29 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cached import TEXT_ONLY, write
 from colours import llava_rows
 from datasets import Dataset
 from launched import DDP_CPU, ROOT, launch, write_settings
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from trl import TrlParser
 
 from train import sft
 from train.build import build_teachers
-from train.cached_features import CachedTeacher, decode, encode, rows_of
+from train.cached_features import CachedTeacher, rows_of
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_conversations
 from train.feature_cache import CacheArguments, cache_features, load_processor, main
+from train.feature_shards import decode, encode
 from train.sft import build_collator
 from train.teachers import TeacherFeatures
 from train.trainer import MoveKDTrainer
-
-
-TEXT_ONLY = (0, 1, 2, 3, 5, 11, 12, 13, 14, 15)
-
-
-def mixed_rows() -> list[dict[str, Any]]:
-    """24 rows, of which ten are text alone, one has two images and one has three."""
-    rows = llava_rows(24, text_only=TEXT_ONLY)
-    for row in rows:
-        row["image"] = [row["image"]] if row["image"] is not None else None
-    for index, others in ((4, [6]), (10, [8, 9])):
-        rows[index]["image"] = [*rows[index]["image"], *(rows[other]["image"][0] for other in others)]
-        marks = "<image>\n" * len(rows[index]["image"])
-        rows[index]["conversations"][0]["value"] = f"{marks}What colour are they?"
-    return rows
-
-
-@pytest.fixture(scope="session")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("mixed") / "rows")
-    Dataset.from_list(mixed_rows()).save_to_disk(folder)
-    return folder
-
-
-@pytest.fixture
-def cached(arguments, mixed: str, tmp_path: Path) -> Callable[..., tuple[Any, ...]]:
-    """Writes a cache and gives the arguments of a run that reads it."""
-
-    def make(cache_dtype: str = "float16", rows_per_shard: int = 5, **overrides: Any) -> tuple[Any, ...]:
-        settings = {"dataset_name": mixed, "max_length": None, "feature_cache": str(tmp_path / "cache")} | overrides
-        cache_features(*arguments(**settings), CacheArguments(cache_dtype, rows_per_shard))
-        return arguments(**settings)
-
-    return make
-
-
-def write(cached: tuple[Any, ...], cache_dtype: str = "float16", rows_per_shard: int = 5) -> dict[str, Any]:
-    return cache_features(*cached, CacheArguments(cache_dtype, rows_per_shard))
 
 
 def features() -> TeacherFeatures:
@@ -210,7 +173,8 @@ def test_evaluation_reads_the_rows_held_back(arguments, mixed: str, tmp_path: Pa
 
 
 def test_every_shard_says_what_it_is_of(cached, parts: dict[str, str]) -> None:
-    folder = Path(cached("int8")[1].feature_cache)
+    settings = cached("int8")
+    folder = Path(settings[1].feature_cache)
     index = json.loads((folder / "index.json").read_text())
     assert index["data"]["rows"] == 24 and index["data"]["images"] == 17
     for name in ("clip", "vit"):
@@ -233,6 +197,12 @@ def test_every_shard_says_what_it_is_of(cached, parts: dict[str, str]) -> None:
                 assert ("cls_attention" in file.keys()) is (name == "clip")
         assert len(keys) == 17 and [4, 1] in keys and [10, 2] in keys and not any(row in TEXT_ONLY for row, _ in keys)
     assert 0 < index["errors"]["vit"]["relative_error"] < 0.01
+    facts = build_teachers(settings[1])["vit"].cache.facts
+    assert facts["dtype"] == "int8" and list(facts["teachers"]) == ["clip", "vit"]
+    assert facts["teachers"]["vit"] == {
+        **{"model": parts["vit"], "revision": None, "commit": None},
+        **{name: index["errors"]["vit"][name] for name in ("relative_error", "largest_error")},
+    }
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -295,85 +265,6 @@ def test_two_processes_finish_what_a_killed_one_began(parts: dict[str, str], tmp
             torch.testing.assert_close(value, whole[key], msg=str(name))
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated"])
-def test_missing_and_truncated_shards_are_refused(cached, harm: str) -> None:
-    settings = cached()
-    shard = Path(settings[1].feature_cache) / "vit" / "000001.safetensors"
-    content = shard.read_bytes()
-    shard.unlink()
-    if harm == "truncated":
-        shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"{'lacks the shard ' if harm == 'missing' else ''}.*vit/000001.*again"):
-        sft.train(*settings)
-
-
-def test_a_shard_of_another_cache_is_refused(cached) -> None:
-    settings = cached()
-    folder = Path(settings[1].feature_cache) / "vit"
-    shutil.copy(folder / "000000.safetensors", folder / "000001.safetensors")
-    with pytest.raises(ValueError, match=r"000001.safetensors is of another rows: \[\[4, 0\].*, not \[\["):
-        sft.train(*settings)
-
-
-def test_an_unfinished_cache_is_refused(arguments, mixed: str, tmp_path: Path) -> None:
-    settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="index.json"):
-        sft.train(*settings)
-
-
-def changed(settings: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
-    teacher = settings[1].teachers[1] | fields
-    settings[1].teachers = [settings[1].teachers[0], teacher]
-    return settings
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "cached_value"),
-    [
-        ("image_size", 48, "36"),
-        ("mean", [0.1, 0.2, 0.3], r"\[0.5"),
-        ("std", [0.1, 0.2, 0.3], r"\[0.5"),
-        ("interpolation", "bicubic", "'bilinear'"),
-        ("output", 1, "None"),
-        ("dtype", "bfloat16", "'float32'"),
-        ("revision", "main", "None"),
-    ],
-)
-def test_another_teacher_is_refused(cached, field: str, value: Any, cached_value: str) -> None:
-    settings = changed(cached(), **{field: value})
-    with pytest.raises(ValueError, match=rf"Teacher vit: `{field}` is {cached_value}.*in the cache, .*in this run"):
-        build_teachers(settings[1])
-    with pytest.raises(ValueError, match=rf"vit: `{field}` is {cached_value}"):
-        write(settings)
-
-
-def test_what_the_model_says_itself_may_be_said_again(cached) -> None:
-    assert build_teachers(changed(cached(), image_size=36, interpolation="bilinear")[1])["vit"].grid == (6, 6)
-
-
-def test_what_the_recipe_said_cannot_be_left_to_the_model(cached, parts: dict[str, str]) -> None:
-    clip, vit = ({"name": name, "model": parts[name]} for name in ("clip", "vit"))
-    settings = cached(teachers=[clip, vit | {"image_size": 48}])
-    assert build_teachers(settings[1])["vit"].grid == (8, 8)
-    settings[1].teachers = [clip, vit]
-    with pytest.raises(ValueError, match="vit: `image_size` is 48 in the cache, None in this run"):
-        build_teachers(settings[1])
-
-
-def test_other_weights_are_refused(cached, parts: dict[str, str], tmp_path: Path) -> None:
-    shutil.copytree(parts["vit"], tmp_path / "vit")
-    teachers = [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": str(tmp_path / "vit")}]
-    settings = cached(teachers=teachers)
-    build_teachers(settings[1])
-    weights = load_file(tmp_path / "vit" / "model.safetensors")
-    save_file({name: value + 0.1 for name, value in weights.items()}, tmp_path / "vit" / "model.safetensors")
-    with pytest.raises(ValueError, match="vit: `weights` is"):
-        build_teachers(settings[1])
-    # Training needs no teacher
-    shutil.rmtree(tmp_path / "vit")
-    assert build_teachers(settings[1])["vit"].width == 24
-
-
 def test_a_teacher_more_is_added(cached, parts: dict[str, str], capsys: pytest.CaptureFixture) -> None:
     settings = cached(teachers=[{"name": "clip", "model": parts["clip"]}])
     settings[1].teachers = [*settings[1].teachers, {"name": "vit", "model": parts["vit"]}]
@@ -385,61 +276,6 @@ def test_a_teacher_more_is_added(cached, parts: dict[str, str], capsys: pytest.C
     assert "in 0 of 4 shards" in printed and "in 4 of 4 shards" in printed
     assert set(build_teachers(settings[1])) == {"clip", "vit"}
     assert set(json.loads((Path(settings[1].feature_cache) / "index.json").read_text())["errors"]) == {"clip", "vit"}
-
-
-def test_another_geometry_is_refused(cached) -> None:
-    data_args, args, model_args = cached()
-    args.geometry = "per_teacher"
-    with pytest.raises(ValueError, match="`geometry` is 'shared' in the cache, 'per_teacher' in this run"):
-        build_collator(args, load_processor(args, model_args), build_teachers(args))
-    with pytest.raises(ValueError, match="`geometry` is 'shared'"):
-        write((data_args, args, model_args))
-    args.geometry, args.image_aspect_ratio = "shared", "anyres"
-    with pytest.raises(ValueError, match="`crop` is 'pad' in the cache, 'whole' in this run"):
-        build_collator(args, load_processor(args, model_args), build_teachers(args))
-
-
-@pytest.mark.parametrize(("dtype", "rows", "field"), [("int8", 5, "dtype"), ("float16", 6, "rows_per_shard")])
-def test_a_cache_is_not_mixed(cached, dtype: str, rows: int, field: str) -> None:
-    with pytest.raises(ValueError, match=f"`{field}` is .* in the cache, .* in this run"):
-        write(cached(), dtype, rows)
-
-
-def other_images(rows: list[dict[str, Any]]) -> None:
-    rows[6]["image"], rows[7]["image"] = rows[7]["image"], rows[6]["image"]
-
-
-def fewer_images(rows: list[dict[str, Any]]) -> None:
-    rows[4]["image"] = rows[4]["image"][:1]
-    rows[4]["conversations"][0]["value"] = "<image>\nWhat colour is it?"
-
-
-def more_rows(rows: list[dict[str, Any]]) -> None:
-    rows.append(rows[6])
-
-
-@pytest.mark.parametrize(("change", "row"), [(other_images, 6), (fewer_images, 4), (more_rows, 24)])
-def test_other_data_is_refused(cached, tmp_path: Path, change: Callable, row: int) -> None:
-    settings = cached()
-    rows = mixed_rows()
-    change(rows)
-    Dataset.from_list(rows).save_to_disk(tmp_path / "other")
-    settings[0].dataset_name = str(tmp_path / "other")
-    with pytest.raises(ValueError, match=rf"row {row} has the images .* in the cache of 24 rows, .* in the data"):
-        sft.train(*settings)
-    with pytest.raises(ValueError, match="data: `(fingerprint|images|rows)` is .* in the cache, .* in this run"):
-        write(settings)
-
-
-def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
-    settings = cached()
-    collator = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
-    row = load_conversations(mixed)[6]
-    collator([row])
-    content = bytearray(row["images"][0]["bytes"])
-    other = bytes(content) + b"\0"  # which no decoder looks at
-    with pytest.raises(ValueError, match="features are of another image"):
-        collator([row | {"images": [{"bytes": other, "path": None}]}])
 
 
 def test_images_in_a_folder_that_moves(arguments, tmp_path: Path) -> None:
@@ -482,14 +318,6 @@ def test_unreadable_images_are_counted_and_their_rows_left_out(arguments, mixed:
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="max_bad_row_share"):
         write(settings)
-
-
-def test_streams_are_refused(arguments, mixed: str, tmp_path: Path) -> None:
-    settings = arguments(dataset_name=mixed, feature_cache=str(tmp_path / "cache"))
-    settings[0].streaming = True
-    with pytest.raises(ValueError, match="stream"):
-        write(settings)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_the_size_is_said_first_and_a_full_disk_refused(

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.pix2struct.image_processing_pil_pix2struct import Pix2StructImageProcessorPil
 
-from train.teacher_loaders import interleave, pix2struct_patches
+from train.teacher_features import interleave, pix2struct_patches
 from train.teacher_preprocessing import CLIP_MEAN, CLIP_STD, TeacherPreprocessor
 from train.teachers import load_teacher, resolve_teacher
 

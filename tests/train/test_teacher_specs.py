@@ -1,7 +1,12 @@
 """What a teacher's specification stands for, and the pixels its preprocessor makes."""
 
 import json
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +28,23 @@ from transformers import (
     SamVisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from train.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig
-from train.teacher_loaders import _pix2struct_features, _timm_features, _transformers_features
-from train.teachers import RELEASED_TEACHERS, TEACHERS, TeacherConfig, TeacherPreprocessor, resolve_teacher
+from train.teacher_features import pix2struct_features, timm_features, transformers_features
+from train.teachers import (
+    RELEASED_TEACHERS,
+    TEACHERS,
+    TeacherConfig,
+    TeacherPreprocessor,
+    hub_repository,
+    resolve_teacher,
+)
 
 
 SIZE = 32
@@ -127,9 +141,9 @@ def test_facts_of_a_row(row: TeacherConfig) -> None:
     if row.name == "pix2struct":  # looks into its mask, so one layer is run for the shape
         model = Pix2StructVisionModel(Pix2StructVisionConfig(**PIX2STRUCT | {"num_hidden_layers": 1}))
         pixels = torch.zeros(pixels.shape)
-        features = partial(_pix2struct_features, row.mean, row.std)
+        features = partial(pix2struct_features, row.mean, row.std)
     else:
-        features = partial(_timm_features, None) if row.loader == "timm" else partial(_transformers_features, None, {})
+        features = partial(timm_features, None) if row.loader == "timm" else partial(transformers_features, None, {})
     with torch.no_grad():
         result = features(model, pixels)
     assert result.tokens.shape == (1, *row.output_shape)
@@ -214,3 +228,40 @@ def test_bad_specs_raise(spec: str | dict, message: str) -> None:
 def test_remote_code_with_a_pinned_commit_is_accepted() -> None:
     config = resolve_teacher({"model": "owner/model", "trust_remote_code": True, "revision": "0123456789" * 4})
     assert config.trust_remote_code
+
+
+@pytest.mark.parametrize("row", TEACHERS.values(), ids=TEACHERS)
+def test_every_row_says_what_it_is(row: TeacherConfig) -> None:
+    assert row.license and row.num_parameters and row.output_shape
+    assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision)
+    assert not row.trust_remote_code
+    assert hub_repository(resolve_teacher(row)).count("/") == 1
+
+
+def test_a_model_of_the_hub_that_is_not_pinned_is_told(tmp_path: Path) -> None:
+    """From a local cache as the Hub's client leaves it; a pinned one and a folder are read without a word."""
+    commit, model = "0123456789" * 4, tmp_path / "model"
+    config = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    ViTModel(ViTConfig(**config, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(model)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(model)
+    repository = tmp_path / "home" / "hub" / "models--owner--eye"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model, repository / "snapshots" / commit)
+    script = (
+        "import sys\n"
+        "from train.teachers import cached_commit, load_teacher, resolve_teacher\n"
+        "for spec in ('owner/eye', {'model': 'owner/eye', 'revision': sys.argv[2]}, sys.argv[1]):\n"
+        "    teacher = load_teacher(resolve_teacher(spec))\n"
+        "    print(teacher.name, cached_commit(teacher.config))\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(model), commit]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["eye", commit, "eye", commit, "model", "None"]
+    told = [line for line in finished.stderr.splitlines() if "not pinned" in line]
+    assert len(told) == 1
+    assert f"owner/eye was read at main, now commit {commit}" in told[0]
+    assert f"{{model: owner/eye, revision: {commit}}}" in told[0]

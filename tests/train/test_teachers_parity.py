@@ -25,7 +25,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from modeling_movekd.chat_templates import set_chat_template
 from train.collator import MoveKDCollator
 from train.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig, rotary_tables
-from train.teacher_loaders import pix2struct_patches
+from train.teacher_features import pix2struct_patches
 from train.teacher_preprocessing import CLIP_MEAN, CLIP_STD, TeacherPreprocessor
 from train.teachers import FrozenTeacher, load_teacher, resolve_teacher
 

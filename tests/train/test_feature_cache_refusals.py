@@ -1,0 +1,163 @@
+"""A feature cache that does not belong to the data, the teacher or the preprocessing is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cached import mixed_rows, write
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from train import sft
+from train.build import build_teachers
+from train.data import load_conversations
+from train.feature_cache import load_processor
+from train.sft import build_collator
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_missing_and_truncated_shards_are_refused(cached, harm: str) -> None:
+    settings = cached()
+    shard = Path(settings[1].feature_cache) / "vit" / "000001.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if harm == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{'lacks the shard ' if harm == 'missing' else ''}.*vit/000001.*again"):
+        sft.train(*settings)
+
+
+def test_a_shard_of_another_cache_is_refused(cached) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache) / "vit"
+    shutil.copy(folder / "000000.safetensors", folder / "000001.safetensors")
+    with pytest.raises(ValueError, match=r"000001.safetensors is of another rows: \[\[4, 0\].*, not \[\["):
+        sft.train(*settings)
+
+
+def test_an_unfinished_cache_is_refused(arguments, mixed: str, tmp_path: Path) -> None:
+    settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="index.json"):
+        sft.train(*settings)
+
+
+def changed(settings: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
+    teacher = settings[1].teachers[1] | fields
+    settings[1].teachers = [settings[1].teachers[0], teacher]
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "cached_value"),
+    [
+        ("image_size", 48, "36"),
+        ("mean", [0.1, 0.2, 0.3], r"\[0.5"),
+        ("std", [0.1, 0.2, 0.3], r"\[0.5"),
+        ("interpolation", "bicubic", "'bilinear'"),
+        ("output", 1, "None"),
+        ("dtype", "bfloat16", "'float32'"),
+        ("revision", "main", "None"),
+    ],
+)
+def test_another_teacher_is_refused(cached, field: str, value: Any, cached_value: str) -> None:
+    settings = changed(cached(), **{field: value})
+    with pytest.raises(ValueError, match=rf"Teacher vit: `{field}` is {cached_value}.*in the cache, .*in this run"):
+        build_teachers(settings[1])
+    with pytest.raises(ValueError, match=rf"vit: `{field}` is {cached_value}"):
+        write(settings)
+
+
+def test_what_the_recipe_said_cannot_be_left_to_the_model(cached, parts: dict[str, str]) -> None:
+    clip, vit = ({"name": name, "model": parts[name]} for name in ("clip", "vit"))
+    settings = cached(teachers=[clip, vit | {"image_size": 48}])
+    assert build_teachers(settings[1])["vit"].grid == (8, 8)
+    settings[1].teachers = [clip, vit]
+    with pytest.raises(ValueError, match="vit: `image_size` is 48 in the cache, None in this run"):
+        build_teachers(settings[1])
+
+
+def test_other_weights_are_refused(cached, parts: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(parts["vit"], tmp_path / "vit")
+    teachers = [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": str(tmp_path / "vit")}]
+    settings = cached(teachers=teachers)
+    build_teachers(settings[1])
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    save_file({name: value + 0.1 for name, value in weights.items()}, tmp_path / "vit" / "model.safetensors")
+    with pytest.raises(ValueError, match="vit: `weights` is"):
+        build_teachers(settings[1])
+    # Training needs no teacher
+    shutil.rmtree(tmp_path / "vit")
+    assert build_teachers(settings[1])["vit"].width == 24
+
+
+def test_another_geometry_is_refused(cached) -> None:
+    data_args, args, model_args = cached()
+    args.geometry = "per_teacher"
+    with pytest.raises(ValueError, match="`geometry` is 'shared' in the cache, 'per_teacher' in this run"):
+        build_collator(args, load_processor(args, model_args), build_teachers(args))
+    with pytest.raises(ValueError, match="`geometry` is 'shared'"):
+        write((data_args, args, model_args))
+    args.geometry, args.image_aspect_ratio = "shared", "anyres"
+    with pytest.raises(ValueError, match="`crop` is 'pad' in the cache, 'whole' in this run"):
+        build_collator(args, load_processor(args, model_args), build_teachers(args))
+
+
+@pytest.mark.parametrize(("dtype", "rows", "field"), [("int8", 5, "dtype"), ("float16", 6, "rows_per_shard")])
+def test_a_cache_is_not_mixed(cached, dtype: str, rows: int, field: str) -> None:
+    with pytest.raises(ValueError, match=f"`{field}` is .* in the cache, .* in this run"):
+        write(cached(), dtype, rows)
+
+
+def other_images(rows: list[dict[str, Any]]) -> None:
+    rows[6]["image"], rows[7]["image"] = rows[7]["image"], rows[6]["image"]
+
+
+def fewer_images(rows: list[dict[str, Any]]) -> None:
+    rows[4]["image"] = rows[4]["image"][:1]
+    rows[4]["conversations"][0]["value"] = "<image>\nWhat colour is it?"
+
+
+def more_rows(rows: list[dict[str, Any]]) -> None:
+    rows.append(rows[6])
+
+
+@pytest.mark.parametrize(("change", "row"), [(other_images, 6), (fewer_images, 4), (more_rows, 24)])
+def test_other_data_is_refused(cached, tmp_path: Path, change: Callable, row: int) -> None:
+    settings = cached()
+    rows = mixed_rows()
+    change(rows)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "other")
+    settings[0].dataset_name = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"row {row} has the images .* in the cache of 24 rows, .* in the data"):
+        sft.train(*settings)
+    with pytest.raises(ValueError, match="data: `(fingerprint|images|rows)` is .* in the cache, .* in this run"):
+        write(settings)
+
+
+def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
+    settings = cached()
+    collator = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
+    row = load_conversations(mixed)[6]
+    collator([row])
+    content = bytearray(row["images"][0]["bytes"])
+    other = bytes(content) + b"\0"  # which no decoder looks at
+    with pytest.raises(ValueError, match="features are of another image"):
+        collator([row | {"images": [{"bytes": other, "path": None}]}])
+
+
+def test_streams_are_refused(arguments, cached, mixed: str, tmp_path: Path) -> None:
+    settings = arguments(dataset_name=mixed, feature_cache=str(tmp_path / "other"))
+    settings[0].streaming = True
+    with pytest.raises(ValueError, match="not a stream .*`streaming: false`"):
+        write(settings)
+    assert not (tmp_path / "other").exists()
+    settings = cached()
+    settings[0].streaming = True
+    with pytest.raises(ValueError, match="not a stream .*leave out `feature_cache`"):
+        sft.train(*settings)
+
+
+def test_what_the_model_says_itself_may_be_said_again(cached) -> None:
+    assert build_teachers(changed(cached(), image_size=36, interpolation="bilinear")[1])["vit"].grid == (6, 6)
