@@ -75,7 +75,8 @@ def build_student(
                 f"{source} was made with other settings than this run asks for (saved, asked): {differing}. They are "
                 "part of the student and cannot be changed: give the saved ones."
             )
-        return model, AutoProcessor.from_pretrained(source)
+        # Else the tokenizer would ask at the terminal whether to run the model's code, which it has no use for
+        return model, AutoProcessor.from_pretrained(source, trust_remote_code=False)
 
     # The new weights (experts, routers, projector) depend on the seed alone
     set_seed(args.seed)

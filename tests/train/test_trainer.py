@@ -189,6 +189,16 @@ def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path,
         torch.testing.assert_close(snapshot.before[name], value.detach(), msg=name)
 
 
+def test_continuing_asks_nothing(arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code beside a checkpoint is the repository's own; transformers would ask whether to run it, and wait."""
+    for part in build_student(*arguments()[1:]):
+        part.save_pretrained(tmp_path / "saved")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    _, processor = build_student(*arguments(model_name_or_path=str(tmp_path / "saved"))[1:])
+    assert not asked and processor.tokenizer.convert_tokens_to_ids("<image>") == processor.image_token_id
+
+
 def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> None:
     sft.train(*arguments(stage="pretrain", max_steps=1))
     with pytest.raises(ValueError, match=r"'lora_rank': \(4, 8\)"):
