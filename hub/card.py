@@ -195,6 +195,7 @@ def write_card(
     license: str | None = None,
     evaluated: bool = True,
     overwrite: bool = False,
+    dest: Path | None = None,
 ) -> Path:
     """
     Write the model card `README.md` of a checkpoint. It says what `training_facts.json`, `config.json` and
@@ -208,6 +209,7 @@ def write_card(
         license: Identifier of its licence, instead of the one noted in training or derived from the base models.
         evaluated: Whether `evaluation.json` counts.
         overwrite: Whether to replace a card that was not written here.
+        dest: Folder that the card is written to, if not the checkpoint's own.
 
     Returns:
         The path of the card.
@@ -216,7 +218,7 @@ def write_card(
         ValueError: if the folder is no checkpoint, a file or argument is unfit, or a card is there that was not
             written here.
     """
-    path = Path(folder) / CARD_NAME
+    path = Path(folder if dest is None else dest) / CARD_NAME
     if path.exists() and not overwrite and not is_generated(path):
         raise ValueError(f"{path} was not written here. Move it away, or say to overwrite it.")
     card = render_card(Path(folder), encoder_only, repo_id, revision, license, evaluated)

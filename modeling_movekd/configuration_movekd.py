@@ -109,6 +109,14 @@ class MoveKDConfig(LlavaNextConfig):
         super().__post_init__(**kwargs)
         self.validate_image_aspect_ratio()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the place that a part was read from, which may be a folder of this machine."""
+        output = super().to_dict()
+        for name in self.sub_configs_defaults:
+            if isinstance(output.get(name), dict):
+                output[name].pop("_name_or_path", None)
+        return output
+
     def validate_image_aspect_ratio(self) -> None:
         """Part of `@strict` validation, as in [`MoveKDVisionConfig`]."""
         validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))

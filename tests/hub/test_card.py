@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hub.card import check_card, is_generated, main, write_card
+from hub.card_text import inline
 from hub.licenses import derive_license
 from hub.run_facts import hub_id, public_name, weights_fingerprint
 
@@ -336,6 +337,26 @@ def test_values_of_a_wrong_kind_do_no_harm(tmp_path: Path) -> None:
     for value in (None, 3, "text", ["a"], {"a": {"b": 1}}, float("nan"), float("inf"), True):
         odd = {name: value for name in facts if name not in ("base_models", "teachers", "data", "earlier_stages")}
         write_card(checkpoint(tmp_path / "odd", facts | odd | {"license": None}, {"vision_config": value}))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
+def test_inline_text_is_read_as_it_is(payload: str) -> None:
+    """What a reader sees in a table cell are the characters of the value, on one line, and nothing of another kind."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    cells = [token for token in parser.parse(f"| a |\n|---|\n| {inline(payload)} |") if token.type == "inline"]
+    assert len(cells) == 2 and {part.type for part in cells[1].children} <= {"text", "text_special", "code_inline"}
+    seen = "".join(part.content for part in cells[1].children)
+    expected = payload.replace("\x00", " ").replace("\x1b", " ").replace("\u202e", "")
+    expected = " ".join(expected.encode(errors="ignore").decode().split())
+    assert " ".join(seen.split()) == (expected if len(expected) <= 300 else expected[:299] + "…")
+
+
+def test_a_card_elsewhere(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "student", facts_of_a_lab())
+    (tmp_path / "published").mkdir()
+    path = write_card(folder, dest=tmp_path / "published")
+    assert path == tmp_path / "published" / "README.md" and "license" in metadata(path)
+    assert not (folder / "README.md").exists()
 
 
 def test_cards_that_are_not_ours_stay(tmp_path: Path) -> None:
