@@ -1,11 +1,15 @@
 """Distillation on all tiles of `anyres`: the teachers see what the student sees, and each image counts once."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from launched import DDP_CPU, SCRIPT, launch, run, write_settings
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -257,3 +261,27 @@ def test_collator_refuses_what_has_no_tiles(arguments) -> None:
         MoveKDCollator(processor, distill_tiles="all", geometry="per_teacher")
     with pytest.raises(ValueError, match="'some'"):
         MoveKDCollator(processor, distill_tiles="some")
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> None:
+    """Their batches differ in images and tiles, and one of them has none."""
+    same = {**ALL, "lambda_kd": 1.0, "max_steps": 5, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    same |= {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
+    both = write_settings(tmp_path / "both", parts, dataset_folder, per_device_train_batch_size=1, **same)
+    finished = launch(SCRIPT, both, launcher=(*DDP_CPU, "--num_processes", "2", "--main_process_port", "0"))
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    alone = run(write_settings(tmp_path / "alone", parts, dataset_folder, per_device_train_batch_size=2, **same))
+    facts = [json.loads((tmp_path / "both" / f"facts-{rank}.json").read_text()) for rank in range(2)]
+    assert [fact["world_size"] for fact in facts] == [2, 2]
+    assert [fact["images"] for fact in facts] == [[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]
+    entries = [
+        [entry for entry in log if "text" in entry] for log in (facts[0]["log_history"], alone.state.log_history)
+    ]
+    assert len(entries[0]) == len(entries[1]) == 5
+    for one, other in zip(*entries, strict=True):
+        for name in ("loss", "kd", "kd/clip", "kd/vit", "balance", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    weights = [load_file(tmp_path / kind / "model.safetensors") for kind in ("both", "alone")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-6, msg=name)
