@@ -87,7 +87,7 @@ def load_image_processor(folder: Path, config: MoveKDConfig | MoveKDVisionConfig
             f"{folder} has no image processor. Save the one the tower was trained with there: "
             "`processor.save_pretrained(folder)`."
         )
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if isinstance(config, MoveKDConfig) and config.image_aspect_ratio == "anyres":
         size = config.vision_config.image_size
         return CLIPImageProcessor(

@@ -24,6 +24,7 @@ Forms:
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -183,6 +184,11 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
     return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
 
 
+def save_processor(folder: Path, dest: Path) -> None:
+    # Without a word on remote code, transformers would ask at the terminal whether to run the model's
+    AutoProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(dest)
+
+
 def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
     tower = load_tower(folder, dtype)
     tower.save_pretrained(dest)
@@ -214,8 +220,13 @@ def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object
 def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
     refuse_experts_of(folder, "llava")
     stock = stock_llava(load_whole(folder, "llava", dtype))
-    stock.save_pretrained(dest, max_shard_size="5GB")
-    AutoProcessor.from_pretrained(folder).save_pretrained(dest)
+    # transformers 4 knows a CLIP tower's weights below `vision_model.` alone, and 5 reads that layout as well
+    state_dict = {
+        re.sub(rf"^{re.escape(TOWER_PREFIX)}", f"{TOWER_PREFIX}vision_model.", key): value
+        for key, value in stock.state_dict().items()
+    }
+    stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
+    save_processor(folder, dest)
     return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
 
 
@@ -255,7 +266,7 @@ def export_merged(
         model.model.vision_tower = merged.to(model.dtype)
         model.config.vision_config = merged.config
         model.save_pretrained(dest)
-        AutoProcessor.from_pretrained(folder).save_pretrained(dest)
+        save_processor(folder, dest)
     else:
         merged.to(dtype or merged.dtype).save_pretrained(dest)
     (dest / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -199,10 +199,6 @@ def write_timm(
         "num_classes": 0,
         "final_norm": not cut,
     }
-    model = timm.create_model(name, pretrained=False, **arguments).to(layout["conv1.weight"].dtype)
-    lacks = ("proj",) + (("ln_post.weight", "ln_post.bias") if cut else ())
-    weights = {f"visual.{key}": value for key, value in layout.items() if key not in lacks}
-    model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
     pixels = {
         "input_size": (config.num_channels, config.image_size, config.image_size),
         "mean": tuple(processor.image_mean),
@@ -210,7 +206,12 @@ def write_timm(
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
+    # In place of what timm says of OpenAI's weights under this name, their licence among it
+    facts = pixels | {"first_conv": "patch_embed.proj", "classifier": "head"}
+    model = timm.create_model(name, pretrained=False, pretrained_cfg=facts, **arguments)
+    model.to(layout["conv1.weight"].dtype)
+    lacks = ("proj",) + (("ln_post.weight", "ln_post.bias") if cut else ())
+    weights = {f"visual.{key}": value for key, value in layout.items() if key not in lacks}
+    model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
     arguments.pop("num_classes")
-    timm.models.save_for_hf(
-        model, str(folder), {"pretrained_cfg": pixels}, arguments, safe_serialization=True, data_config=pixels
-    )
+    timm.models.save_for_hf(model, str(folder), None, arguments, safe_serialization=True, data_config=pixels)

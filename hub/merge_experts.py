@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
@@ -212,7 +213,7 @@ def merge_experts(
     hidden_states = [tower.pre_layrnorm(tower.embeddings(image[None].float())) for image in pixels]
     updates: dict[str, torch.Tensor] = {}
     layers = []
-    for index, layer in enumerate(tower.encoder.layers):
+    for index, layer in enumerate(tqdm(tower.encoder.layers, desc="Merging experts", unit="layer")):
         mlp = cast(MixtureOfLoraExpertsMLP, layer.mlp)
         inputs: list[torch.Tensor] = []
         handle = mlp.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, 1)))
@@ -221,7 +222,8 @@ def merge_experts(
         plain, facts = merge_layer(mlp, inputs, rank)
         updates |= {f"encoder.layers.{index}.mlp.{key}": value for key, value in plain.state_dict().items()}
         layers.append({"layer": index} | facts)
-    merged, dropped = without_experts(tower, updates), without_experts(tower, {})
+    # Rounded as it will be kept, and measured so
+    merged, dropped = without_experts(tower, updates).to(dtype).float(), without_experts(tower, {})
     errors = {"merged": 0.0, "dropped": 0.0}
     norm = 0.0
     for image in pixels[4::5]:

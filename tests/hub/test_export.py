@@ -124,6 +124,29 @@ def test_dtype(folders, tmp_path):
     assert AutoModel.from_pretrained(dest, trust_remote_code=True).dtype == torch.bfloat16
 
 
+def test_encoder_of_a_sharded_checkpoint(folders, tmp_path):
+    model = MoveKDForConditionalGeneration.from_pretrained(folders["model"])
+    folder = tmp_path / "model"
+    save_model(model, folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    weights = load_file(export(folder, tmp_path / "encoder", "encoder") / "model.safetensors")
+    expected = model.model.vision_tower.state_dict()
+    assert set(weights) == set(expected) and all(torch.equal(weights[key], expected[key]) for key in weights)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(ValueError, match=r"\.\./model-00001"):
+        export(folder, tmp_path / "again", "encoder")
+
+
+def test_nothing_is_asked_at_the_terminal(folders, tmp_path, monkeypatch):
+    """transformers asks whether to run the checkpoint's code unless it is told."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail(f"asked: {args}"))
+    for form in ("encoder", "clip", "llava"):
+        export(folders["plain"], tmp_path / form, form)
+
+
 def test_dense_weighs_all_experts(folders, tmp_path, capsys):
     main([str(folders["model"]), str(tmp_path / "dense"), "--form", "dense", "--images", str(folders["images"])])
     dense = AutoModel.from_pretrained(tmp_path / "dense", trust_remote_code=True)
@@ -191,6 +214,7 @@ def test_timm_reads_clip(clip):
         same(model.forward_features(pixels), features)
     else:
         same(model(pixels), pooled)
+    assert not {"license", "tag", "notes"} & set(json.loads((dest / "timm/config.json").read_text())["pretrained_cfg"])
     settings = timm.data.resolve_model_data_config(model)
     assert settings["input_size"] == (3, SIZE, SIZE) and settings["mean"][0] == pytest.approx(0.4815, abs=1e-3)
 
@@ -258,6 +282,10 @@ def test_llava(folders, tmp_path, kind):
     config = json.loads((dest / "config.json").read_text())
     assert "auto_map" not in config and config["vision_config"]["model_type"] == "clip_vision_model"
     assert (dest / "evaluation.json").is_file()
+    # The layout of transformers 4
+    parts = {".".join(key.split(".")[:2]) for key in load_file(dest / "model.safetensors")}
+    parts -= {"image_newline", "language_model.lm_head"}
+    assert {part for part in parts if "projector" not in part} == {"vision_tower.vision_model", "language_model.model"}
 
 
 def test_llava_that_differs_is_refused(folders):
@@ -316,6 +344,13 @@ def test_refusals(folders, tmp_path, capsys):
         export(folders["model"], out, "tiny")
     with pytest.raises(ValueError, match="'int8'.*float32"):
         export(folders["model"], out, "encoder", dtype="int8")
+
+
+@pytest.mark.parametrize(("form", "package"), [("clip", "timm"), ("onnx", "onnxscript"), ("onnx", "onnxruntime")])
+def test_missing_package(folders, tmp_path, monkeypatch, capsys, form, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in refused(capsys, folders["plain"], tmp_path / "out", "--form", form)
+    assert not list(tmp_path.iterdir())
 
 
 def test_dest_that_holds_something_is_left_alone(folders, tmp_path):
