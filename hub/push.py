@@ -167,7 +167,7 @@ def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, tag
     card = stage / CARD_NAME
     if not card.exists() or is_generated(card):
         card.unlink(missing_ok=True)
-        write_card(stage, encoder_only=encoder_only, repo_id=repo_id, revision=tag)
+        write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=tag, dest=stage)
     check_card(card)
 
 
