@@ -107,8 +107,8 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
             "DDP, or set `load_in_4bit: false`."
         )
     for layer in layers:
-        dense = layer.get_base_layer()
-        packed = bitsandbytes.nn.Linear4bit(
+        dense: Any = layer.get_base_layer()
+        packed: Any = bitsandbytes.nn.Linear4bit(
             dense.in_features,
             dense.out_features,
             bias=dense.bias is not None,

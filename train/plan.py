@@ -302,7 +302,7 @@ def count_rows(sources: Sequence[DataSource]) -> tuple[int | None, str]:
     for source in sources:
         at_hand = Path(source.name).exists()
         named = NAMED_ROWS.get(Path(source.name).name)
-        counts.append(len(open_rows(source.name, source.split, source.subset, False)) if at_hand else named)
+        counts.append(len(open_rows(source.name, source.split or "train", source.subset, False)) if at_hand else named)
         origins.append("counted" if at_hand else "as the file is named, to be checked with `--rows`")
     known = [count for count in counts if count is not None]
     return (sum(known) if len(known) == len(counts) else None), " and ".join(dict.fromkeys(origins))

@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
     for the backward.
     """
 
-    def __init__(self, layer: nn.Linear, compute_dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.compute_dtype = layer.in_features, layer.out_features, compute_dtype
         elements = layer.weight.numel()
@@ -211,7 +211,7 @@ def build_planned_teacher(config: TeacherConfig) -> PlannedTeacher:
             model = AutoModel.from_config(architecture)
             while part := next((name for name in VISION_PARTS if hasattr(model, name)), None):
                 model = getattr(model, part)
-    native = getattr(model.config, "image_size", None)
+    native: Any = getattr(model.config, "image_size", None)
     size = config.image_size or (
         native if config.loader == "eva02" else preprocessor_of_transformers(config).image_size
     )

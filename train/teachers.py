@@ -42,7 +42,7 @@ __all__ = [
     "TeacherFeatures",
     "TeacherPreprocessor",
     "cached_commit",
-    "hub_repository",
+    "hub_revision",
     "load_teacher",
     "resolve_teacher",
 ]
@@ -321,39 +321,36 @@ def _infer_loader(model: str) -> str:
     )
 
 
-def hub_repository(config: TeacherConfig) -> str | None:
-    """The Hub repository that a resolved teacher's weights are read from; None for files on this machine."""
-    model = config.model.removeprefix("hf-hub:").split("@")[0]
+def hub_revision(config: TeacherConfig) -> tuple[str, str] | None:
+    """The Hub repository and revision that a resolved teacher is read from; None for files on this machine."""
+    model, _, revision = config.model.removeprefix("hf-hub:").partition("@")
     if os.path.exists(model) or model.startswith("local-dir:"):
         return None
     if config.loader == "timm" and "/" not in model:
         pretrained = timm.get_pretrained_cfg(model, allow_unregistered=True)
-        return None if pretrained is None else pretrained.hf_hub_id
-    return model
+        model = pretrained.hf_hub_id if pretrained is not None else None
+    return None if model is None else (model, config.revision or revision or "main")
 
 
 def cached_commit(config: TeacherConfig) -> str | None:
     """The commit that a resolved teacher was read at, as far as the local cache knows; nothing is asked online."""
-    repository, revision = hub_repository(config), config.revision or "main"
-    if repository is None or re.fullmatch(COMMIT, revision):
-        return None if repository is None else revision
-    folder = repo_folder_name(repo_id=repository, repo_type="model")
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    source = hub_revision(config)
+    if source is None or re.fullmatch(COMMIT, source[1]):
+        return None if source is None else source[1]
+    folder = repo_folder_name(repo_id=source[0], repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / source[1]
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 def _warn_unpinned(config: TeacherConfig) -> None:
     """Once a run: what was read may be something else tomorrow."""
-    if (
-        hub_repository(config) is None
-        or re.fullmatch(COMMIT, config.revision or "")
-        or os.environ.get("RANK", "0") != "0"
-    ):
+    source = hub_revision(config)
+    if source is None or re.fullmatch(COMMIT, source[1]) or os.environ.get("RANK", "0") != "0":
         return
     commit = cached_commit(config)
     key = f"name: {config.name}" if config.name in TEACHERS else f"model: {config.model}"
     logger.warning(
-        f"Teacher {config.name} is not pinned: {config.model} was read at {config.revision or 'main'}, "
+        f"Teacher {config.name} is not pinned: {source[0]} was read at {source[1]}, "
         f"{'an unknown commit' if commit is None else f'now commit {commit}'}. To pin it, write "
         f"{{{key}, revision: {commit or 'COMMIT'}}} in `teachers`."
     )

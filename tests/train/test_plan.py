@@ -31,7 +31,7 @@ from train.data import load_conversations
 from train.feature_cache import CacheArguments, cache_features
 from train.language_lora import language_lora_layers
 from train.plan_models import build_planned_run
-from train.plan_step import FLOP_FORMULAS, LiveBytes, measure_activations, measure_flops
+from train.plan_step import FLOP_FORMULAS, LiveBytes, input_bytes, measure_activations, measure_flops
 from train.teachers import TEACHERS
 from train.trainer import MoveKDTrainer
 
@@ -253,6 +253,34 @@ def test_tiles_of_anyres_are_planned(arguments, parts) -> None:
         measure_flops(args, model_args, tokens)
     assert measure_flops(args, model_args, tokens + 1)["student"] > 0
     assert measure_activations(args, model_args, 1, tokens + 1, torch.float32, False, True) > 0
+
+
+def test_teachers_see_every_tile_if_asked_to(arguments, parts) -> None:
+    """Five crops, where the whole image alone is one."""
+    flops = {}
+    for tiles in ("base", "all"):
+        teachers = [{"name": "vit", "model": parts["vit"]}]
+        named = {"vision_model": parts["clip"], "language_model": parts["language"], "teachers": teachers}
+        _, args, model_args = arguments(
+            **named,
+            image_aspect_ratio="anyres",
+            distill_tiles=tiles,
+            teacher_weighting="equal",
+            token_weighting="none",
+        )
+        flops[tiles] = measure_flops(args, model_args, 800)
+    assert flops["all"]["vit"] == 5 * flops["base"]["vit"]
+    assert flops["all"]["student"] > flops["base"]["student"]
+
+
+def test_inputs_are_what_the_collator_makes(arguments, parts) -> None:
+    trainer, args, model_args = real_trainer(arguments, parts, per_device_train_batch_size=4)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    _, model, teachers = build_planned_run(args, model_args, torch.float32)
+    tensors = [batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "labels")]
+    tensors += batch["teacher_pixel_values"].values()
+    planned = 4 * input_bytes(model, teachers, args, batch["input_ids"].shape[1])
+    assert planned == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize(("name", "language"), [("7b", 6_738_415_616), ("13b", 13_015_864_320)])

@@ -42,7 +42,7 @@ from train.teachers import (
     TEACHERS,
     TeacherConfig,
     TeacherPreprocessor,
-    hub_repository,
+    hub_revision,
     resolve_teacher,
 )
 
@@ -235,7 +235,15 @@ def test_every_row_says_what_it_is(row: TeacherConfig) -> None:
     assert row.license and row.num_parameters and row.output_shape
     assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision)
     assert not row.trust_remote_code
-    assert hub_repository(resolve_teacher(row)).count("/") == 1
+    repository, revision = hub_revision(resolve_teacher(row))
+    assert repository.count("/") == 1 and revision == (row.revision or "main")
+
+
+def test_where_a_teacher_is_read_from(tmp_path: Path) -> None:
+    for spec in (str(tmp_path), f"local-dir:{tmp_path}"):
+        assert hub_revision(TeacherConfig("eye", spec, "timm")) is None
+    assert hub_revision(resolve_teacher("hf-hub:owner/eye@v2")) == ("owner/eye", "v2")
+    assert hub_revision(resolve_teacher({"name": "sam", "revision": "v3"})) == ("facebook/sam-vit-large", "v3")
 
 
 def test_a_model_of_the_hub_that_is_not_pinned_is_told(tmp_path: Path) -> None:
