@@ -146,6 +146,15 @@ class Hub:
         }
         return self.add(repo_id, files, kind, **settings)
 
+    def commit_file(self, repo_id: str, path: str, content: bytes, kind: str = "models") -> str:
+        """As if somebody had changed one file of `main`."""
+        repository = self.repositories[kind, repo_id]
+        head = repository.refs["refs/heads/main"]
+        file = File(content, is_large(path, len(content)))
+        if file.is_lfs:
+            self.objects[file.sha256] = content
+        return repository.commit("refs/heads/main", repository.commits[head] | {path: file}, f"Change {path}", head)
+
     def user(self, request: Request) -> str | None:
         header = request.headers.get("authorization")
         if header is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from hub.licenses import check_license
@@ -229,6 +230,7 @@ class MoveKDSFTConfig(SFTConfig):
 
     # Defaults that differ from TRL's
     max_length: int | None = field(default=2048, metadata={"help": "Longest sequence in tokens; longer text is cut."})
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to publish: at the end."})
     assistant_only_loss: bool = field(default=True, metadata={"help": "Loss on the assistant's turns only."})
 
     def __post_init__(self) -> None:
@@ -261,6 +263,11 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
         self._check_distill_tiles()
         self._check_language_lora()
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(
+                f"`hub_strategy` is '{HubStrategy(self.hub_strategy).value}'; a run is published at its end, checked "
+                "and without the optimiser's state. Set it to 'end'; `python hub/push.py` pushes what lies between."
+            )
         self.license = None if self.license is None else check_license(self.license)
         if self.label_smoothing_factor:
             raise ValueError(

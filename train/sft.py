@@ -100,7 +100,7 @@ def train(
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir, _internal_call=True)  # `main` publishes it
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
     return trainer
 
@@ -114,9 +114,9 @@ def main(arguments: list[str]) -> None:
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     recipe = dict(pairwise(arguments)).get("--config")
     trainer = train(*parser.parse_args_and_config(arguments), recipe=recipe)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     trainer.end()
+    if trainer.args.push_to_hub:
+        trainer.publish()  # after the processes have parted, as none should wait for an upload
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ from train.language_lora import (
 )
 from train.losses import check_finite
 from train.processes import check_launch
+from train.publish import PublishingMixin
 from train.sampler import ModalityLengthGroupedSampler
 
 
-class MoveKDTrainer(SFTTrainer):
+class MoveKDTrainer(PublishingMixin, SFTTrainer):
     """
     Trains a MoVE-KD student: text loss + `lambda_kd` * distillation + `lambda_balance` * router balance.
 
@@ -82,6 +83,7 @@ class MoveKDTrainer(SFTTrainer):
         if args.language_lora_rank:
             add_language_lora(model, args)
         set_trainable(model, args)
+        self.take_token(args)
         super().__init__(model=model, args=args, **kwargs)
         refuse_reentrant_checkpointing(self.args)
         if self.compute_loss_func is not None:
