@@ -13,6 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import TrlParser
 
+from hub.card import write_card
+from hub.run_facts import EVALUATION_NAME, weights_fingerprint
 from modeling_movekd import MoveKDForConditionalGeneration
 from train.build import build_student
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
@@ -24,6 +26,7 @@ from train.sft import train
 RECIPES = ("train/recipes/demo_pretrain.yaml", "train/recipes/demo_finetune.yaml")
 SIZES = {"pretrain": 2000, "finetune": 2000, "test": 500}
 OUTPUT = Path("outputs/demo")
+NEW_TOKENS = 8  # more than any answer has
 
 
 def parse_recipe(path: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
@@ -57,7 +60,7 @@ def answer_questions(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
-        outputs = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = outputs[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
@@ -74,6 +77,22 @@ def accuracy_by_family(answers: Sequence[str], rows: Dataset) -> dict[str, float
     for answer, turns, family in zip(answers, rows["conversations"], rows["family"], strict=True):
         right[family].append(answer == turns[1]["value"])
     return {family: sum(values) / len(values) for family, values in right.items()}
+
+
+def evaluation(accuracies: dict[str, float], rows: Dataset, folder: Path) -> dict[str, Any]:
+    """The accuracies as the model card of the checkpoint in `folder` takes them."""
+    told = {
+        "task": "image-text-to-text",
+        "dataset": "generated-scenes",
+        "split": "test",
+        "metric": "exact_match",
+        "prompt": f"the question alone, in the checkpoint's chat template; greedy, at most {NEW_TOKENS} tokens",
+    }
+    counts = {family: rows["family"].count(family) for family in accuracies}
+    results = [
+        told | {"subset": family, "value": value, "rows": counts[family]} for family, value in accuracies.items()
+    ]
+    return {"weights": weights_fingerprint(folder), "results": results}
 
 
 def draw_answers(path: Path, rows: Dataset, answers: Sequence[str], columns: int = 5, count: int = 15) -> None:
@@ -167,6 +186,8 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
         draw_answers(OUTPUT / "answers.png", rows, answers)
         draw_losses(OUTPUT / "losses.png", histories)
         save_json(results | {"seconds": time.perf_counter() - started}, OUTPUT / "results.json")
+        save_json(evaluation(results["trained"], rows, OUTPUT), OUTPUT / EVALUATION_NAME)
+        write_card(OUTPUT)
         print(results_table(results))
         print(f"Pictures: {OUTPUT}/answers.png, {OUTPUT}/losses.png. The student loads anywhere with\n")
         print("    from transformers import AutoModel, AutoProcessor")

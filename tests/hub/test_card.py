@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import serve
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -387,6 +388,18 @@ def test_checks_of_a_card(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "README.md").write_text(content.format(good) if "{}" in content else content)
     with pytest.raises(ValueError, match=message):
         check_card(tmp_path / "README.md")
+
+
+def test_the_hubs_own_validator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {"results": [RESULT]}
+    path = write_card(checkpoint(tmp_path / "student", facts_of_a_lab(), results=results), repo_id="a/b")
+    with serve() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        check_card(path, online=True)
+        path.write_text(path.read_text().replace("base_model_relation: finetune", "base_model_relation: grown"))
+        check_card(path)
+        with pytest.raises(ValueError, match="base_model_relation"):
+            check_card(path, online=True)
 
 
 def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

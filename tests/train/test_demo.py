@@ -8,9 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
-from train.demo import RECIPES, accuracy_by_family, draw_answers, draw_losses, parse_recipe, results_table, run_demo
+from hub.run_facts import read_evaluation
+from train.demo import (
+    RECIPES,
+    accuracy_by_family,
+    draw_answers,
+    draw_losses,
+    evaluation,
+    parse_recipe,
+    results_table,
+    run_demo,
+)
 from train.scenes import FAMILIES, scenes
 
 
@@ -51,6 +62,19 @@ def test_accuracy_and_pictures(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+def test_accuracies_as_the_card_takes_them(tmp_path: Path) -> None:
+    rows = scenes("test", 15)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    written = evaluation(dict.fromkeys(FAMILIES, 0.5), rows, tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(written))
+    results = read_evaluation(tmp_path)
+    assert [(result.subset, result.value) for result in results] == [(family, 0.5) for family in FAMILIES]
+    assert sum(result.rows for result in results) == 15
+    (tmp_path / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(ValueError, match="is of the weights"):
+        read_evaluation(tmp_path)
+
+
 @pytest.mark.slow
 def test_whole_demo(tmp_path: Path) -> None:
     for room in ("modeling_movekd", "train", "hub"):
@@ -66,6 +90,9 @@ def test_whole_demo(tmp_path: Path) -> None:
     for family in ("attribute", "presence", "count"):  # what the README says is learned
         assert results["trained"][family] > results["chance"][family] + 0.25, results
         assert results["trained"][family] > results["untrained"][family] + 0.25, results
+    card = ModelCard.load(output / "README.md")
+    measured = {result.dataset_config: result.metric_value for result in card.data.eval_results}
+    assert measured == results["trained"] and "### Stage 2: `finetune`" in card.text
     assert {"answers.png", "losses.png", "model.safetensors", "distiller.safetensors"} <= {
         path.name for path in output.iterdir()
     }
