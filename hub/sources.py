@@ -233,9 +233,8 @@ def _named(folder: Path, given: str | None, configured: str | None, flag: str, w
         return resolve_source(given, weights=weights)
     if not configured:
         raise ValueError(f"The configuration of {folder} names no model for `{flag}`; give it.")
-    inside = folder / configured
-    if inside.is_dir() and inside.resolve().is_relative_to(folder.resolve()):
-        return inside
+    if not Path(configured).is_absolute() and ".." not in Path(configured).parts and (folder / configured).is_dir():
+        return folder / configured
     if Path(configured).is_absolute() or configured.startswith("."):
         raise ValueError(f"{folder} names {configured}, a folder of another machine; give the model by `{flag}`.")
     try:

@@ -104,7 +104,7 @@ def test_configuration(authors: Path, folder: Path) -> None:
 
 def test_processor(authors: Path, folder: Path, expected: Golden) -> None:
     tensors, metadata = expected
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     config = json.loads((authors / "config.json").read_text())
     clip = json.loads((authors / config["mm_vision_tower"] / "preprocessor_config.json").read_text())
     images = processor.image_processor
@@ -285,7 +285,7 @@ def test_stage1_with_base_models(authors: Path, stage1: Path) -> None:
     for key, value in expected.items():
         assert torch.equal(actual[key][: len(value)] if value.dim() else actual[key], value), key
     theirs = json.loads((authors / "stage1" / "config.json").read_text())
-    images = AutoProcessor.from_pretrained(stage1).image_processor
+    images = AutoProcessor.from_pretrained(stage1, trust_remote_code=False).image_processor
     assert images.do_pad == (theirs["image_aspect_ratio"] == "pad")
     assert json.loads((stage1 / "conversion.json").read_text())["dropped_weights"] == {}
 
@@ -342,7 +342,7 @@ class Step:
             activation_checkpointing=False,
             report_to="none",
         )
-        processor = AutoProcessor.from_pretrained(stage1)
+        processor = AutoProcessor.from_pretrained(stage1, trust_remote_code=False)
         self.trainer = MoveKDTrainer(
             model,
             args,
