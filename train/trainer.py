@@ -19,6 +19,7 @@ from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.distillation import Distiller
 from train.facts import RunFacts, save_facts_and_card, update_card
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
+from train.fsdp import check_fsdp, saves_sharded_state
 from train.guards import GradientGuard
 from train.language_lora import (
     LANGUAGE_LORA_NAME,
@@ -86,6 +87,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         self.take_token(args)
         super().__init__(model=model, args=args, **kwargs)
         refuse_reentrant_checkpointing(self.args)
+        check_fsdp(self.accelerator)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
         add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
@@ -246,8 +248,17 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         if self.args.should_save:
             update_card(Path(self.args.output_dir), self.args)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, which would write no weights of its own where FSDP's checkpoints are sharded."""
+        if saves_sharded_state(self.accelerator):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if state_dict is not None:  # gathered, where tied weights are no longer one tensor, and would be saved twice
+            tied = self._student().all_tied_weights_keys
+            state_dict = {key: value for key, value in state_dict.items() if key not in tied}
         if self.args.should_save and self.teachers:
             weights = state_dict if state_dict is not None else self.model.state_dict()
             weights = {key.split("distiller.", 1)[1]: value for key, value in weights.items() if "distiller." in key}
