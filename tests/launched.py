@@ -56,12 +56,16 @@ class RecordingTrainer(MoveKDTrainer):
     def facts(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         return {
             "world_size": torch.distributed.get_world_size() if running else 1,
             "backend": torch.distributed.get_backend() if running else None,
+            "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             "distributed_type": self.accelerator.distributed_type.value,
+            "zero_stage": self.deepspeed.zero_optimization_stage() if self.deepspeed is not None else None,
+            # What ZeRO-3 has spread has no elements of its own between two steps
+            "empty_parameters": sum(not parameter.numel() for parameter in self.model.parameters()),
             "called": [name for name, _ in self.called],
             "find_unused_parameters": [value for _, value in self.called],
             "checkpointed": list(self.checkpointed),
