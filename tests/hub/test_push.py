@@ -12,6 +12,7 @@ import torch
 from exported import SIZE, make_model, make_tower, save_model
 from hub_client import Client, ClientError, client
 from hub_server import OWNER_TOKEN, READER_TOKEN, Hub, serve
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from hub import push as push_script
@@ -137,6 +138,21 @@ def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint:
     uploads = dict(hub.uploads)
     push(owner, checkpoint, "org/model", "--private", "--tag")
     assert len(hub.repository("org/model").commits) == 2 and dict(hub.uploads) == uploads
+
+
+def test_the_authors_checkpoint_from_the_hub_and_ours_back(
+    hub: Hub, owner: Client, authors: Path, converted: Path, tmp_path: Path
+) -> None:
+    vision = authors / json.loads((authors / "config.json").read_text())["mm_vision_tower"]
+    hub.add_folder("org/clip", vision)
+    hub.add_folder("authors/release", authors)
+    code = "import hub.convert; hub.convert.main(['authors/release', dest, '--vision-model', 'org/clip'])"
+    owner.run(code, dest=str(tmp_path / "converted"))
+    push(owner, tmp_path / "converted", "org/converted")
+    files = hub.repository("org/converted").files()
+    found, expected = load_bytes(files["model.safetensors"]), load_file(converted / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert "tokenizer.json" in files and b"org/converted" in files["README.md"]
 
 
 def test_the_encoder_alone_in_shards_with_its_space(hub: Hub, owner: Client, checkpoint: Path, tmp_path: Path) -> None:
