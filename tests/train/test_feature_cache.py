@@ -135,6 +135,10 @@ def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: 
     write(second)
     assert "in 0 of 4 shards" in capsys.readouterr().out
     sft.train(*second)
+    facts = json.loads((tmp_path / "second" / "training_facts.json").read_text())
+    folder = Path(settings[1].feature_cache).name
+    for stage in (*facts["earlier_stages"], facts):
+        assert stage["feature_cache"] == {"folder": folder, "dtype": "float16"}, stage["stage"]
 
 
 def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
