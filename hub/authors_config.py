@@ -48,6 +48,25 @@ EXPERT_FIELDS = {
 }
 # What the authors' code does and their configuration does not say
 AUTHORS_EXPERTS = {"expert_bias": True, "router_gradient": "none", "expert_init": "kaiming", "lora_dropout": 0.05}
+# Written even where they have their default
+LLAMA_FIELDS = (
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "rms_norm_eps",
+    "use_cache",
+)
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
@@ -125,8 +144,10 @@ def config_from_original(
         )
     aspect = image_aspect_ratio or config.get("image_aspect_ratio") or "square"
     feature = config.get("mm_vision_select_feature", "patch")
-    choices = {"image_aspect_ratio": (aspect, ("pad", "square", "anyres"))}
-    choices["mm_vision_select_feature"] = (feature, tuple(SELECT_STRATEGIES))
+    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "image_aspect_ratio": (aspect, ("pad", "square", "anyres")),
+        "mm_vision_select_feature": (feature, tuple(SELECT_STRATEGIES)),
+    }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"`{name}` is {value!r}; only {allowed} can be converted.")
@@ -172,17 +193,7 @@ def config_to_authors(config: MoveKDConfig, vision_model: str, distilled: bool, 
     theta, rope_type = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
     dropped = {*IDENTITY_FIELDS, "rope_parameters", "dtype", "vocab_size", "tie_word_embeddings"}
     fields = {name: value for name, value in text.to_diff_dict().items() if name not in dropped}
-    names = ("attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size")
-    names += ("initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads")
-    names += (
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "pad_token_id",
-        "pretraining_tp",
-        "rms_norm_eps",
-        "use_cache",
-    )
-    fields |= {name: getattr(text, name) for name in names if hasattr(text, name)}
+    fields |= {name: getattr(text, name) for name in LLAMA_FIELDS if hasattr(text, name)}
     back = {ours: theirs for theirs, ours in SELECT_STRATEGIES.items()}
     fields |= {
         "architectures": ["MoVELlavaLlamaForCausalLM"],

@@ -108,6 +108,7 @@ def convert(
         "source": str(source),
         "revision": folder.name if folder.parent.name == "snapshots" else revision,
         "vision_model": read.vision_model,
+        "pads_images": read.pads,
         "dropped_weights": found.dropped,
         "dropped_config": read.dropped,
         "dropped_generation_config": dropped_generation,
@@ -150,6 +151,10 @@ def summary(dest: str | Path, facts: Mapping[str, Any]) -> str:
         reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
         lines.append(f"Dropped {len(keys)} weights, {reason}: {keys[0]} ...")
+    if not facts["pads_images"]:
+        lines.append(
+            "Images are cut to their centre, as it was trained; `--image-aspect-ratio pad` pads them instead."
+        )
     if facts["new_weights"]:
         lines.append(f"New, drawn at random: {len(facts['new_weights'])} weights: {facts['new_weights'][0]} ...")
     for name in ("dropped_config", "dropped_generation_config"):

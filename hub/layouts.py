@@ -232,7 +232,7 @@ def new_weights(
     model: MoveKDForConditionalGeneration, keys: Iterable[str], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Weights drawn by the model's own rules, for these keys alone; the model itself stays on the meta device."""
-    drawn = {}
+    drawn: dict[str, torch.Tensor] = {}
     owners: dict[str, list[str]] = {}
     for key in keys:
         owners.setdefault(key.rpartition(".")[0], []).append(key)

@@ -33,6 +33,8 @@ STAGE_1_FILES = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")
 EXPERT_PARTS = ("_experts.", ".router.")
 PROJECTOR_PARTS = (PROJECTOR, "model.image_newline")
 IDENTITY_FIELDS = ("architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "auto_map")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 GENERATION_IDENTITY_FIELDS = ("_from_model_config", "transformers_version")
 
 
@@ -90,10 +92,11 @@ def read_source(
         source = _from_original(folder, config, vision_model, language_model, image_aspect_ratio)
     else:
         source = _from_parts(folder, vision_model, image_aspect_ratio)
-    if experts and source.experts.get("num_experts"):
-        raise ValueError(f"The source has experts of its own, {source.experts}; {dict(experts)} cannot be set.")
-    if not source.experts.get("num_experts"):
-        source.experts = dict(experts or {})
+    if source.experts.get("num_experts"):
+        if experts:
+            raise ValueError(f"The source has experts of its own, {source.experts}; {dict(experts)} cannot be set.")
+    else:
+        source.experts |= dict(experts or {})
         source.may_be_new += EXPERT_PARTS
     return source
 
@@ -142,7 +145,8 @@ def _from_original(
         settings=config_from_original(config, clip_config, image_aspect_ratio),
         text_config=text_config,
         clip_config=clip_config,
-        experts=experts_from_authors(config),
+        # Those of LLaVA are made to begin from; one of the authors' may have been trained without experts
+        experts=experts_from_authors(config) if "moe" in config else {},
         origins=origins,
         vision_model=str(name),
         tokenizer=folder if own_files & {"tokenizer.model", "tokenizer.json"} else language,
@@ -300,12 +304,10 @@ def load_generation_config(source: Source, config: MoveKDConfig) -> tuple[Genera
     if path.is_file():
         fields = {name: value for name, value in read_json(path).items() if name not in GENERATION_IDENTITY_FIELDS}
     else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        fields = {name: getattr(source.text_config, name, None) for name in names}
+        fields = {name: getattr(source.text_config, name, None) for name in SPECIAL_TOKENS}
     dropped = {}
     if not fields.get("do_sample"):
-        names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-        dropped = {name: fields.pop(name) for name in names if name in fields}
+        dropped = {name: fields.pop(name) for name in SAMPLING_FIELDS if name in fields}
     added = range(config.original_vocab_size, config.text_config.vocab_size)
     fields["suppress_tokens"] = sorted({*(fields.get("suppress_tokens") or []), config.image_token_index, *added})
     return GenerationConfig(**fields), dropped

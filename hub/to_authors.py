@@ -58,7 +58,9 @@ def convert_to_authors(
     pieces += [Piece([(distiller, key)], _rename(theirs)) for key, theirs in adapters.items()]
     tokenizer = _tokenizer_files(folder, language_model)
     generation_config = read_json(folder / "generation_config.json")
-    generation_config.pop("suppress_tokens", None)
+    suppressed = [token for token in generation_config.pop("suppress_tokens", None) or [] if token < vocab_size]
+    if suppressed := [token for token in suppressed if token != config.image_token_index]:
+        generation_config["suppress_tokens"] = suppressed
     with new_folder(dest) as temporary:
         write_weights(pieces, temporary, max_shard_size)
         for name, content in tokenizer.items():
@@ -78,6 +80,9 @@ def _rename(theirs: str) -> Callable[[list[torch.Tensor]], dict[str, torch.Tenso
 
 
 def _writer(key: str, num_experts: int, rows: int | None) -> Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]:
+    if not num_experts:
+        # Without experts their MLP is CLIP's own
+        return lambda parts: {key_to_authors(key).replace("original_module.", ""): parts[0][:rows]}
     if is_packed(key):
         return lambda parts: {
             key_to_authors(key, expert): part.clone()

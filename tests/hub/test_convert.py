@@ -17,6 +17,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
+    CohereConfig,
     GenerationConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -27,6 +28,7 @@ from transformers import (
 
 import hub.weights
 from hub.convert import convert, main
+from hub.layouts import language_rename
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
@@ -247,6 +249,22 @@ def test_original_llava_without_a_tower(
     assert_equal_weights(weights_of(again), weights_of(dest))
 
 
+def test_authors_without_experts(copy: Path, tmp_path: Path) -> None:
+    """Their ablation: distilled, without the mixture. None is added, and the way back is byte for byte."""
+    weights = load_file(copy / "model.safetensors")
+    plain = {key.replace("original_module.", ""): value for key, value in weights.items() if not is_mole(key)}
+    save_file(plain, copy / "model.safetensors")
+    edit_json(copy / "config.json", moe={"moe_encoder": False})
+    dest = convert(copy, tmp_path / "dest", keep_all_layers=True)
+    assert json.loads((dest / "config.json").read_text())["vision_config"]["num_experts"] == 0
+    assert (dest / "distiller.safetensors").exists()
+    assert_equal_weights(weights_of(convert(dest, tmp_path / "back", to="authors")), plain)
+
+
+def is_mole(key: str) -> bool:
+    return ".moe_" in key or ".router." in key
+
+
 @pytest.fixture(scope="module")
 def transformers_llava(
     base_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
@@ -350,7 +368,31 @@ def test_clip_and_a_language_model(base_models: tuple[Path, Path], tmp_path: Pat
     assert all(value.std() > 0 for name, value in model.named_parameters() if "projector" in name and "weight" in name)
 
 
+@torch.no_grad()
+def test_tied_language_model_in_half_precision(base_models: tuple[Path, Path], tmp_path: Path) -> None:
+    vision, language = base_models
+    config = LlamaForCausalLM.from_pretrained(language).config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(config).to(torch.bfloat16)
+    tied.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(language).save_pretrained(tmp_path / "tied")
+    dest = convert(tmp_path / "tied", tmp_path / "dest", vision_model=str(vision))
+    assert "lm_head.weight" not in weights_of(dest)
+    model = MoveKDForConditionalGeneration.from_pretrained(dest)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.dtype == torch.bfloat16
+    input_ids = torch.tensor([[1, 7, 30]])
+    torch.testing.assert_close(model(input_ids).logits[..., : config.vocab_size], tied(input_ids).logits)
+
+
 # ---- what is refused
+
+
+def test_language_models_that_scale_their_logits() -> None:
+    config = CohereConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    with pytest.raises(ValueError, match="logit_scale"):
+        language_rename(config)
 
 
 def drop_weight(folder: Path) -> None:
@@ -610,6 +652,7 @@ def in_a_process(source: Path, dest: Path, die_at: int, max_shard_size: int) -> 
     )
 
 
+@pytest.mark.slow
 def test_killed(copy: Path, tmp_path: Path) -> None:
     """What a killed conversion leaves has another name and no configuration."""
     ended = in_a_process(copy, tmp_path / "dest", die_at=2, max_shard_size=100_000)
@@ -622,7 +665,7 @@ def test_killed(copy: Path, tmp_path: Path) -> None:
 def test_memory(copy: Path, tmp_path: Path) -> None:
     """Far less is in memory than the whole, however many shards there are."""
     weights = load_file(copy / "model.safetensors")
-    layers, width, intermediate = 24, weights["model.norm.weight"].shape[0], 40_000
+    layers, width, intermediate = 18, weights["model.norm.weight"].shape[0], 40_000
     template = {key: value for key, value in weights.items() if key.startswith("model.layers.0.")}
     weights = {key: value for key, value in weights.items() if not key.startswith("model.layers.")}
     for layer in range(layers):
@@ -639,5 +682,5 @@ def test_memory(copy: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     grown, count = map(int, ended.stdout.splitlines()[-1].split()[1:])
     assert count >= len(shards)
-    assert sum(sizes) > 360e6
-    assert grown < 1.3 * max(sizes) + 150e6, (grown, sizes)
+    # What a few modules and a tokenizer take is not the weights'
+    assert grown < 1.3 * max(sizes) + 100e6 < 0.7 * sum(sizes), (grown, sizes)
