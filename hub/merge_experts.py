@@ -2,21 +2,26 @@
 A tower without experts that comes as near as it can to one with them.
 
 Which expert serves a token depends on the token, so no single pair of matrices does what the experts do. What is made
-here is the best that calibration images allow, layer by layer, with the original tower's activations. The experts of a
-linear layer add `B u(x)` to its output: `B` `(out_features, ranks)` holds the up-projections of all experts side by
-side and `u` what their ranks give, zero for an expert that does not serve the token. In place of `u(x)` stands an
-affine `K x + c`, the ridge regression of `u` on `x`; `B K` and `B c` are folded into the layer's weight and bias. The
-ridge pulls towards the mean of the experts, each weighed by its share of the tokens, which is what there is to say
+here is the best that calibration images allow, layer by layer, with the original tower's activations.
+
+- `fc1`: its experts add `B u(x)`. `B` `(intermediate_size, ranks)` holds the up-projections of all experts side by
+  side, and `u` what their ranks give, zero for an expert that does not serve the token. In place of `u(x)` stands an
+  affine `K x + c`, the ridge regression of `u` on `x`; `B K` and `B c` are folded into the layer's weight and bias.
+- `fc2`: what the MLP with experts gives, less what `fc2` gives after the new `fc1`, is regressed on the latter's
+  activations in the same way, so that it makes good what it can of the error of `fc1`.
+
+The ridge pulls towards the mean of the experts, each weighed by its share of the tokens, which is what there is to say
 without looking at the inputs. Its strength is chosen per layer on images that the regression has not seen, among
 candidates that include the bare mean and no update at all.
 
-The update has the rank of all experts together at most; `rank` limits it further, to the directions of the output that
-carry most of the update over the calibration tokens (reduced-rank regression).
+An update has the rank of all experts together at most, or less by `rank`: it is limited to the directions of the
+output that carry most of it over the calibration tokens (reduced-rank regression).
 
 The errors in the report come from further images that served for nothing else.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,15 +93,18 @@ class Moments:
         return float((up @ rest * up).sum())
 
 
-def ridge_towards(start: torch.Tensor, moments: Moments, ridge: float) -> torch.Tensor:
-    """`[K, c]` of least squares with a penalty on the distance of `K` from its start."""
+def ridge_towards(start: torch.Tensor, moments: Moments, ridges: Sequence[float]) -> list[torch.Tensor]:
+    """`[K, c]` of least squares with a penalty on the distance of `K` from its start, for each strength."""
+    residual = (moments.crossed - start @ moments.inputs).t()
     diagonal = moments.inputs.diagonal()
-    penalty = torch.full_like(diagonal, ridge * float(diagonal[:-1].mean()))
-    # The constant goes free, but for what keeps the system solvable
-    penalty[-1] = 1e-12 * diagonal[-1]
-    factor = torch.linalg.cholesky(moments.inputs + penalty.diag())
-    residual = moments.crossed - start @ moments.inputs
-    return start + torch.cholesky_solve(residual.t(), factor).t()
+    solutions = []
+    for ridge in ridges:
+        penalty = torch.full_like(diagonal, ridge * float(diagonal[:-1].mean()))
+        # The constant goes free, but for what keeps the system solvable
+        penalty[-1] = 1e-12 * diagonal[-1]
+        factor = torch.linalg.cholesky(moments.inputs + penalty.diag())
+        solutions.append(start + torch.cholesky_solve(residual, factor).t())
+    return solutions
 
 
 def limit_rank(solution: torch.Tensor, up: torch.Tensor, moments: Moments, rank: int) -> torch.Tensor:
@@ -116,20 +124,22 @@ def limit_rank(solution: torch.Tensor, up: torch.Tensor, moments: Moments, rank:
     return basis @ torch.cat([slope, constant.unsqueeze(-1)], dim=1)
 
 
-def fit(
-    experts: LoraExperts, shares: torch.Tensor, seen: Moments, unseen: Moments, rank: int | None
-) -> tuple[torch.Tensor, str]:
-    """The update `[W, c]` of a linear layer, float64, and by what it was found."""
-    up = up_projection(experts)
-    mean = mean_expert(experts, shares)
-    candidates = {"none": torch.zeros_like(mean), "mean": mean}
-    candidates |= {f"ridge {ridge:g}": ridge_towards(mean, seen, ridge) for ridge in RIDGES}
+def fit(up: torch.Tensor, start: torch.Tensor, seen: Moments, unseen: Moments, rank: int) -> tuple[torch.Tensor, str]:
+    """
+    The update `[W, c]` of a linear layer, float64, and by what it was found.
+
+    Args:
+        up: `B`, `(out_features, ranks)`.
+        start: The experts' mean, `[K, c]`, `(ranks, in_features + 1)`.
+    """
+    candidates = {"none": torch.zeros_like(start), "mean": start}
+    names = {f"ridge {ridge:g}": ridge for ridge in RIDGES}
+    candidates |= dict(zip(names, ridge_towards(start, seen, RIDGES), strict=True))
     chosen = min(candidates, key=lambda name: unseen.error(candidates[name], up))
-    both = seen + unseen
-    solution = candidates[chosen]
-    if chosen.startswith("ridge"):
-        solution = ridge_towards(mean, both, float(chosen.split()[1]))
-    return limit_rank(solution, up, both, solution.shape[0] if rank is None else rank), chosen
+    both, solution = seen + unseen, candidates[chosen]
+    if chosen in names:
+        (solution,) = ridge_towards(start, both, [names[chosen]])
+    return limit_rank(solution, up, both, rank), chosen
 
 
 def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: int | None) -> tuple[nn.Module, dict]:
@@ -146,20 +156,24 @@ def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: 
     gates = [mlp.expert_gates(*mlp.router(image)) for _, image in fitted]
     shares = torch.cat(gates).mean(dim=0)
     facts: dict = {"expert_shares": [round(share, 4) for share in shares.tolist()]}
-    layer_inputs = [image for _, image in fitted]
     for name in ("fc1", "fc2"):
-        linear, experts = getattr(mlp, name), getattr(mlp, f"{name}_experts")
+        experts = getattr(mlp, f"{name}_experts")
+        up, start = up_projection(experts), mean_expert(experts, shares)
+        limit = up.shape[1] if rank is None else rank
+        if name == "fc2":
+            # Its target holds the error of fc1 too, which lies outside of what the up-projections span
+            up, start = torch.eye(len(up), dtype=up.dtype, device=up.device), up @ start
         seen, unseen = Moments(), Moments()
-        for (apart, _), image, gate in zip(fitted, layer_inputs, gates, strict=True):
-            (unseen if apart else seen).add(image, expert_outputs(experts, image, gate))
-        update, facts[name] = fit(experts, shares, seen, unseen, rank)
-        plain[name].weight.add_(update[:, :-1].to(linear.weight.dtype))
-        plain[name].bias.add_(update[:, -1].to(linear.bias.dtype))
-        if name == "fc1":
-            layer_inputs = [
-                mlp.activation_fn(experts(image, linear(image), gate))
-                for image, gate in zip(layer_inputs, gates, strict=True)
-            ]
+        for (apart, image), gate in zip(fitted, gates, strict=True):
+            if name == "fc1":
+                pair = image, expert_outputs(experts, image, gate)
+            else:
+                intermediate = mlp.activation_fn(plain["fc1"](image))
+                pair = intermediate, mlp(image) - mlp.fc2(intermediate)
+            (unseen if apart else seen).add(*pair)
+        update, facts[name] = fit(up, start, seen, unseen, limit)
+        plain[name].weight.add_(update[:, :-1].to(plain[name].weight.dtype))
+        plain[name].bias.add_(update[:, -1].to(plain[name].bias.dtype))
 
     def relative_error(first: nn.Module, second: nn.Module) -> float:
         exact = torch.cat([mlp(image) for image in measured])
@@ -201,7 +215,8 @@ def merge_experts(
         `images`, how many were `fitted`, chose the ridge (`chosen`), and `measured`.
 
     Raises:
-        ValueError: if the tower has no experts, for fewer than five images, or a rank below 1.
+        ValueError: if the tower has no experts or gives values that are not finite, for fewer than five images, or a
+            rank below 1.
     """
     if tower.config.num_experts == 0:
         raise ValueError("The tower has no experts (`num_experts` is 0), so there is nothing to merge.")
@@ -219,6 +234,8 @@ def merge_experts(
         handle = mlp.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, 1)))
         hidden_states = [layer(image, None) for image in hidden_states]
         handle.remove()
+        if not all(image.isfinite().all() for image in hidden_states):
+            raise ValueError(f"Layer {index} gives values that are not finite on the images; nothing can be fitted.")
         plain, facts = merge_layer(mlp, inputs, rank)
         updates |= {f"encoder.layers.{index}.mlp.{key}": value for key, value in plain.state_dict().items()}
         layers.append({"layer": index} | facts)

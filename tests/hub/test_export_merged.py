@@ -1,5 +1,6 @@
 """Experts merged into a plain MLP: exact where that is possible, else the best of its rank; errors that are true."""
 
+import copy
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from hub.merge_experts import (
     limit_rank,
     mean_expert,
     merge_experts,
+    merge_layer,
     ridge_towards,
     up_projection,
 )
@@ -106,7 +108,7 @@ def test_update_is_the_least_squares_solution():
     moments = Moments()
     for part in range(4):
         moments.add(inputs[part * 100 :][:100], outputs[part * 100 :][:100])
-    solution = ridge_towards(mean_expert(mlp.fc1_experts, gates.mean(dim=0)), moments, 1e-9)
+    (solution,) = ridge_towards(mean_expert(mlp.fc1_experts, gates.mean(dim=0)), moments, [1e-9])
     ones = torch.cat([inputs, torch.ones(400, 1)], dim=1)
     expected = torch.linalg.lstsq(ones.double(), target.double()).solution.t()
     torch.testing.assert_close(up @ solution, expected, atol=1e-4, rtol=1e-4)
@@ -172,6 +174,27 @@ def test_encoder_alone_in_another_dtype(tmp_path, images):
     assert type(merged).__name__ == "MoveKDVisionModel" and merged.config.num_experts == 0
 
 
+@torch.no_grad()
+def test_better_than_the_mean_of_the_experts_and_than_fc1_alone(pixels):
+    """Of one layer, on images apart: `fc2` makes good part of what `fc1` cannot do."""
+    mlp = make_tower().encoder.layers[0].mlp
+    inputs = [torch.randn(60, 32, generator=torch.Generator().manual_seed(index)) for index in range(60)]
+    plain, facts = merge_layer(mlp, inputs, None)
+    held_back = torch.cat(inputs[4::5])
+    exact = mlp(held_back)
+    means = []
+    for name in ("fc1", "fc2"):
+        experts = getattr(mlp, f"{name}_experts")
+        update = (up_projection(experts) @ mean_expert(experts, torch.tensor(facts["expert_shares"]))).float()
+        linear = copy.deepcopy(getattr(mlp, name))
+        linear.weight += update[:, :-1]
+        linear.bias += update[:, -1]
+        means.append(linear)
+    mean = relative(means[1](mlp.activation_fn(means[0](held_back))), exact)
+    mixed = relative(means[1](mlp.activation_fn(plain.fc1(held_back))), exact)
+    assert facts["merged"] < 0.98 * min(mean, mixed), (facts["merged"], mean, mixed)
+
+
 def test_refusals(pixels):
     with pytest.raises(ValueError, match="4 images.*at least 5"):
         merge_experts(make_tower(), pixels[:4])
@@ -179,4 +202,8 @@ def test_refusals(pixels):
         merge_experts(make_tower(), pixels, 0)
     with pytest.raises(ValueError, match="nothing to merge"):
         merge_experts(make_tower(num_experts=0), pixels)
+    broken = make_tower()
+    broken.encoder.layers[0].mlp.fc1.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        merge_experts(broken, pixels[:5])
     assert isinstance(merge_experts(make_tower(), pixels[:5])[0], MoveKDVisionModel)
