@@ -284,6 +284,8 @@ def main(arguments: list[str]) -> None:
     parsed: tuple[Any, ...] = recipe_parser.parse_args_and_config([*recipe, "--use_cpu", "true"])
     data_args, args, model_args = parsed
     rows, origin = (options.rows, "as given") if options.rows else count_rows(data_sources(data_args))
+    if args.global_batch_size is not None:  # refused before it takes a minute
+        accumulation_steps(args.global_batch_size, args.per_device_train_batch_size, options.gpus)
     step = measure_step(args, model_args, options.memory_tokens, options.mean_tokens)
     plan = plan_run(args, step, options.gpus)
     capacity = (options.gpu_memory, options.headroom)
