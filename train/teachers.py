@@ -328,8 +328,8 @@ def hub_revision(config: TeacherConfig) -> tuple[str, str] | None:
         return None
     if config.loader == "timm" and "/" not in model:
         pretrained = timm.get_pretrained_cfg(model, allow_unregistered=True)
-        model = pretrained.hf_hub_id if pretrained is not None else None
-    return None if model is None else (model, config.revision or revision or "main")
+        model = "" if pretrained is None else pretrained.hf_hub_id or ""
+    return (model, config.revision or revision or "main") if model else None
 
 
 def cached_commit(config: TeacherConfig) -> str | None:
