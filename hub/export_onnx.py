@@ -57,10 +57,10 @@ def write_onnx(tower: MoveKDVisionModel, path: Path, select_strategy: str = "def
         ValueError: if the tower is not float32.
         ImportError: naming the packages to install.
     """
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"The form `onnx` needs {', '.join(missing)}: `pip install {' '.join(missing)}`.")
     if tower.dtype != torch.float32:
         raise ValueError(f"ONNX is exported in float32; the tower is {tower.dtype}. Leave `--dtype` out.")
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"The form `onnx` needs {', '.join(missing)}: `pip install {' '.join(missing)}`.")
     graph = EncoderGraph(tower, select_strategy).eval()
     size = tower.config.image_size
     with torch.no_grad():

@@ -349,7 +349,8 @@ def test_refusals(folders, tmp_path, capsys):
 @pytest.mark.parametrize(("form", "package"), [("clip", "timm"), ("onnx", "onnxscript"), ("onnx", "onnxruntime")])
 def test_missing_package(folders, tmp_path, monkeypatch, capsys, form, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"pip install {package}" in refused(capsys, folders["plain"], tmp_path / "out", "--form", form)
+    message = refused(capsys, folders["plain"], tmp_path / "out", "--form", form)
+    assert package in message.split("pip install ")[1]
     assert not list(tmp_path.iterdir())
 
 
