@@ -108,6 +108,7 @@ def convert(
         "source": str(source),
         "revision": folder.name if folder.parent.name == "snapshots" else revision,
         "vision_model": read.vision_model,
+        "language_model": read.language_model,
         "pads_images": read.pads,
         "dropped_weights": found.dropped,
         "dropped_config": read.dropped,

@@ -49,6 +49,7 @@ class Source:
         experts: Fields of [`MoveKDVisionConfig`].
         origins: Its weight files.
         vision_model: The CLIP checkpoint, as it was named.
+        language_model: The language model, as it was named, where it is another checkpoint.
         tokenizer, generation, image_processor: The folders with their files.
         may_be_new: Parts of keys that it need not hold.
         pads: Whether images are padded to a square, or cut to their centre.
@@ -64,6 +65,7 @@ class Source:
     tokenizer: Path
     generation: Path
     image_processor: Path
+    language_model: str | None = None
     may_be_new: tuple[str, ...] = ()
     pads: bool = True
     dropped: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +154,7 @@ def _from_original(
         tokenizer=folder if own_files & {"tokenizer.model", "tokenizer.json"} else language,
         generation=folder if "generation_config.json" in own_files else language,
         image_processor=vision,
+        language_model=None if language == folder else str(language_model or config["_name_or_path"]),
         pads=aspect in ("pad", "anyres"),
         dropped=dropped,
     )

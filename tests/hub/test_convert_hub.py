@@ -76,6 +76,8 @@ def test_stage_1_by_id(
     process.run("convert('authors/stage1', dest, keep_all_layers=True)", dest=str(tmp_path / "dest"))
     state = load_file(authors / "stage1_state.safetensors")
     actual = load_file(tmp_path / "dest" / "model.safetensors")
+    facts = json.loads((tmp_path / "dest" / "conversion.json").read_text())
+    assert (facts["vision_model"], facts["language_model"]) == ("base/clip", "base/language")
     rows = len(state["lm_head.weight"])
     assert torch.equal(actual["lm_head.weight"][:rows], state["lm_head.weight"])
     assert torch.equal(actual["model.multi_modal_projector.linear_1.bias"], state["model.mm_projector.0.bias"])
