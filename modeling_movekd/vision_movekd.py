@@ -1,7 +1,7 @@
 """The MoVE-KD student (arXiv 2501.01709): CLIP's vision tower with a mixture of LoRA experts in every MLP."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,15 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_movekd import MoveKDVisionConfig
 from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
-from .visualization_movekd import (
-    MoveKDPictures,
-    component_picture,
-    expert_colours,
-    expert_map,
-    heat_map,
-    pixels_to_image,
-    principal_components,
-)
+from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 
 
 # What a whole CLIP checkpoint has beside its vision tower
@@ -348,37 +340,36 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         layer: int = -1,
         image_mean: tuple[float, ...] | None = None,
         image_std: tuple[float, ...] | None = None,
+        other_tokens: Mapping[str, torch.Tensor] | None = None,
+        reference: torch.Tensor | None = None,
     ) -> MoveKDPictures:
         """
-        Pictures of one layer: which expert took each patch, where [CLS] looks, and the features' principal components.
+        Pictures of one layer: which expert took each patch, where [CLS] looks, and the features' principal components;
+        and other encoders beside it, such as plain CLIP and the teachers, with their distance to the student.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`).
             layer (`int`, defaults to -1): Counted from 0, or from the end.
             image_mean, image_std: What the pixels were normalised with, to show the image; by default CLIP's.
+            other_tokens: By name, other encoders' patch features of the same images `(batch_size, n, width)`, on any
+                square grid, without [CLS] and registers.
+            reference: `values` of earlier pictures of the same images, whose colours are kept as far as possible.
 
         Raises:
-            ValueError: for a layer that the tower has not.
+            ValueError: for a layer that the tower has not, or features of other images or on no square grid.
         """
         training = self.training
         self.eval()
         outputs = self(pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True)
         self.train(training)
-        tokens = outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:].float()
-        image = pixels_to_image(pixel_values, image_mean, image_std)
-        experts = shares = colours = None
-        if outputs.expert_indices:
-            num_experts = self.config.num_experts
-            experts, shares = expert_map(outputs.expert_indices[layer][:, 1:], num_experts, image)
-            experts, shares, colours = experts.cpu(), shares.cpu(), expert_colours(num_experts)
-        return MoveKDPictures(
-            image=image.cpu(),
-            experts=experts,
-            expert_shares=shares,
-            expert_colours=colours,
-            cls_attention=heat_map(outputs.cls_attention[:, :, 1:].float().mean(dim=1), image).cpu(),
-            components=component_picture(principal_components(tokens), image.shape[1:3]).cpu(),
-            tokens=tokens.cpu(),
+        return draw(
+            pixels_to_image(pixel_values, image_mean, image_std),
+            outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:],
+            outputs.cls_attention[:, :, 1:].float().mean(dim=1),
+            outputs.expert_indices[layer][:, 1:] if outputs.expert_indices else None,
+            self.config.num_experts,
+            other_tokens,
+            reference,
         )
 
 

@@ -1,7 +1,8 @@
 """Pictures of what the tower does, from tensors alone: experts, [CLS] attention, principal components, distances."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +24,22 @@ EXPERT_COLOURS = (
 HEAT_COLOURS = ((10, 7, 34), (84, 15, 109), (159, 42, 99), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 
 
+class OtherPictures(NamedTuple):
+    """
+    Another encoder beside the student.
+
+    Args:
+        components: Its features' principal components, coloured as the student's where the two agree; a picture.
+        distance: [`relational_distance`] of the student's patches over the image, dark for 0 to light for 1 (no
+            relation) and above, the same for all images and encoders; a picture.
+        distances: The same in numbers, float32 `(batch_size, num_patches)`.
+    """
+
+    components: torch.Tensor
+    distance: torch.Tensor
+    distances: torch.Tensor
+
+
 @dataclass
 class MoveKDPictures:
     """
@@ -36,6 +53,8 @@ class MoveKDPictures:
         cls_attention: [CLS] attention, mean over heads, over the image; dark is none, light the most in this image.
         components: The features' first three principal components as red, green and blue.
         tokens: The features behind `components`, float32 `(batch_size, num_patches, hidden_size)`.
+        values: What `components` shows, float32 `(batch_size, num_patches, 3)`, see [`principal_components`].
+        others: By name, the pictures of the other encoders that were given.
     """
 
     image: torch.Tensor
@@ -45,6 +64,8 @@ class MoveKDPictures:
     cls_attention: torch.Tensor
     components: torch.Tensor
     tokens: torch.Tensor
+    values: torch.Tensor
+    others: dict[str, OtherPictures] = field(default_factory=dict)
 
 
 def to_grid(values: torch.Tensor) -> torch.Tensor:
@@ -137,9 +158,9 @@ def principal_components(tokens: torch.Tensor, reference: torch.Tensor | None = 
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`).
-        reference (`torch.Tensor` of shape `(batch_size, num_patches, 3)`, *optional*): Components of another encoder
-            for the same images and grid. The basis is turned (orthogonal Procrustes) so that equal colours mean the
-            same in both pictures as far as they agree at all.
+        reference (`torch.Tensor` of shape `(batch_size, n, 3)`, *optional*): Components of another encoder for the
+            same images, resampled if the grid is another. The basis is turned (orthogonal Procrustes) so that equal
+            colours mean the same in both pictures as far as they agree at all.
 
     Returns:
         float32 `(batch_size, num_patches, 3)`; zeros where there are fewer than three.
@@ -150,7 +171,8 @@ def principal_components(tokens: torch.Tensor, reference: torch.Tensor | None = 
     components = left[:, :3] * len(flat) ** 0.5 * (scale[:3] > 1e-6 * scale[:1].clamp(min=1e-12))
     components = nn.functional.pad(components, (0, 3 - components.shape[1]))
     if reference is not None:
-        turn, _, back = torch.linalg.svd(components.T @ reference.flatten(0, 1))
+        aligned = resample(reference.to(tokens.device), tokens.shape[1]).float().flatten(0, 1)
+        turn, _, back = torch.linalg.svd(components.T @ aligned)
         components = components @ turn @ back
     return components.view(*tokens.shape[:2], 3)
 
@@ -196,4 +218,60 @@ def relational_distance(tokens: torch.Tensor, others: torch.Tensor) -> torch.Ten
     return 1 - nn.functional.cosine_similarity(profiles[0], profiles[1], dim=-1)
 
 
-__all__ = ["MoveKDPictures"]
+def draw(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    cls_attention: torch.Tensor,
+    expert_indices: torch.Tensor | None,
+    num_experts: int,
+    other_tokens: Mapping[str, torch.Tensor] | None = None,
+    reference: torch.Tensor | None = None,
+) -> MoveKDPictures:
+    """
+    All pictures of one layer, on the CPU.
+
+    Args:
+        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`, uint8).
+        tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`).
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`).
+        expert_indices (`torch.Tensor` of shape `(batch_size, num_patches)`, int64, *optional*).
+        other_tokens: By name, patch features `(batch_size, n, width)` of other encoders for the same images, of any
+            square grid and width, without [CLS] and registers.
+        reference: See [`principal_components`].
+
+    Raises:
+        ValueError: naming the encoder, if its features are of another number of images, or on no square grid.
+    """
+    tokens, size = tokens.float(), image.shape[1:3]
+    values = principal_components(tokens, reference)
+    others = {}
+    for name, features in (other_tokens or {}).items():
+        features = features.to(tokens.device).float()
+        is_square = features.dim() == 3 and round(features.shape[1] ** 0.5) ** 2 == features.shape[1]
+        if not is_square or len(features) != len(tokens):
+            raise ValueError(
+                f"The features of {name!r} have the shape {tuple(features.shape)}; (batch_size, num_patches, width)"
+                f" of {len(tokens)} images is expected, the patches of a square grid alone: no [CLS], no registers."
+            )
+        distances = relational_distance(tokens, features)
+        components = component_picture(principal_components(features, values), size)
+        distance = heat_map(distances.clamp(min=0), image, top=1.0)
+        others[name] = OtherPictures(components.cpu(), distance.cpu(), distances.cpu())
+    experts = shares = colours = None
+    if expert_indices is not None:
+        experts, shares = expert_map(expert_indices, num_experts, image)
+        experts, shares, colours = experts.cpu(), shares.cpu(), expert_colours(num_experts)
+    return MoveKDPictures(
+        image=image.cpu(),
+        experts=experts,
+        expert_shares=shares,
+        expert_colours=colours,
+        cls_attention=heat_map(cls_attention, image).cpu(),
+        components=component_picture(values, size).cpu(),
+        tokens=tokens.cpu(),
+        values=values.cpu(),
+        others=others,
+    )
+
+
+__all__ = ["MoveKDPictures", "OtherPictures"]

@@ -54,6 +54,44 @@ def test_without_experts_and_with_tiles(make_model, make_tower, pixels):
     assert torch.equal(model.visualize(tiles).experts, model.model.vision_tower.visualize(pixels).experts)
 
 
+def test_other_encoders_beside_the_student(make_tower, make_model, pixels):
+    tower = make_tower()
+    alone = tower.visualize(pixels, layer=1)
+    assert alone.others == {}
+    generator = torch.Generator().manual_seed(0)
+    turned = alone.tokens @ torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    others = {"same": turned, "finer": torch.randn(3, 36, 20, generator=generator)}
+    pictures = tower.visualize(pixels, layer=1, other_tokens=others)
+    assert torch.equal(pictures.components, alone.components)
+    components, distance, distances = pictures.others["same"]
+    assert (components.int() - alone.components.int()).abs().max() <= 1, "the same colours in another basis"
+    assert distances.max() < 1e-4
+    assert torch.equal(distance, heat_map(torch.zeros(3, 16), pictures.image, top=1.0))
+    finer = pictures.others["finer"]
+    assert torch.equal(finer.distances, relational_distance(alone.tokens, others["finer"]))
+    assert torch.equal(finer.distance, heat_map(finer.distances, pictures.image, top=1.0))
+    assert finer.components.shape == (3, 16, 16, 3)
+    # The whole model takes the same keywords
+    model = make_model()
+    assert list(model.visualize(pixels, other_tokens=others).others) == ["same", "finer"]
+    for wrong in (torch.zeros(3, 17, 8), torch.zeros(2, 16, 8), torch.zeros(3, 8, 4, 4)):
+        with pytest.raises(ValueError, match=r"The features of 'clip' have the shape \("):
+            tower.visualize(pixels, other_tokens={"clip": wrong})
+
+
+def test_colours_are_kept_from_one_step_to_the_next(make_tower, pixels):
+    tower = make_tower()
+    before = tower.visualize(pixels)
+    with torch.no_grad():
+        # Signs and order of components are arbitrary: turn the features, and nothing of what they say
+        turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
+        values = principal_components(before.tokens @ turn, before.values)
+    assert torch.equal(component_picture(before.values, (16, 16)), before.components)
+    torch.testing.assert_close(values, before.values, atol=1e-3, rtol=0)
+    again = tower.visualize(pixels, reference=-before.values)
+    torch.testing.assert_close(again.values, -before.values, atol=1e-3, rtol=0)
+
+
 def test_each_patch_has_the_colour_of_its_expert():
     indices = torch.tensor([[0, 1, 2, 0]])
     picture, shares = expert_map(indices, 3, GREY, opacity=1.0)
