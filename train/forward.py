@@ -79,21 +79,16 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
         # through different modules
         tied = (vision.last_hidden_state[0], *vision.pooler_output[num_images:])
         zero = 0.0 * torch.stack([part.sum() for part in tied]).sum()
-        vision.pooler_output = vision.pooler_output[:num_images]
+        # Without images an empty part of a blank one goes their way. Else no gradient would pass through a frozen
+        # language model here, while FSDP2 and ZeRO-3 gather its layers in the backward of the processes that have
+        # images, and wait for this one; and ZeRO-3 stops where the forwards of two processes differ
+        vision.pooler_output = list(vision.pooler_output[:num_images]) or [vision.pooler_output[0][:0]]
         head = self.get_output_embeddings()
         if isinstance(head, FSDPModule):
             # TRL reads the head's weight without calling the head, so that FSDP2 would not gather it; TRL's own way
             # to gather it loses the gradient's sum over the processes
             head.unshard()  # before the embedding in any case: the processes have to gather in the same order
-        if not num_images:
-            # Else no gradient would pass through a frozen language model here, while FSDP2 and ZeRO-3 gather its
-            # layers in the backward of the processes that have images, and wait for this one
-            input_ids = kwargs.pop("input_ids")
-            self.model._check_no_image_tokens(input_ids)
-            kwargs["inputs_embeds"] = self.get_input_embeddings()(input_ids) + zero
-        outputs = fused_forward(
-            *args, mm_encoder_outputs={"image": vision} if num_images else None, fused_lm_head=True, **kwargs
-        )
+        outputs = fused_forward(*args, mm_encoder_outputs={"image": vision}, fused_lm_head=True, **kwargs)
         if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
             head.reshard()  # after a backward FSDP2 does it itself
 

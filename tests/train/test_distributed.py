@@ -1,6 +1,9 @@
 """Two processes give what one gives: losses, gradient norms, weights, whatever the batches hold."""
 
 import json
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file
 
 
+# A CPU is no choice of DeepSpeed's configuration, but of the script's `use_cpu`
 ZERO2_CPU = (
     *("--config_file", ROOT / "train" / "accelerate" / "zero2.yaml", "--num_processes", "2"),
     *("--mixed_precision", "no", "--main_process_port", "0"),
@@ -114,18 +118,69 @@ def test_one_process_gives_the_same(two_processes, write, name: str, layout: tup
 
 
 @pytest.mark.slow
-def test_zero2_gives_the_same(two_processes, write) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_gives_the_same(two_processes, write, stage: int, tmp_path: Path) -> None:
+    """Also with rows accumulated, with text alone on one process, and with LoRA, clipped."""
     pytest.importorskip("deepspeed")
-    names = ("paper", "student_heads, mixed")
-    configs = {name: write(name, "zero2") for name in names}
-    result = launch(SCRIPT, *configs.values(), launcher=ZERO2_CPU)
+    launcher = ZERO2_CPU
+    if stage == 3:
+        # By default parameters as small as those of a test are not spread
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+        settings |= {"train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
+        (tmp_path / "zero3.json").write_text(json.dumps(settings))
+        launcher = (
+            *("--use_deepspeed", "--deepspeed_config_file", tmp_path / "zero3.json", "--num_machines", "1"),
+            *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+        )
+    kind, adapted = f"zero{stage}", {"language_lora_rank": 4, "language_lora_dropout": 0.0, "max_grad_norm": 0.5}
+    configs = {
+        "paper": write("paper", kind, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        "student_heads, mixed": write("student_heads, mixed", kind),
+        "lora": write("paper", f"{kind}-lora", **adapted),
+    }
+    result = launch(SCRIPT, *configs.values(), launcher=launcher)
     assert result.returncode == 0, result.stdout[-6000:]
+    one_process = run(write("paper", f"{kind}-lora-one", per_device_train_batch_size=8, **adapted))
     for name, config in configs.items():
         folder = config.with_suffix("")
         ranks = [facts(folder, rank) for rank in range(2)]
         assert [rank["distributed_type"] for rank in ranks] == ["DEEPSPEED"] * 2
+        assert [(rank["world_size"], rank["zero_stage"]) for rank in ranks] == [(2, stage)] * 2
         assert [rank["called"] for rank in ranks] == [["DeepSpeedEngine"]] * 2
-        assert_same_run(folder, two_processes[name])
+        assert all((rank["empty_parameters"] > 100) == (stage == 3) for rank in ranks)
+        if "mixed" in name:
+            assert [rank["images"] for rank in ranks] == IMAGES
+        assert_same_run(folder, Path(one_process.args.output_dir) if name == "lora" else two_processes[name])
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_same_and_end_together(two_processes, write) -> None:
+    """Two launches on one machine, which meet over its loopback, as those of two machines would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    configs = (write("paper", "nodes"), write("paper", "nodes-failing", save_strategy="steps", save_steps=1))
+
+    def node(rank: int) -> subprocess.CompletedProcess:
+        launcher = (
+            *("--config_file", ROOT / "train" / "accelerate" / "multi_node.yaml", "--machine_rank", str(rank)),
+            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+            *("--num_processes", "2", "--mixed_precision", "no"),
+        )
+        return launch(SCRIPT, "--raise_after", "1", *configs, launcher=launcher)
+
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(node, range(2)))
+    assert all(result.returncode != 0 for result in results)
+    assert "RuntimeError: The last process fails." in results[1].stdout, results[1].stdout[-6000:]
+    assert {path.name for path in configs[1].with_suffix("").iterdir()} == {"checkpoint-1"}
+
+    folder = configs[0].with_suffix("")
+    for rank in range(2):
+        assert (facts(folder, rank)["nodes"], facts(folder, rank)["world_size"]) == (2, 2)
+        assert facts(folder, rank)["called"] == ["DistributedDataParallel"]
+    assert_same_run(folder, two_processes["paper"])
 
 
 @pytest.mark.slow
