@@ -1,0 +1,1 @@
+"""Speed, memory and quality, measured: each script prints a table. The last measured ones are in README.md here."""
