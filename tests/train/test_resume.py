@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,33 +14,12 @@ from colours import llava_rows
 from datasets import Dataset
 from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file, save_file
+from stranger import load_as_stranger
 
 
 # All that is random takes part: the order of the rows and the dropout of the experts
 SETTINGS = {"lora_dropout": 0.05, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "max_steps": 4}
 FILES = ("model.safetensors", "distiller.safetensors", "optimizer.pt", "scheduler.pt")
-# Run by an isolated interpreter, without network and without this repository on its path
-STRANGER = """
-import importlib.util, json, socket, sys
-from pathlib import Path
-
-sys.path[:] = [path for path in sys.path if "site-packages" in path or not (Path(path) / "modeling_movekd").is_dir()]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-assert importlib.util.find_spec("modeling_movekd") is None and importlib.util.find_spec("train") is None
-
-def refuse(*args, **kwargs):
-    raise AssertionError(f"a connection was tried: {args}")
-
-socket.socket.connect = socket.getaddrinfo = refuse
-from safetensors.torch import load_file
-from transformers import AutoModel
-
-folder = sys.argv[1]
-model, saved = AutoModel.from_pretrained(folder, trust_remote_code=True), load_file(folder + "/model.safetensors")
-weights = model.state_dict()
-assert all((weights[name] == value).all() for name, value in saved.items())
-print("REPORT" + json.dumps([type(model).__name__, sorted(weights.keys() - saved.keys())]))
-"""
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -188,16 +165,7 @@ def test_checkpoint_in_the_middle(straight: Path, tmp_path: Path) -> None:
     for path in checkpoint.glob("*.json"):
         assert not list(absolute_paths(json.loads(path.read_text()))), path.name
 
-    stranger = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(checkpoint)],
-        cwd=tmp_path,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert stranger.returncode == 0, stranger.stderr[-6000:]
-    assert json.loads(stranger.stdout.split("REPORT")[1]) == ["MoveKDForConditionalGeneration", []]
+    assert load_as_stranger(checkpoint, tmp_path) == ["MoveKDForConditionalGeneration", []]
 
 
 def absolute_paths(content: Any) -> Iterator[str]:
