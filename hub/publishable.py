@@ -31,7 +31,21 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # A Space's own files; its folder is a Space as it stands
-SPACE_SUFFIXES = {".py", ".md", ".txt", ".css", ".js", ".html", ".yaml", ".png", ".jpg", ".jpeg", ".webp", ".svg"}
+SPACE_SUFFIXES = {
+    ".py",
+    ".md",
+    ".txt",
+    ".css",
+    ".js",
+    ".html",
+    ".json",
+    ".yaml",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".svg",
+}
 
 
 def is_ours(name: str) -> bool:

@@ -13,11 +13,13 @@ evaluation, from which the card is written. Optimiser states, data, logs and any
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 # Run as a script, Python puts hub/ first on the path instead of the repository
@@ -43,6 +45,7 @@ from hub.publish import (
     publish_space,
 )
 from hub.publishable import PICKLES, checkpoint_files, space_files
+from hub.run_facts import public_name
 from hub.validate import validate
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 
@@ -151,11 +154,25 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     for name in chosen:
         if name not in split:
             (stage / name).symlink_to((folder / name).resolve())
+    config = read_json(folder / "config.json")
+    if (public := _without_paths(config)) != config:
+        (stage / "config.json").unlink()
+        (stage / "config.json").write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
     if is_split:
         files = WeightFiles(weights)
         pieces = [Piece([(files, key)], partial(_under, key)) for key in files.tensors]
         write_weights(pieces, stage, max_shard_size)
     return stage, left
+
+
+def _without_paths(content: Any) -> Any:
+    """Of where a part was loaded from the name alone, as it may have been a folder of this machine."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: public_name(value) if key == "_name_or_path" and isinstance(value, str) else _without_paths(value)
+        for key, value in content.items()
+    }
 
 
 def _under(key: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from hub.publish import create_repository
 from train.config import MoveKDSFTConfig
 
 
@@ -20,7 +22,12 @@ class PublishingMixin(Trainer):
         self.hub_token, args.hub_token = args.hub_token, None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        super().init_hf_repo(token or self.hub_token, private)
+        """As in Trainer, but a public repository is refused at once where a private one is asked for."""
+        token = token or self.hub_token
+        super().init_hf_repo(token, private)
+        if self.hub_model_id is not None:
+            private = self.args.hub_private_repo if private is None else private
+            create_repository(HfApi(token=token), self.hub_model_id, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing is sent while the run goes on."""

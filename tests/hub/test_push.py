@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -134,12 +137,14 @@ def test_a_stranger_loads_it_by_its_tag_online_and_off(hub: Hub, pushed: str, tm
     assert online == offline == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint: Path) -> None:
     uploads = dict(hub.uploads)
     push(owner, checkpoint, "org/model", "--private", "--tag")
     assert len(hub.repository("org/model").commits) == 2 and dict(hub.uploads) == uploads
 
 
+@pytest.mark.slow
 def test_the_authors_checkpoint_from_the_hub_and_ours_back(
     hub: Hub, owner: Client, authors: Path, converted: Path, tmp_path: Path
 ) -> None:
@@ -187,13 +192,15 @@ result = hub.push.push(checkpoint, "org/encoder", encoder_only=True, space=setti
     assert demo.secrets == {"PASSWORD": SECRET} and demo.hardware == "zero-a10g" and demo.sdk == "gradio"
 
 
-def test_a_dry_run_lists_all_and_sends_nothing(hub: Hub, checkpoint: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(push_script, "get_token", lambda: None)
+@pytest.mark.slow
+def test_a_dry_run_by_the_command_lists_all_and_sends_nothing(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in checkpoint.parent.rglob("*"))
     requests = len(hub.requests)
-    push_script.main([str(checkpoint), "org/nowhere", "--dry-run"])
-    shown = capsys.readouterr().out
-    assert "  model.safetensors" in shown and "nothing was sent" in shown and "README.md" in shown
+    command = [sys.executable, Path(push_script.__file__), checkpoint, "org/nowhere", "--dry-run"]
+    environment = hub.environment(tmp_path, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "  model.safetensors" in done.stdout and "nothing was sent" in done.stdout and "README.md" in done.stdout
     assert len(hub.requests) == requests
     assert sorted(path.name for path in checkpoint.parent.rglob("*")) == before
 
@@ -418,6 +425,18 @@ def test_code_of_a_foreign_auto_map_never_runs(copy: Path) -> None:
     with pytest.raises(SystemExit, match="evil.py is code"):
         push_script.main([str(copy), "org/refused", "--dry-run"])
     assert not (copy / "ran").exists()
+
+
+def test_folders_of_this_machine_are_not_published(copy: Path, tmp_path: Path) -> None:
+    edit(copy, "config.json", "text_config", "_name_or_path", value="/home/somebody/vicuna")
+    stage, _ = push_script._stage(copy, tmp_path / "stage", None, 10**9)
+    assert json.loads((stage / "config.json").read_text())["text_config"]["_name_or_path"] == "vicuna"
+
+
+def test_the_tag_is_the_version_of_the_package() -> None:
+    setup = ConfigParser(interpolation=None)
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    assert setup["metadata"]["version"] == __version__
 
 
 def test_pickles_beside_the_weights_stay(checkpoint: Path) -> None:

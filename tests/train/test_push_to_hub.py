@@ -94,9 +94,13 @@ def test_where_the_best_is_loaded_at_the_end_the_last_is_a_branch(hub: Hub, read
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_token_that_may_not_write_stops_the_run_before_it_starts(hub: Hub, reader: Client, tmp_path: Path) -> None:
-    config = settings(tmp_path / "student", hub_model_id="elsewhere/student")
-    with pytest.raises(ClientError, match="403"):
+@pytest.mark.parametrize(("name", "message"), [("elsewhere/student", "403"), ("org/public", "org/public is public")])
+def test_what_could_not_be_published_stops_the_run_before_it_starts(
+    hub: Hub, reader: Client, tmp_path: Path, name: str, message: str
+) -> None:
+    hub.add("org/public")
+    config = settings(tmp_path / "student", hub_model_id=name)
+    with pytest.raises(ClientError, match=message):
         reader.run("sft.main(['--config', config])", config=str(config))
     assert not list((tmp_path / "student").rglob("checkpoint-*"))
 
