@@ -32,6 +32,8 @@ class CpuAcceleratorState(AcceleratorState):
     def __init__(self, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

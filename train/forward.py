@@ -71,6 +71,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
             return fused_forward(*args, **images, fused_lm_head=fused_lm_head, **kwargs)
 
+        image_weights = image_weights.float()  # FSDP2 casts all inputs; the shares of crops would be rounded
         vision = self.get_image_features(
             pixel_values, image_sizes, output_router_probabilities=True, output_expert_indices=True, return_dict=True
         )

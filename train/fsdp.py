@@ -1,13 +1,19 @@
 """FSDP2: what of it a run can use, and what would go wrong without a word."""
 
 import os
+from dataclasses import replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 
-def check_fsdp(accelerator: Accelerator) -> None:
+def prepare_fsdp(accelerator: Accelerator) -> None:
     """
+    To be called before the model is wrapped. Refuses what cannot work, and keeps the precision that DDP has where
+    accelerate's mixed precision would round it: the losses that the wrapped model returns, which would come out in
+    bfloat16, and the sums of the gradients over the processes.
+
     Raises:
         ValueError: if FSDP was asked for and something else would run, as accelerate does on CPUs. Or for a setting,
             naming it, its value and what to set: FSDP1, of which nothing here is tested; weights read by one process
@@ -40,6 +46,10 @@ def check_fsdp(accelerator: Accelerator) -> None:
     ):
         if value != supported:
             raise ValueError(f"`{setting}` is {value}, but only {supported} can be used here: {reason}.")
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def saves_sharded_state(accelerator: Accelerator) -> bool:

@@ -19,7 +19,7 @@ from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.distillation import Distiller
 from train.facts import RunFacts, save_facts_and_card, update_card
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
-from train.fsdp import check_fsdp, saves_sharded_state
+from train.fsdp import prepare_fsdp, saves_sharded_state
 from train.guards import GradientGuard
 from train.language_lora import (
     LANGUAGE_LORA_NAME,
@@ -87,7 +87,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         self.take_token(args)
         super().__init__(model=model, args=args, **kwargs)
         refuse_reentrant_checkpointing(self.args)
-        check_fsdp(self.accelerator)
+        prepare_fsdp(self.accelerator)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
         add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
