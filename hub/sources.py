@@ -287,7 +287,10 @@ def build_config(source: Source, keep_all_layers: bool, image_token_id: int, pad
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     # The configuration is given because the checkpoint's own may be of a type that transformers does not know
-    return AutoTokenizer.from_pretrained(source.tokenizer, config=source.text_config, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer, config=source.text_config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source.tokenizer} has no tokenizer that can be read: {error}") from error
 
 
 def load_image_processor(source: Source) -> CLIPImageProcessor:

@@ -513,6 +513,11 @@ def change_type(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="resnet_of_mine", auto_map={"AutoConfig": "evil.Config"})
 
 
+def drop_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
 def break_json(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
@@ -542,6 +547,7 @@ def break_json(folder: Path) -> None:
         (select_no_layer, "layer -20"),
         (change_type, "cannot be converted"),
         (break_json, "no JSON"),
+        (drop_tokenizer, "no tokenizer"),
     ],
 )
 def test_refused(copy: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
