@@ -89,7 +89,6 @@ def test_killed_and_resumed_is_the_same_run(write, stage: int, tmp_path: Path) -
     for rank in range(2):
         facts = json.loads((straight / f"facts-{rank}.json").read_text())
         assert (facts["world_size"], facts["called"], facts["zero_stage"]) == (2, ["DeepSpeedEngine"], stage)
-        assert (facts["empty_parameters"] > 0) == (stage == 3)
 
     copy = shutil.copytree(killed / "checkpoint-2", tmp_path / "checkpoint-2")
     flags = ("--config", configs["killed"], "--resume_from_checkpoint")
