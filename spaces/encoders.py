@@ -1,0 +1,123 @@
+"""Other encoders to set beside the student: plain CLIP, and the teachers that are at hand."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from student import Student
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+
+
+CLONE = Path(__file__).resolve().parent.parent
+DEMO_TOWERS = CLONE / "train" / "demo_towers"
+
+
+class Encoder:
+    """
+    Any vision model that transformers loads.
+
+    Args:
+        name: What the pictures call it.
+        follows_layer: Show the layer that is chosen of the student, as makes sense for the CLIP it was made of; else
+            the last.
+
+    Raises:
+        ValueError: if weights are missing from the checkpoint, which would stay random.
+    """
+
+    def __init__(self, name: str, model_id: str, revision: str | None, student: Student, follows_layer: bool) -> None:
+        loaded, info = AutoModel.from_pretrained(
+            model_id, revision=revision, dtype=student.model.dtype, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{model_id} lacks weights of {type(loaded).__name__}: {sorted(info['missing_keys'])}")
+        self.name, self.follows_layer = name, follows_layer
+        self.model: PreTrainedModel = getattr(loaded, "vision_model", loaded).to(student.model.device).eval()
+        self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
+        self.pads = student.model.config.image_aspect_ratio == "pad"
+        self.mean = tuple(round(255 * value) for value in student.processor.image_processor.image_mean)
+
+    def caption(self, layer: int) -> str:
+        return f"{self.name}, layer {layer + 1}" if self.follows_layer else f"{self.name}, last layer"
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """The image as the student sees it, all of it in a square, in this encoder's size and normalisation."""
+        side = max(image.size)
+        if self.pads:
+            square = Image.new("RGB", (side, side), self.mean)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        else:
+            square = image.resize((side, side), Image.Resampling.BICUBIC)
+        settings: dict[str, Any] = {}
+        if getattr(self.processor, "do_center_crop", False):
+            # A crop would show another part of the image than the student's
+            crop = dict(self.processor.crop_size)
+            settings = {"do_center_crop": False, "size": {"height": crop["height"], "width": crop["width"]}}
+        return self.processor(square, return_tensors="pt", **settings)["pixel_values"]
+
+    @torch.inference_mode()
+    def features(self, image: Image.Image, layer: int) -> torch.Tensor:
+        """The patches' features `(1, num_patches, width)`, without [CLS] and registers."""
+        pixels = self.pixels(image).to(self.model.device, self.model.dtype)
+        outputs = self.model(pixels, output_hidden_states=self.follows_layer)
+        tokens = outputs.hidden_states[layer + 1] if self.follows_layer else outputs.last_hidden_state
+        if tokens.dim() == 4:
+            return tokens.flatten(2).transpose(1, 2)
+        patch = getattr(self.model.config, "patch_size", None)
+        if patch is None:
+            return tokens[:, tokens.shape[1] - int(tokens.shape[1] ** 0.5) ** 2 :]
+        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        return tokens[:, tokens.shape[1] - patches :]
+
+
+def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
+    """
+    Name, id, revision and whether it is the student's origin, for each encoder to load: `CLIP_ID` (with
+    `CLIP_REVISION`; `none` for none) and `TEACHER_IDS` (`name=id@revision` or ids, separated by commas). By default
+    the CLIP that the checkpoint's facts name; of the demo also the teachers, which a clone has.
+    """
+    facts, found = student.facts, []
+    teachers = {entry["name"]: entry for entry in facts.get("teachers", [])}
+    origin = next((entry for entry in facts.get("base_models", []) if entry.get("role") == "vision_model"), None)
+    origin = origin or teachers.get("clip", {})
+    clip = os.environ.get("CLIP_ID") or _at_hand(student, facts.get("vision_model") or origin.get("model"))
+    if clip and clip != "none":
+        found.append(("plain CLIP", clip, os.environ.get("CLIP_REVISION") or origin.get("revision"), True))
+    if given := os.environ.get("TEACHER_IDS"):
+        for entry in (part.strip() for part in given.split(",")):
+            name, _, source = entry.rpartition("=")
+            source, _, revision = source.partition("@")
+            found.append((name or source.rsplit("/", 1)[-1], source, revision or None, False))
+    else:
+        for name, entry in teachers.items():
+            local = _at_hand(student, entry.get("model"))
+            if local and local != clip and Path(local).is_dir():
+                found.append((name, local, None, False))
+    return found
+
+
+def _at_hand(student: Student, name: str | None) -> str | None:
+    """A Hub id, or of a checkpoint in a folder also a tower of the demo that lies in the clone."""
+    if not name:
+        return None
+    if Path(student.model_id).is_dir() and (folder := DEMO_TOWERS / Path(name).name).is_dir():
+        return str(folder)
+    return name if name.count("/") == 1 and not os.path.exists(name) else None
+
+
+def load_encoders(student: Student) -> tuple[list[Encoder], list[str]]:
+    """Those that could be loaded, and a sentence for each that could not."""
+    encoders: list[Encoder] = []
+    failures: list[str] = []
+    for name, model_id, revision, follows in wanted(student):
+        try:
+            encoders.append(Encoder(name, model_id, revision, student, follows))
+        except (OSError, ValueError, KeyError) as error:
+            failures.append(
+                f"{name} ({Path(model_id).name if os.path.exists(model_id) else model_id}) is not shown: "
+                f"it could not be loaded ({type(error).__name__})."
+            )
+            print(f"{model_id}: {error}")
+    return encoders, failures

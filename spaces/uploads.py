@@ -1,0 +1,116 @@
+"""What visitors send: one image, or a conversation, within bounds, and refused with a sentence beyond them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+# Photographs; Pillow knows formats that run other programs (EPS)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_FILE_MB = 20
+MAX_SIDE = 10_000
+MAX_MEGAPIXELS = 64
+KEPT_SIDE = 2048  # larger pictures are reduced to this, several times what any tower sees
+MAX_IMAGES = 8
+MAX_CHARACTERS = 4_000
+KEPT_SECONDS = 3600
+
+
+def decode(path: str | None, name: str = "The image") -> Image.Image:
+    """
+    One image as RGB, upright, no side above `KEPT_SIDE`.
+
+    Raises:
+        ValueError: a sentence for whoever sent it: no image, broken, or too large.
+    """
+    if not path:
+        raise ValueError(f"{name} is missing: choose one first.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            with Image.open(path, formats=_readable()) as opened:
+                _check_size(opened, name)
+                image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith("I;16"):
+                    image = image.point(lambda value: value / 256).convert("L")  # `convert` alone would clip at 255
+                image = image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: at most {MAX_MEGAPIXELS} megapixels are taken.") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is no longer kept here. Clear the conversation and send it again.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image that can be read here ({', '.join(FORMATS)}).") from error
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        # A broken file makes Pillow raise nearly anything
+        raise ValueError(f"{name} is broken and cannot be read.") from error
+    image.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+class _Refused(Exception):
+    pass
+
+
+def _readable() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
+        raise _Refused(
+            f"{name} has {image.width} x {image.height} pixels; sides of {MAX_SIDE} and {MAX_MEGAPIXELS} megapixels "
+            "are the most that is taken. Send it smaller."
+        )
+
+
+def read_content(content: Any) -> tuple[list[str], str]:
+    """The paths of the images and the text of a message, in any of the forms in which Gradio notes one."""
+    paths, texts = [], []
+    for part in content if isinstance(content, list | tuple) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and (found := part.get("path") or (part.get("file") or {}).get("path")):
+            paths.append(found)
+        elif isinstance(part, dict) and part.get("text"):
+            texts.append(part["text"])
+    return paths, "\n".join(texts)
+
+
+def read_conversation(history: Sequence[dict[str, Any]], message: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    The turns so far and a new one in the form that chat templates take, images decoded. Turns that were never
+    answered (refused, or stopped before the first word) are left out.
+
+    Raises:
+        ValueError: a sentence for the visitor if anything is beyond the bounds.
+    """
+    turns = [
+        (question["role"], *read_content(question["content"]))
+        for i, question in enumerate(history)
+        if question["role"] == "assistant" or (i + 1 < len(history) and history[i + 1]["role"] == "assistant")
+    ]
+    turns.append(("user", list(message.get("files") or []), (message.get("text") or "").strip()))
+    if not turns[-1][2]:
+        raise ValueError("Write a question, with or without images.")
+    if len(turns[-1][2]) > MAX_CHARACTERS:
+        raise ValueError(f"The question has {len(turns[-1][2])} characters; at most {MAX_CHARACTERS} are taken.")
+    count = sum(len(paths) for _, paths, _ in turns)
+    if count > MAX_IMAGES:
+        raise ValueError(
+            f"The conversation has {count} images; at most {MAX_IMAGES} are taken. Clear it, or send fewer."
+        )
+    messages, number = [], 0
+    for role, paths, text in turns:
+        content: list[dict[str, Any]] = []
+        for path in paths:
+            number += 1
+            name = "The image" if count == 1 else f"Image {number} of the conversation"
+            content.append({"type": "image", "image": decode(path, name)})
+        messages.append({"role": role, "content": [*content, {"type": "text", "text": text}]})
+    return messages
