@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class _Unusable(Exception):
     """An image that is refused before it is decoded; its text is the reason."""
 
 
-def decode_image(image: Any, apply_orientation: bool = True) -> PILImage.Image:
+def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX_SIDE) -> PILImage.Image:
     """Open one image of a row as RGB.
 
     Grey images get three equal channels, 16-bit ones keep their upper 8 bits, CMYK and palettes are converted. What is
@@ -33,13 +33,14 @@ def decode_image(image: Any, apply_orientation: bool = True) -> PILImage.Image:
         image: PIL image, path, or mapping with `bytes` or `path`.
         apply_orientation: turn the image as its EXIF orientation says, as transformers' `load_image` does at
             inference. The authors train on the pixels as stored.
+        max_side: longest side in pixels, at most `MAX_SIDE`; a larger image is refused before it is decoded.
 
     Returns:
         PIL image of mode RGB, fully loaded.
 
     Raises:
         ValueError: with the reason, if there is no image, its format is none of `FORMATS`, it cannot be decoded
-            completely, its longest side is above `MAX_SIDE`, or its values have no known range (32-bit integers and
+            completely, its longest side is above `max_side`, or its values have no known range (32-bit integers and
             floats).
     """
     if isinstance(image, Mapping):
@@ -47,7 +48,7 @@ def decode_image(image: Any, apply_orientation: bool = True) -> PILImage.Image:
     name = f"{image}: " if isinstance(image, str | os.PathLike) else ""
     try:
         if isinstance(image, PILImage.Image):
-            return _rgb(image, apply_orientation)
+            return _rgb(image, apply_orientation, max_side)
         if name and not os.path.isfile(image):
             raise _Unusable("no such file")
         if (os.path.getsize(image) if name else image.getbuffer().nbytes) == 0:
@@ -56,7 +57,7 @@ def decode_image(image: Any, apply_orientation: bool = True) -> PILImage.Image:
             # The size is checked below, before a pixel is decoded
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
             with PILImage.open(image, formats=_readable()) as opened:
-                return _rgb(opened, apply_orientation)
+                return _rgb(opened, apply_orientation, max_side)
     except _Unusable as error:
         raise ValueError(f"{name}{error}") from None
     except PILImage.UnidentifiedImageError as error:
@@ -72,9 +73,9 @@ def _readable() -> list[str]:
     return [name for name in FORMATS if name in PILImage.OPEN]
 
 
-def _rgb(image: PILImage.Image, apply_orientation: bool) -> PILImage.Image:
-    if not 0 < min(image.size) <= max(image.size) <= MAX_SIDE:
-        raise _Unusable(f"an image of {image.width} x {image.height} pixels; its sides may have 1 to {MAX_SIDE}")
+def _rgb(image: PILImage.Image, apply_orientation: bool, max_side: int) -> PILImage.Image:
+    if not 0 < min(image.size) <= max(image.size) <= max_side:
+        raise _Unusable(f"an image of {image.width} x {image.height} pixels; its sides may have 1 to {max_side}")
     if image.mode in ("I", "F"):
         raise _Unusable(
             f"an image of mode {image.mode!r}, whose values have no known range: store 8 or 16 bits per channel"
@@ -85,3 +86,41 @@ def _rgb(image: PILImage.Image, apply_orientation: bool) -> PILImage.Image:
         # convert() would clip at 255, which leaves a white image
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def pad_to_square(image: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
+    """The image in the middle of a square of its longer side, as LLaVA pads.
+
+    Args:
+        image: RGB image.
+        background: colour of the margins, 0 to 255.
+    """
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = PILImage.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """A mean of pixels in [0, 1] as a colour, rounded down as LLaVA does."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
+
+
+def centre_square(image: PILImage.Image) -> PILImage.Image:
+    """The central square of the image's shorter side."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def shared_crop(image: PILImage.Image, image_processor: Any) -> PILImage.Image:
+    """What the student's image processor makes of an RGB image before its resize, so that other encoders get the same:
+    padded to a square where it pads, whole for anyres (to be stretched), the central square otherwise."""
+    if getattr(image_processor, "image_grid_pinpoints", None) is not None:
+        return image
+    if getattr(image_processor, "do_pad", False):
+        return pad_to_square(image, colour(image_processor.image_mean))
+    return centre_square(image)

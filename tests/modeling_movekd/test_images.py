@@ -130,6 +130,9 @@ def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> N
 def test_the_longest_side_is_read() -> None:
     """Long and thin: what counts is the square that it will be padded to."""
     assert decode_image(stored(Image.new("L", (MAX_SIDE, 2)))).size == (MAX_SIDE, 2)
+    assert decode_image(stored(noise(size=(20, 12))), max_side=20).size == (20, 12)
+    with pytest.raises(ValueError, match="20 x 12 pixels; its sides may have 1 to 19"):
+        decode_image(stored(noise(size=(20, 12))), max_side=19)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
