@@ -1,0 +1,105 @@
+"""
+Serve a checkpoint to OpenAI's client and whatever else speaks its chat completions.
+
+    python -m modeling_movekd.serve outputs/demo --port 8000
+
+Listens on this machine alone by default, takes images as data URLs, and answers one request after another. There is no
+authentication: with another --host, whoever reaches the port may use it.
+Needs more packages: pip install "movekd[serve]"
+"""
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+
+from transformers.utils import logging
+from transformers.utils.import_utils import is_serve_available
+
+from .inference import load_checkpoint
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+MAX_CONNECTIONS = 100
+SECONDS_TO_FINISH = 5  # what is under way when the server is told to stop
+
+
+def serve(options: argparse.Namespace, listener: socket.socket) -> int:
+    """Load the checkpoint and answer whoever connects, until a signal ends it."""
+    import uvicorn
+
+    from .openai_api import ChatHandler, Limits, build_app
+
+    limits = Limits(
+        images=options.max_images,
+        image_side=options.max_image_side,
+        prompt_characters=options.max_prompt_characters,
+        new_tokens=options.max_new_tokens,
+        image_urls=options.allow_image_urls,
+    )
+    try:
+        model, processor = load_checkpoint(options.checkpoint, options.revision, options.device, options.dtype)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    name, port = options.name or options.checkpoint, listener.getsockname()[1]
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    app = build_app(ChatHandler(name, model, processor, limits), LOOPBACK if host in LOOPBACK else ("*",))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+    )
+    print(f"{name} on {model.device} at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--name", help="what clients call the model; by default CHECKPOINT as written")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--device", help="by default the first GPU, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="longest answer, and that of those who ask none"
+    )
+    parser.add_argument("--max-prompt-characters", type=int, default=100_000)
+    parser.add_argument("--max-images", type=int, default=8, help="in all messages of a request")
+    parser.add_argument("--max-image-side", type=int, default=4096, help="in pixels")
+    parser.add_argument(
+        "--allow-image-urls",
+        action="store_true",
+        help="download images from http(s) addresses; the server then\nconnects wherever a client says",
+    )
+    options = parser.parse_args(arguments)
+
+    if not is_serve_available():
+        print('Serving needs fastapi, uvicorn and openai: pip install "movekd[serve]"', file=sys.stderr)
+        return 1
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        # Before the model is loaded, which takes longer: a client that comes early waits
+        listener = socket.create_server(
+            (options.host, options.port), family=socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        )
+    except (OSError, OverflowError) as error:
+        print(f"{options.host}, port {options.port}: {error}", file=sys.stderr)
+        return 1
+    with listener:
+        return serve(options, listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
