@@ -148,7 +148,7 @@ def test_zero_gives_the_same(two_processes, write, stage: int, tmp_path: Path) -
         assert [rank["distributed_type"] for rank in ranks] == ["DEEPSPEED"] * 2
         assert [(rank["world_size"], rank["zero_stage"]) for rank in ranks] == [(2, stage)] * 2
         assert [rank["called"] for rank in ranks] == [["DeepSpeedEngine"]] * 2
-        assert all((rank["empty_parameters"] > 100) == (stage == 3) for rank in ranks)
+        assert all((rank["empty_parameters"] > 50) == (stage == 3) for rank in ranks)
         if "mixed" in name:
             assert [rank["images"] for rank in ranks] == IMAGES
         assert_same_run(folder, Path(one_process.args.output_dir) if name == "lora" else two_processes[name])
