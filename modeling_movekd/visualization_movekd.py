@@ -240,9 +240,13 @@ def draw(
         reference: See [`principal_components`].
 
     Raises:
-        ValueError: naming the encoder, if its features are of another number of images, or on no square grid.
+        ValueError: naming the encoder, if its features are not finite, of another number of images, or on no square
+            grid.
     """
     tokens, size = tokens.float(), image.shape[1:3]
+    for name, features in {"the student": tokens, **(other_tokens or {})}.items():
+        if not torch.isfinite(features).all():
+            raise ValueError(f"The features of {name!r} are not finite; run it in float32, or look at an earlier one.")
     values = principal_components(tokens, reference)
     others = {}
     for name, features in (other_tokens or {}).items():

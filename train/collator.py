@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from modeling_movekd.images import decode_image
+from modeling_movekd.images import colour, decode_image, pad_to_square, shared_crop
 from train.teacher_preprocessing import TeacherPreprocessor
 from train.tiles import cut_tiles
 
@@ -27,34 +27,6 @@ DISTILL_TILES = ("base", "all")
 STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 # What stands between a question and its answer in `vicuna_v1`.
 ANSWER_SEPARATOR = " ASSISTANT: "
-
-
-def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square of its longer side, as LLaVA pads.
-
-    Args:
-        image: RGB image.
-        background: colour of the margins, 0 to 255.
-    """
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def colour(mean: Sequence[float]) -> tuple[int, int, int]:
-    """A mean of pixels in [0, 1] as a colour, rounded down as LLaVA does."""
-    red, green, blue = (int(value * 255) for value in mean)
-    return red, green, blue
-
-
-def centre_square(image: Image.Image) -> Image.Image:
-    """The central square of the image's shorter side."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max_length: int | None) -> list[bool]:
@@ -280,12 +252,6 @@ class MoveKDCollator:
     def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
         return [pad_to_square(image, colour(preprocessor.mean)) for image in images] if self._pads else images
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        image_processor = self.processor.image_processor
-        if self._is_anyres:
-            return image
-        return pad_to_square(image, colour(image_processor.image_mean)) if self._pads else centre_square(image)
-
     def _with_images(
         self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
     ) -> list[dict[str, Any]]:
@@ -360,7 +326,7 @@ class MoveKDCollator:
     def _teacher_pixel_values(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         shared = self.geometry == "shared"
         if shared and self.teacher_preprocessors:
-            images = [self._crop(image) for image in images]
+            images = [shared_crop(image, self.processor.image_processor) for image in images]
         if self.distill_tiles == "all":
             images = [crop for image in images for crop in (image, *self._tiles(image))]
         pixels = {}

@@ -12,7 +12,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from modeling_movekd.chat_templates import set_chat_template
-from train.collator import MoveKDCollator, centre_square, pad_to_square
+from modeling_movekd.images import centre_square, pad_to_square
+from train.collator import MoveKDCollator
 from train.data import load_conversations
 from train.teacher_preprocessing import TeacherPreprocessor
 
