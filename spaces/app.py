@@ -8,6 +8,7 @@ where `accelerate launch train/sft.py` writes it. README.md has all variables an
 """
 
 import argparse
+import html
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from about import about, speed_sentence
 from drawing import captioned, page, shares
 from encoders import CLONE, Encoder, load_encoders
 from student import Student, load_student
-from uploads import KEPT_SECONDS, MAX_FILE_MB, decode, read_conversation
+from uploads import KEPT_SECONDS, MAX_FILE_MB, NOT_ANSWERED, decode, read_conversation
 
 
 HERE = Path(__file__).resolve().parent
@@ -97,15 +98,36 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
             yield from student.stream(messages, int(max_new_tokens), float(temperature), float(top_p))
 
     def chat(
+        message: dict[str, Any], history: list[dict[str, Any]], temperature: float, top_p: float, max_new_tokens: int
+    ) -> Iterator[str | gr.ChatMessage]:
+        """The next turn on the page, where a refusal takes the answer's place."""
+        try:
+            with explained():
+                yield from answer(read_conversation(history, message), temperature, top_p, max_new_tokens)
+        except gr.Error as error:
+            yield gr.ChatMessage(content=error.message, metadata={"title": NOT_ANSWERED})
+
+    def converse(
         message: dict[str, Any],
         history: list[dict[str, Any]],
         temperature: float = 0.0,
         top_p: float = 1.0,
         max_new_tokens: int = 64,
-    ) -> Iterator[str]:
-        """The next turn of a conversation: a message with `text` and `files` (images). Streams the answer so far."""
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """
+        The next turn of this client's conversation. Streams the answer so far.
+
+        Args:
+            message: `text`, the question, and `files`, images for it.
+            temperature: 0 takes the likeliest token, more draws.
+            top_p: Of the likeliest tokens, those that make up this share are drawn from.
+            max_new_tokens: The longest answer, in tokens.
+        """
         with explained():
-            yield from answer(read_conversation(history, message), temperature, top_p, max_new_tokens)
+            asked = {"role": "user", "content": [*({"path": path} for path in message["files"]), message["text"]]}
+            messages = read_conversation(history, message)
+            for text in answer(messages, temperature, top_p, max_new_tokens):
+                yield text, [*history, asked, {"role": "assistant", "content": text}]
 
     def ask(
         image: str | None, question: str, temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 64
@@ -135,8 +157,11 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
         """The pictures as a part of the page."""
         if not image:
             return "<p>Choose an image above.</p>"
-        with explained():
-            return page(see(image, layer), int(layer) - 1, encoders, failures)
+        try:
+            with explained():
+                return page(see(image, layer), int(layer) - 1, encoders, failures)
+        except gr.Error as error:
+            return f'<p role="alert">{html.escape(error.message)}</p>'
 
     def pictures(image: str | None, layer: float = depth) -> tuple[list[tuple[Any, str]], list[dict[str, Any]]]:
         """
@@ -232,7 +257,8 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
                     examples=[[{"text": question, "files": [path]}] for path, question in examples()],
                     cache_examples=False,
                     concurrency_limit=at_a_time,
-                    api_name="chat",
+                    api_name="page",
+                    api_visibility="private",
                 )
                 with gr.Accordion("Camera", open=False):
                     camera = gr.Image(
@@ -268,9 +294,10 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
                 button.click(measure, None, speed, api_name="speed", concurrency_limit=1)
                 demo.load(lambda: measured["speed"], None, speed, api_visibility="private", queue=False)
         with gr.Row(visible=False):  # for programs
-            asked = [
-                gr.File(label="image"),
-                gr.Textbox(label="question"),
+            said = gr.MultimodalTextbox(label="message", file_count="multiple")
+            conversation = gr.State([])
+            asked = [gr.File(label="image"), gr.Textbox(label="question")]
+            knobs = [
                 gr.Number(0, label="temperature"),
                 gr.Number(1, label="top_p"),
                 gr.Number(min(64, context // 4), label="max_new_tokens"),
@@ -278,7 +305,10 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
             shown = [gr.File(label="image"), gr.Number(depth, label="layer")]
             outputs = [gr.Textbox(), gr.Gallery(format="png"), gr.JSON(), gr.JSON()]
             limits: dict[str, Any] = {"concurrency_limit": at_a_time}
-            gr.Button().click(ask, asked, outputs[0], api_name="ask", **limits)
+            gr.Button().click(
+                converse, [said, conversation, *knobs], [outputs[0], conversation], api_name="chat", **limits
+            )
+            gr.Button().click(ask, [*asked, *knobs], outputs[0], api_name="ask", **limits)
             gr.Button().click(pictures, shown, outputs[1:3], api_name="pictures", **limits)
             gr.Button().click(experts, shown, outputs[3], api_name="experts", **limits)
     return demo

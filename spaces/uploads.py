@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,7 @@ KEPT_SIDE = 2048  # larger pictures are reduced to this, several times what any 
 MAX_IMAGES = 8
 MAX_CHARACTERS = 4_000
 KEPT_SECONDS = 3600
+NOT_ANSWERED = "Not answered"  # title of what the page says in an answer's place
 
 
 def decode(path: str | None, name: str = "The image") -> Image.Image:
@@ -84,17 +86,17 @@ def read_content(content: Any) -> tuple[list[str], str]:
 
 def read_conversation(history: Sequence[dict[str, Any]], message: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    The turns so far and a new one in the form that chat templates take, images decoded. Turns that were never
+    The turns so far and a new one in the form that chat templates take, images decoded. Questions that were not
     answered (refused, or stopped before the first word) are left out.
 
     Raises:
         ValueError: a sentence for the visitor if anything is beyond the bounds.
     """
-    turns = [
-        (question["role"], *read_content(question["content"]))
-        for i, question in enumerate(history)
-        if question["role"] == "assistant" or (i + 1 < len(history) and history[i + 1]["role"] == "assistant")
-    ]
+    turns = []
+    for question, answer in pairwise(history):
+        refused = (answer.get("metadata") or {}).get("title") == NOT_ANSWERED
+        if (question["role"], answer["role"]) == ("user", "assistant") and not refused:
+            turns += [(turn["role"], *read_content(turn["content"])) for turn in (question, answer)]
     turns.append(("user", list(message.get("files") or []), (message.get("text") or "").strip()))
     if not turns[-1][2]:
         raise ValueError("Write a question, with or without images.")
