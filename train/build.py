@@ -1,8 +1,8 @@
 """Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
     set_seed,
 )
+from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
@@ -28,6 +29,8 @@ from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation import Distiller
 from train.teachers import TeacherConfig, TeacherFeatures, load_teacher, resolve_teacher
 
+
+logger = logging.getLogger(__name__)
 
 DISTILLER_NAME = "distiller.safetensors"
 DISTILLER_KNOBS = (
@@ -66,7 +69,9 @@ def build_student(
         )
     model_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if source is not None:
-        model = MoveKDForConditionalGeneration.from_pretrained(source, **model_kwargs)
+        model = MoveKDForConditionalGeneration.from_pretrained(
+            source, revision=model_args.model_revision, **model_kwargs
+        )
         saved = model.config.vision_config
         compared = STUDENT_FIELDS if saved.num_experts or args.num_experts else STUDENT_FIELDS[:1]
         differing = {name: (getattr(saved, name), getattr(args, name)) for name in compared}
@@ -76,7 +81,9 @@ def build_student(
                 "part of the student and cannot be changed: give the saved ones."
             )
         # Else the tokenizer would ask at the terminal whether to run the model's code, which it has no use for
-        return model, AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        return model, AutoProcessor.from_pretrained(
+            source, revision=model_args.model_revision, trust_remote_code=False
+        )
 
     # The new weights (experts, routers, projector) depend on the seed alone
     set_seed(args.seed)
@@ -131,10 +138,11 @@ def build_distiller(
     model: MoveKDForConditionalGeneration,
     teachers: Mapping[str, Teacher],
     checkpoint: str | None = None,
+    revision: str | None = None,
 ) -> Distiller | None:
     """
-    The adapters or heads between the student and the teachers; read from `distiller.safetensors` where `checkpoint` is
-    a folder that has one, new otherwise. `None` without teachers.
+    The adapters or heads between the student and the teachers; read from `distiller.safetensors` where `checkpoint`, a
+    folder or a Hub id, has one, new otherwise. `None` without teachers.
     """
     if not teachers:
         return None
@@ -148,8 +156,12 @@ def build_distiller(
         whitening_components=args.whitening_components,
         **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
     )
-    if checkpoint is not None and (path := Path(checkpoint) / DISTILLER_NAME).is_file():
-        distiller.load(path)
+    if checkpoint is not None:
+        saved = cached_file(checkpoint, DISTILLER_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if saved is None:
+            logger.warning("%s has no %s: distillation begins with new heads.", checkpoint, DISTILLER_NAME)
+        else:
+            distiller.load(saved)
     return distiller
 
 

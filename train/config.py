@@ -103,12 +103,14 @@ class ModelArguments:
     Which student to train, besides `vision_model` and `language_model` of [`MoveKDSFTConfig`].
 
     Args:
-        model_name_or_path (`str`, *optional*): A saved student (and its distiller) to continue.
+        model_name_or_path (`str`, *optional*): A saved student (and its distiller) to continue, Hub id or folder.
+        model_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
         dtype (`str`, defaults to `"float32"`): Data type the weights are loaded in.
         attn_implementation (`str`, *optional*): `sdpa`, `eager`, `flex_attention` or `flash_attention_2`.
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved student to continue."})
+    model_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the Hub."})
     dtype: str = field(
         default="float32",
         metadata={"help": "Data type of the loaded weights.", "choices": ["float32", "bfloat16", "float16", "auto"]},

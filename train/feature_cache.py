@@ -75,7 +75,9 @@ class CacheArguments:
 def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
     """The student's processor as [`train.build.build_student`] makes it, as far as teachers' pixels go, without it."""
     if model_args.model_name_or_path is not None:
-        return AutoProcessor.from_pretrained(model_args.model_name_or_path)
+        return AutoProcessor.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
     if args.vision_model is None or args.language_model is None:
         raise ValueError(
             "The recipe names no student: give `model_name_or_path`, or `vision_model` and `language_model`."

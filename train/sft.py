@@ -63,7 +63,7 @@ def train(
     with whole_weights(args):
         model, processor = build_student(args, model_args)
         teachers = build_teachers(args)
-        distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
+        distiller = build_distiller(args, model, teachers, model_args.model_name_or_path, model_args.model_revision)
     bad_rows = BadRows(
         args.output_dir,
         data_args.max_bad_row_share,

@@ -54,6 +54,24 @@ def settings(folder: Path, **overrides) -> Path:
     return write_settings(folder, names, "org/colours", teachers=teachers, **saving, **publishing, **overrides)
 
 
+CONTINUED = """
+from dataclasses import replace
+from safetensors.torch import load_file
+from trl import TrlParser
+from train.build import build_distiller, build_student, build_teachers
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+
+_, args, _ = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments)).parse_args_and_config(['--config', config])
+args = replace(args, vision_model=None, language_model=None, push_to_hub=False)
+model_args = ModelArguments(model_name_or_path='org/student', model_revision='main')
+model, _ = build_student(args, model_args)
+found = build_distiller(args, model, build_teachers(args), 'org/student', 'main').state_dict()
+expected = load_file(folder + '/distiller.safetensors')
+assert expected.keys() == found.keys() and all(found[key].equal(expected[key]) for key in expected)
+assert model.lm_head.weight.equal(load_file(folder + '/model.safetensors')['lm_head.weight'])
+"""
+
+
 def test_a_run_from_the_hub_publishes_last_and_best(hub: Hub, reader: Client, tmp_path: Path) -> None:
     config = settings(tmp_path / "student", hub_model_id="org/student")
     reader.run("sft.main(['--config', config])", config=str(config))
@@ -73,6 +91,10 @@ def test_a_run_from_the_hub_publishes_last_and_best(hub: Hub, reader: Client, tm
         assert b"org/student" in files["README.md"]
     # The repository, its commit, the branch and that branch's commit: nothing was sent while the run went on
     assert len(repository.commits) == 3 and set(repository.refs) == {"refs/heads/main", "refs/heads/best"}
+
+    # A second stage takes student and adapters from there
+    repository.readers.add("reader")
+    reader.run(CONTINUED, config=str(config), folder=str(output))
 
     assert list(output.rglob("training_args.bin")) and list(output.rglob("optimizer.pt"))
     for path in output.rglob("*"):
