@@ -10,11 +10,11 @@ Needs fastapi, uvicorn and openai: `pip install "movekd[serve]"`.
 
 import asyncio
 import base64
-import binascii
 import copy
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException as HTTPClientError
 from typing import Annotated, Any, Literal
 from urllib.request import Request as URLRequest
 from urllib.request import urlopen
@@ -36,7 +36,8 @@ from .inference import check_length, prepare
 from .modeling_movekd import MoveKDForConditionalGeneration
 
 
-MAX_REQUEST_BYTES = 64 * 2**20
+MAX_REQUEST_BYTES = 32 * 2**20
+MAX_PARTS = 1000  # messages of a request, and parts of a message
 DOWNLOAD_SECONDS = 10
 
 
@@ -66,7 +67,7 @@ class Limits:
 class _Fields(BaseModel):
     """Refuses a field it does not know, unless it is null: an option that is dropped in silence misleads."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +94,7 @@ class ImagePart(_Fields):
 
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=MAX_PARTS)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -105,7 +106,7 @@ class ChatRequest(_Fields):
     """The fields of a chat completion that are served. Of `n`, penalties and `logprobs` only what changes nothing."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_PARTS)
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -136,7 +137,7 @@ def read_image(url: str, limits: Limits) -> Image.Image:
             raise ValueError(f"{len(payload) * 3 // 4} bytes; at most {limits.image_bytes} are read")
         try:
             content = base64.b64decode(payload, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(f"not base64 ({error})") from error
     elif scheme in ("http", "https") and limits.image_urls:
         content = _download(url, limits.image_bytes)
@@ -150,7 +151,7 @@ def _download(url: str, most: int) -> bytes:
     try:
         with urlopen(URLRequest(url, headers={"User-Agent": "movekd"}), timeout=DOWNLOAD_SECONDS) as response:
             content = response.read(most + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPClientError) as error:
         raise ValueError(f"the address cannot be read ({error})") from error
     if len(content) > most:
         raise ValueError(f"more than {most} bytes are not read")
@@ -212,6 +213,10 @@ class ChatHandler(ChatCompletionHandler):
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         if (characters := sum(map(len, texts))) > self.limits.prompt_characters:
             raise ValueError(f"The messages have {characters} characters; at most {self.limits.prompt_characters}.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"A text is not valid Unicode ({error.reason}).") from error
         if any(self.processor.image_token in text for text in texts):
             raise ValueError(
                 f"A text contains {self.processor.image_token}; send images as parts of type 'image_url'."
@@ -250,7 +255,8 @@ class ChatHandler(ChatCompletionHandler):
         generation.max_new_tokens, generation.max_length = asked, None
         if request.temperature is not None or request.top_p is not None:
             generation.do_sample = request.temperature != 0
-            generation.temperature = request.temperature or 1.0
+            # Below, the scores overflow, which on a GPU no later request survives
+            generation.temperature = max(request.temperature or 1.0, 0.01)
             generation.top_p = request.top_p or 1.0
         return generation
 
@@ -280,7 +286,7 @@ def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> Fa
     async def refuse_fields(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = []
         for problem in error.errors()[:3]:
-            place = ".".join(str(step) for step in problem["loc"][1:]) or "The request"
+            place = ".".join(str(step) for step in problem["loc"][1:])[:100] or "The request"
             unknown = problem["type"] == "extra_forbidden"
             problems.append(f"{place}: {'not a field that is served here' if unknown else problem['msg']}")
         return refusal(400, "; ".join(problems) + ".")

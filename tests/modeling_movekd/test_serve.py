@@ -3,12 +3,15 @@
 import base64
 import http.server
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +246,28 @@ def test_refusals_say_why(case, client):
         assert len(refused.value.body["message"]) < 500 and "Traceback" not in str(refused.value.body)
 
 
+def test_bodies_that_no_client_sends(server):
+    fields = '{"model": "tiny", "messages": [{"role": "user", "content": "CONTENT"}], "temperature": 1}'
+    bodies = {
+        "{": "JSON decode error",
+        "[]": "valid dictionary",
+        "[" * 100_000: "parsing the body",
+        fields.replace(": 1}", ": NaN}"): "temperature",
+        fields.replace("CONTENT", r"\ud800"): "not valid Unicode",
+        fields.replace("model", r"\ud800"): "unicode string",
+        fields.replace("temperature", "t" * 10_000): "ttt: not a field",
+        fields.replace('"CONTENT"', "[" + ", ".join(['{"type": "text", "text": ""}'] * 1001) + "]"): "at most 1000",
+    }
+    for body, reason in bodies.items():
+        request = urllib.request.Request(f"{server.url}/chat/completions", body.encode())
+        request.add_header("Content-Type", "application/json")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        answer = json.load(refused.value)
+        assert refused.value.code == 400 and reason in answer["error"]["message"], answer
+        assert len(answer["error"]["message"]) < 500
+
+
 def test_no_address_or_file_is_opened(client, server, tmp_path):
     path = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(path)
@@ -313,7 +338,7 @@ def test_image_urls_by_flag(tmp_path):
             address = f"http://127.0.0.1:{site.server_port}"
             limits = Limits(image_urls=True)
             assert read_image(f"{address}/a.png", limits).getpixel((0, 0)) == (255, 0, 0)
-            refused = [(file, "or an http"), (f"{address}/to?{file}", "cannot be read"), (f"{address}:0", "cannot")]
+            refused = [(file, "or an http"), (f"{address}/to?{file}", "cannot be read"), (f"{address}/a b", "cannot")]
             for url, reason in refused:
                 with pytest.raises(ValueError, match=reason):
                     read_image(url, limits)
