@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoders import Encoder
 from huggingface_hub import ModelCard
 from student import Student, read_text
 from uploads import KEPT_SECONDS, KEPT_SIDE, MAX_FILE_MB, MAX_IMAGES, MAX_MEGAPIXELS
+from zero_gpu import ON_ZERO_GPU
 
 
 def machine(student: Student) -> str:
     """Where the model runs, and in which numbers."""
-    device = student.model.device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
+    if ON_ZERO_GPU:
+        name = "ZeroGPU"
+    elif student.model.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"CPU with {torch.get_num_threads()} thread(s)"
     return f"{name}, {str(student.model.dtype).removeprefix('torch.')}"
 
 
@@ -29,7 +33,7 @@ def speed_sentence(student: Student, messages: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def about(student: Student, encoders: Sequence[Encoder]) -> str:
+def about(student: Student) -> str:
     """The table of the About tab, in Markdown."""
     model, vision = student.model, student.model.config.vision_config
     text = model.config.text_config
@@ -55,7 +59,7 @@ def about(student: Student, encoders: Sequence[Encoder]) -> str:
         "Vision encoder": f"{vision.num_hidden_layers} layers, {vision.image_size} pixels a side, patches of "
         f"{vision.patch_size}",
         "Language model": f"{text.model_type}, {text.num_hidden_layers} layers, {student.context_length} positions",
-        "Beside it": ", ".join(encoder.name for encoder in encoders) or "no other encoder",
+        "Beside it": ", ".join(encoder.name for encoder in student.encoders) or "no other encoder",
         "Runs on": machine(student),
     }
     table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())

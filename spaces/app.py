@@ -8,15 +8,12 @@ where `accelerate launch train/sft.py` writes it. README.md has all variables an
 """
 
 import argparse
-import html
 import os
 import signal
 import sys
 import tempfile
 import threading
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,11 @@ from zero_gpu import ON_ZERO_GPU  # before torch
 
 # isort: split
 import gradio as gr
-from about import about, speed_sentence
-from drawing import captioned, page, shares
-from encoders import CLONE, Encoder, load_encoders
+from about import about
+from encoders import CLONE, load_encoders
+from endpoints import Endpoints, add_picture
 from student import Student, load_student
-from uploads import KEPT_SECONDS, MAX_FILE_MB, NOT_ANSWERED, decode, read_conversation
+from uploads import KEPT_SECONDS, MAX_FILE_MB
 
 
 HERE = Path(__file__).resolve().parent
@@ -48,153 +45,25 @@ THEME = gr.themes.Soft(
 CSS = (HERE / "style.css").read_text(encoding="utf-8")
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Whatever goes wrong, as one sentence to the visitor; of what is our own fault the place goes to the log."""
-    try:
-        yield
-    except gr.Error:
-        raise
-    except ValueError as error:
-        raise gr.Error(str(error), duration=None, title="Not answered", print_exception=False) from None
-    except Exception as error:
-        # The text of an error may hold what a visitor wrote
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"{type(error).__name__} at {frame.filename}:{frame.lineno}", file=sys.stderr, flush=True)
-        sentence = (
-            f"Something failed here ({type(error).__name__}). Try again, with a smaller image or a new question."
-        )
-        raise gr.Error(sentence, duration=None, title="Not answered", print_exception=False) from None
-
-
-def add_picture(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
-    """What is being written, with one more image."""
-    message = message or {"text": "", "files": []}
-    return {**message, "files": [*message["files"], *([image] if image else [])]}
-
-
 def examples(names: Sequence[tuple[str, str]] = EXAMPLES) -> list[tuple[str, str]]:
     """Path and question of each."""
     return [(str(HERE / "examples" / name), question) for name, question in names]
 
 
-def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str], at_a_time: int) -> gr.Blocks:
-    """The page and its endpoints; nothing is shared between visitors but the model."""
-    turns = threading.BoundedSemaphore(at_a_time)  # all endpoints together, as they share one memory
-    depth = student.model.config.vision_config.num_hidden_layers
-    context = student.context_length or 4096
-
-    def answer(
-        messages: Sequence[dict[str, Any]], temperature: float, top_p: float, max_new_tokens: int
-    ) -> Iterator[str]:
-        if not 0 <= temperature <= 2 or not 0 < top_p <= 1 or not 1 <= max_new_tokens <= context:
-            raise ValueError(
-                f"Temperature is {temperature} (0 to 2), top-p {top_p} (above 0, up to 1) and the length "
-                f"{max_new_tokens} (1 to {context}); one of them is out of its range."
-            )
-        if student.unknown_words(messages[-1]["content"][-1]["text"]):
-            gr.Warning("Some of these words are not in the model's vocabulary; it does not see them.")
-        with turns:
-            yield from student.stream(messages, int(max_new_tokens), float(temperature), float(top_p))
-
-    def chat(
-        message: dict[str, Any], history: list[dict[str, Any]], temperature: float, top_p: float, max_new_tokens: int
-    ) -> Iterator[str | gr.ChatMessage]:
-        """The next turn on the page, where a refusal takes the answer's place."""
-        try:
-            with explained():
-                yield from answer(read_conversation(history, message), temperature, top_p, max_new_tokens)
-        except gr.Error as error:
-            yield gr.ChatMessage(content=error.message, metadata={"title": NOT_ANSWERED})
-
-    def converse(
-        message: dict[str, Any],
-        history: list[dict[str, Any]],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_new_tokens: int = 64,
-    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """
-        The next turn of this client's conversation. Streams the answer so far.
-
-        Args:
-            message: `text`, the question, and `files`, images for it.
-            temperature: 0 takes the likeliest token, more draws.
-            top_p: Of the likeliest tokens, those that make up this share are drawn from.
-            max_new_tokens: The longest answer, in tokens.
-        """
-        with explained():
-            asked = {"role": "user", "content": [*({"path": path} for path in message["files"]), message["text"]]}
-            messages = read_conversation(history, message)
-            for text in answer(messages, temperature, top_p, max_new_tokens):
-                yield text, [*history, asked, {"role": "assistant", "content": text}]
-
-    def ask(
-        image: str | None, question: str, temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 64
-    ) -> Iterator[str]:
-        """
-        Ask one question, about an image or without one. Streams the answer so far.
-
-        Args:
-            image: The image, or nothing.
-            question: What to ask.
-            temperature: 0 takes the likeliest token, more draws.
-            top_p: Of the likeliest tokens, those that make up this share are drawn from.
-            max_new_tokens: The longest answer, in tokens.
-        """
-        with explained():
-            message = {"text": question, "files": [image] if image else []}
-            yield from answer(read_conversation([], message), temperature, top_p, max_new_tokens)
-
-    def see(image: str | None, layer: float) -> Any:
-        picture = decode(image)
-        if not 1 <= layer <= depth:
-            raise ValueError(f"Layer {layer:g} is none of this encoder's: 1 to {depth}.")
-        with turns:
-            return student.visualize(picture, int(layer) - 1, encoders)
-
-    def look(image: str | None, layer: float) -> str:
-        """The pictures as a part of the page."""
-        if not image:
-            return "<p>Choose an image above.</p>"
-        try:
-            with explained():
-                return page(see(image, layer), int(layer) - 1, encoders, failures)
-        except gr.Error as error:
-            return f'<p role="alert">{html.escape(error.message)}</p>'
-
-    def pictures(image: str | None, layer: float = depth) -> tuple[list[tuple[Any, str]], list[dict[str, Any]]]:
-        """
-        Look into the vision encoder at one image: pictures of the experts, the [CLS] attention, the features'
-        principal components and the distance to other encoders, each with a title; and each expert's share of the
-        patches.
-
-        Args:
-            image: The image.
-            layer: Layer of the vision encoder, counted from 1; by default the last.
-        """
-        with explained():
-            seen, index = see(image, layer), int(layer) - 1
-            return [(drawn, title) for title, _, drawn in captioned(seen, index, encoders)], shares(seen)
-
-    def experts(image: str | None, layer: float = depth) -> list[dict[str, Any]]:
-        """
-        Which share of an image's patches each expert of the vision encoder took.
-
-        Args:
-            image: The image.
-            layer: Layer of the vision encoder, counted from 1; by default the last.
-        """
-        with explained():
-            return shares(see(image, layer))
+def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Blocks:
+    """The page and its endpoints; `failures` and `at_a_time` as in [`Endpoints`]."""
+    endpoints = Endpoints(student, failures, at_a_time)
+    depth, context = endpoints.depth, endpoints.context
+    first_image, first_question = examples()[0]
 
     def measure() -> str:
-        with explained(), turns:
-            path, question = examples()[0]
-            return speed_sentence(student, read_conversation([], {"text": question, "files": [path]}))
+        """How fast the model answers on this machine: measured now."""
+        return endpoints.speed(first_image, first_question)
 
+    # On ZeroGPU a measurement costs a visitor's time on a GPU: only when asked for
     measured = {"speed": "Speed: not measured yet on this machine."}
     if not ON_ZERO_GPU:
+        measured["speed"] = "Speed: being measured; press the button to see it."
 
         def measure_first() -> None:
             try:
@@ -202,7 +71,6 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
             except gr.Error as error:
                 measured["speed"] = f"Speed could not be measured: {error.message}"
 
-        measured["speed"] = "Speed: being measured; press the button to see it."
         threading.Thread(target=measure_first, name="measure", daemon=True).start()
 
     with gr.Blocks(
@@ -246,7 +114,7 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
                     render=False,
                 )
                 gr.ChatInterface(
-                    chat,
+                    endpoints.page_turn,
                     multimodal=True,
                     chatbot=gr.Chatbot(
                         label="Conversation", height="55vh", min_height=320, buttons=["copy"], elem_id="chatbot"
@@ -272,7 +140,7 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
                         label="Image",
                         sources=["upload", "webcam", "clipboard"],
                         height=260,
-                        value=examples()[0][0],
+                        value=first_image,
                         elem_id="picture",
                     )
                     with gr.Column():
@@ -280,15 +148,17 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
                             1, depth, depth, step=1, label="Layer", info=f"{depth}, the last, feeds the language model"
                         )
                         gr.Examples([[path] for path, _ in examples()], [picture], label="Examples")
-                first = "" if ON_ZERO_GPU else look(*examples()[0][:1], depth)
+                first = "" if ON_ZERO_GPU else endpoints.page_pictures(first_image, depth)
                 drawn = gr.HTML(first, label="Pictures", elem_id="pictures", padding=False)
                 # As the visitor sent it: `gr.Image` would open it before `decode` can refuse it with a sentence
-                sent = gr.File(examples()[0][0], visible="hidden")
+                sent = gr.File(first_image, visible="hidden")
                 settled: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": at_a_time}
-                picture.change(None, picture, sent, js="(image) => image").then(look, [sent, layer], drawn, **settled)
-                layer.change(look, [sent, layer], drawn, trigger_mode="always_last", **settled)
+                picture.change(None, picture, sent, js="(image) => image").then(
+                    endpoints.page_pictures, [sent, layer], drawn, **settled
+                )
+                layer.change(endpoints.page_pictures, [sent, layer], drawn, trigger_mode="always_last", **settled)
             with gr.Tab("About", id="about"):
-                gr.Markdown(about(student, encoders), elem_id="about")
+                gr.Markdown(about(student), elem_id="about")
                 speed = gr.Markdown(measured["speed"], elem_id="speed")
                 button = gr.Button("Measure the speed now")
                 button.click(measure, None, speed, api_name="speed", concurrency_limit=1)
@@ -306,11 +176,11 @@ def build(student: Student, encoders: Sequence[Encoder], failures: Sequence[str]
             outputs = [gr.Textbox(), gr.Gallery(format="png"), gr.JSON(), gr.JSON()]
             limits: dict[str, Any] = {"concurrency_limit": at_a_time}
             gr.Button().click(
-                converse, [said, conversation, *knobs], [outputs[0], conversation], api_name="chat", **limits
+                endpoints.chat, [said, conversation, *knobs], [outputs[0], conversation], api_name="chat", **limits
             )
-            gr.Button().click(ask, [*asked, *knobs], outputs[0], api_name="ask", **limits)
-            gr.Button().click(pictures, shown, outputs[1:3], api_name="pictures", **limits)
-            gr.Button().click(experts, shown, outputs[3], api_name="experts", **limits)
+            gr.Button().click(endpoints.ask, [*asked, *knobs], outputs[0], api_name="ask", **limits)
+            gr.Button().click(endpoints.pictures, shown, outputs[1:3], api_name="pictures", **limits)
+            gr.Button().click(endpoints.experts, shown, outputs[3], api_name="experts", **limits)
     return demo
 
 
@@ -328,6 +198,19 @@ def find_student() -> Student:
     return load_student(model_id or str(DEMO), os.environ.get("MODEL_REVISION"))
 
 
+def whole_number(name: str, default: int) -> int:
+    """
+    A number above 0 from the environment.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} is {value!r}; a whole number above 0 is needed.")
+    return int(value)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
@@ -342,11 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["GRADIO_TEMP_DIR"] = cache
         try:
             student = find_student()
-            at_a_time = int(os.environ.get("CONCURRENCY", "1"))
-            demo = build(student, *load_encoders(student), at_a_time)
+            student.encoders, failures = load_encoders(student)
+            at_a_time, waiting = whole_number("CONCURRENCY", 1), whole_number("QUEUE_SIZE", 20)
+            demo = build(student, failures, at_a_time)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
-        demo.queue(max_size=int(os.environ.get("QUEUE_SIZE", "20")), default_concurrency_limit=at_a_time)
+        demo.queue(max_size=waiting, default_concurrency_limit=at_a_time)
         try:
             demo.launch(
                 server_name=options.host,

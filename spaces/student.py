@@ -108,6 +108,7 @@ class Student:
         facts: What training noted beside it, `{}` if nothing.
 
     Attributes:
+        encoders: Others to set beside it, see `encoders.py`.
         stream, speed, visualize: On ZeroGPU each call runs in a process of its own.
     """
 
@@ -123,6 +124,7 @@ class Student:
         self.model, self.processor = model, processor
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.encoders: list[Any] = []
         self.stream = on_gpu(self._stream)
         self.speed = on_gpu(self._speed)
         self.visualize = on_gpu(self._visualize)
@@ -143,7 +145,7 @@ class Student:
                 f"The conversation has {length} tokens and the answer may have {max_new_tokens}, but the model takes "
                 f"{self.context_length} in all. Clear the conversation, ask something shorter, or lower the length."
             )
-        return dict(inputs.to(self.model.device))
+        return dict(inputs.to(self.model.device, self.model.dtype))
 
     def unknown_words(self, text: str) -> bool:
         """Whether the vocabulary lacks some of the text."""
@@ -200,13 +202,13 @@ class Student:
         return first - start, (len(clock.times) - 2) / (last - first), count
 
     @torch.inference_mode()
-    def _visualize(self, image: Any, layer: int, encoders: Sequence[Any]) -> Any:
+    def _visualize(self, image: Any, layer: int) -> Any:
         """The pictures of one layer (from 0) of one image, with those of the other encoders; see the model's own."""
         if not hasattr(self.model, "visualize"):
             raise ValueError(f"The code in {self.model_id} draws no pictures; save the checkpoint again to renew it.")
         processor = self.processor.image_processor
         pixels = processor(image, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)
-        others = {encoder.name: encoder.features(image, layer) for encoder in encoders}
+        others = {encoder.name: encoder.features(image, layer) for encoder in self.encoders}
         given = {"other_tokens": others} if others else {}
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
         return self.model.visualize(pixels, layer, image_mean=mean, image_std=std, **given)
