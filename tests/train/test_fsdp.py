@@ -1,8 +1,8 @@
 """FSDP2 on two processes gives what DDP gives, whatever the batches hold; resumes after a kill; saves whole models."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from colours import llava_rows
 from datasets import Dataset
 from launched import DDP_CPU, ROOT, SCRIPT, launch, write_settings
 from safetensors.torch import load_file
+from stranger import load_as_stranger
 from transformers import AutoTokenizer, GemmaConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
@@ -50,30 +51,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # In bfloat16 DDP casts by operation, FSDP2 whole layers; what comes out of either is float32
 SUMS = ("loss", "text", "kd", "balance", "grad_norm")
-# Run by an isolated interpreter, without network and without this repository on its path
-STRANGER = """
-import importlib.util, json, socket, sys
-from pathlib import Path
-
-sys.path[:] = [path for path in sys.path if "site-packages" in path or not (Path(path) / "modeling_movekd").is_dir()]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-assert importlib.util.find_spec("modeling_movekd") is None and importlib.util.find_spec("train") is None
-
-def refuse(*args, **kwargs):
-    raise AssertionError(f"a connection was tried: {args}")
-
-socket.socket.connect = socket.getaddrinfo = refuse
-from safetensors.torch import load_file
-from transformers import AutoModel
-
-report = []
-for folder in sys.argv[1:]:
-    model, saved = AutoModel.from_pretrained(folder, trust_remote_code=True), load_file(folder + "/model.safetensors")
-    weights = model.state_dict()
-    assert all((weights[name] == value).all() for name, value in saved.items())
-    report.append([type(model).__name__, sorted(weights.keys() - saved.keys())])
-print("REPORT" + json.dumps(report))
-"""
+# The others take the same way; they are run where minutes do not matter
+QUICK = ("own head",)
+SLOW = tuple(name for name in RUNS if name not in QUICK)
 
 
 def facts(folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -111,21 +91,6 @@ def assert_same_weights(folder: Path, other: Path, **tolerance: float) -> None:
             torch.testing.assert_close(one[key], value, **tolerance, msg=f"{name}: {key}")
 
 
-def visit(*folders: Path) -> list[list]:
-    """What a process that has nothing of ours loads from the folders."""
-    home = folders[0].parent
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, *map(str, folders)],
-        cwd=home,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "cache"), "HOME": str(home), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    return json.loads(result.stdout.split("REPORT")[1])
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fsdp")
@@ -149,19 +114,27 @@ def write(root: Path, parts: dict[str, str]):
 
 
 @pytest.fixture(scope="module")
-def runs(root: Path, write) -> Path:
-    """The folder of all runs, by DDP and by FSDP2, one launch of two processes for each."""
-    for kind, script, launcher in (("ddp", SCRIPT, DDP_CPU), ("fsdp", FSDP_SCRIPT, LAUNCHERS["full"])):
-        configs = [write(f"{kind}/{name}", **SETTINGS | own) for name, own in RUNS.items()]
-        result = launch(script, *configs, launcher=launcher)
-        assert result.returncode == 0, result.stdout[-6000:]
-    return root
+def folders(root: Path, write) -> Callable[[str], tuple[Path, Path]]:
+    """The folders of a run by FSDP2 and by DDP; all runs of a kind share a launch of two processes."""
+
+    @cache
+    def launch_all(names: tuple[str, ...]) -> None:
+        for kind, script, launcher in (("ddp", SCRIPT, DDP_CPU), ("fsdp", FSDP_SCRIPT, LAUNCHERS["full"])):
+            configs = [write(f"{kind}/{name}", **SETTINGS | RUNS[name]) for name in names]
+            result = launch(script, *configs, launcher=launcher)
+            assert result.returncode == 0, result.stdout[-6000:]
+
+    def folders(name: str) -> tuple[Path, Path]:
+        launch_all(QUICK if name in QUICK else SLOW)
+        return root / "fsdp" / name, root / "ddp" / name
+
+    return folders
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_gives_what_ddp_gives(runs: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_gives_what_ddp_gives(folders, name: str) -> None:
     """Losses, gradient norms and weights; the head's too, whose gradient TRL alone would not sum over processes."""
-    folder, other = runs / "fsdp" / name, runs / "ddp" / name
+    folder, other = folders(name)
     assert_sharded(folder)
     assert facts(other)["called"] == ["DistributedDataParallel"]
     assert len(steps(folder)) == len(steps(other)) > 0
@@ -179,16 +152,22 @@ def test_gives_what_ddp_gives(runs: Path, name: str) -> None:
         ]
 
 
-def test_saves_what_anyone_can_load(runs: Path) -> None:
-    folders = [runs / "fsdp" / name for name in ("own head", "tied head", "LoRA")]
-    for folder in folders:
-        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert auto_map["AutoModel"] == "modeling_movekd.MoveKDForConditionalGeneration"
-        assert {path.name for path in folder.glob("*.py")} == {
-            path.name for path in (ROOT / "modeling_movekd").glob("*_movekd.py")
-        }
-    name = "MoveKDForConditionalGeneration"
-    assert visit(*folders) == [[name, []], [name, ["lm_head.weight"]], [name, []]]
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("own head", []),
+        pytest.param("tied head", ["lm_head.weight"], marks=pytest.mark.slow),
+        pytest.param("LoRA", [], marks=pytest.mark.slow),
+    ],
+)
+def test_saves_what_anyone_can_load(folders, name: str, tied: list[str], tmp_path: Path) -> None:
+    folder, _ = folders(name)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_movekd.MoveKDForConditionalGeneration"
+    assert {path.name for path in folder.glob("*.py")} == {
+        path.name for path in (ROOT / "modeling_movekd").glob("*_movekd.py")
+    }
+    assert load_as_stranger(folder, tmp_path) == ["MoveKDForConditionalGeneration", tied]
 
 
 @pytest.mark.parametrize("text_config", [LlamaConfig, Qwen3Config, GemmaConfig])
@@ -276,6 +255,6 @@ def test_the_demo_resumes_after_a_kill(state: str, settings: dict[str, Any], tmp
     assert_same_weights(killed, straight, rtol=1e-6, atol=1e-7)
     checkpoint = killed / "checkpoint-4"
     assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == (state == "sharded")
-    name = "MoveKDForConditionalGeneration"
-    assert [model for model, _ in visit(killed, checkpoint)] == [name, name]
+    for folder in (killed, checkpoint):
+        assert load_as_stranger(folder, tmp_path)[0] == "MoveKDForConditionalGeneration"
     assert_same_weights(checkpoint, killed, rtol=0, atol=0)
