@@ -109,4 +109,6 @@ class BadRows:
 
 def _first(reasons: dict[str, str]) -> str:
     shown = "; ".join(f"{row}: {reason}" for row, reason in list(reasons.items())[:5])
-    return shown + (f"; and {len(reasons) - 5} more." if len(reasons) > 5 else ".")
+    shown += f"; and {len(reasons) - 5} more." if len(reasons) > 5 else "."
+    # Half a character, as broken JSON may hold, cannot be written to a terminal or a log
+    return shown.encode("utf-8", "backslashreplace").decode()
