@@ -11,14 +11,16 @@ Needs fastapi, uvicorn and openai: `pip install "movekd[serve]"`.
 import asyncio
 import base64
 import copy
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException as HTTPClientError
 from typing import Annotated, Any, Literal
 from urllib.request import Request as URLRequest
 from urllib.request import urlopen
 
+import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -27,7 +29,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, set_torch_seed
 
@@ -158,13 +160,32 @@ def _download(url: str, most: int) -> bytes:
     return content
 
 
+class Abandoned(StoppingCriteria):
+    """Ends an answer that nobody waits for, by an error on the thread that generates."""
+
+    def __init__(self, handler: "ChatHandler") -> None:
+        self.handler, self.left = handler, threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.left.is_set():
+            raise HTTPException(499, "The client left.")
+        if self.handler.stopping():
+            raise HTTPException(503, "The server is being stopped.")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 class ChatHandler(ChatCompletionHandler):
     """
     Answers the requests for one model.
 
     Args:
         name: What clients call the model.
+
+    Attributes:
+        stopping: Says whether to give up what is being generated. Never, by default.
     """
+
+    stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(
         self,
@@ -180,8 +201,10 @@ class ChatHandler(ChatCompletionHandler):
         self._preparing = asyncio.Lock()
         self._own_processor = copy.deepcopy(processor)
 
-    async def handle_request(self, request: ChatRequest, request_id: str) -> Response:
+    async def handle_request(self, request: ChatRequest, request_id: str, connection: Request) -> Response:
         """
+        The answer, or the stream of it. It is given up when the client leaves.
+
         Raises:
             HTTPException: 404 for another model, 400 with a sentence for what cannot be answered.
         """
@@ -196,10 +219,17 @@ class ChatHandler(ChatCompletionHandler):
         if request.seed is not None:
             # The same queue, so that no other request comes between the seed and what it is for
             manager.submit(set_torch_seed, request.seed)
+        # What goes to `generate` besides its configuration goes with the inputs
+        abandoned = Abandoned(self)
+        inputs["stopping_criteria"] = StoppingCriteriaList([abandoned])
         arguments = (request_id, self.model, self.processor, self.name, inputs, generation)
-        if request.stream:
+        if request.stream:  # which the library ends when the client leaves
             return self._streaming(*arguments, gen_manager=manager)
-        return await self._non_streaming(*arguments, gen_manager=manager)
+        watch = asyncio.create_task(_wait_until_left(connection, abandoned.left))
+        try:
+            return await self._non_streaming(*arguments, gen_manager=manager)
+        finally:
+            watch.cancel()
 
     def _prepare(self, request: ChatRequest) -> tuple[dict[str, Any], GenerationConfig]:
         inputs = prepare(self._own_processor, [self._messages(request.messages)], self.model.device)
@@ -261,6 +291,12 @@ class ChatHandler(ChatCompletionHandler):
         return generation
 
 
+async def _wait_until_left(connection: Request, left: threading.Event) -> None:
+    while (await connection.receive())["type"] != "http.disconnect":
+        pass
+    left.set()
+
+
 def refusal(status: int, message: str) -> JSONResponse:
     """An error in the form OpenAI's clients read."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -296,8 +332,8 @@ def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> Fa
         return refusal(500, "The server failed to answer; its log says why.")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest) -> Response:
-        return await handler.handle_request(request, f"chatcmpl-{uuid.uuid4().hex}")
+    async def chat_completions(request: ChatRequest, connection: Request) -> Response:
+        return await handler.handle_request(request, f"chatcmpl-{uuid.uuid4().hex}", connection)
 
     facts = {"id": handler.name, "object": "model", "created": 0, "owned_by": "movekd"}
 

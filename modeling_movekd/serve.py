@@ -21,7 +21,6 @@ from .inference import load_checkpoint
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MAX_CONNECTIONS = 100
-SECONDS_TO_FINISH = 5  # what is under way when the server is told to stop
 
 
 def serve(options: argparse.Namespace, listener: socket.socket) -> int:
@@ -44,16 +43,13 @@ def serve(options: argparse.Namespace, listener: socket.socket) -> int:
         return 1
     name, port = options.name or options.checkpoint, listener.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
-    app = build_app(ChatHandler(name, model, processor, limits), LOOPBACK if host in LOOPBACK else ("*",))
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=SECONDS_TO_FINISH,
-    )
+    handler = ChatHandler(name, model, processor, limits)
+    app = build_app(handler, LOOPBACK if host in LOOPBACK else ("*",))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS))
+    handler.stopping = lambda: server.should_exit
     print(f"{name} on {model.device} at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     return 0

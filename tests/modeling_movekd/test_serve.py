@@ -1,5 +1,6 @@
 """The server in a process of its own, asked by OpenAI's client; every answer is held against plain `generate`."""
 
+import asyncio
 import base64
 import http.server
 import io
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from modeling_movekd import serve
@@ -28,7 +30,7 @@ openai = pytest.importorskip("openai", reason="needs OpenAI's client (openai)")
 pytest.importorskip("fastapi", reason="serving needs fastapi")
 pytest.importorskip("uvicorn", reason="serving needs uvicorn")
 
-from modeling_movekd.openai_api import MAX_REQUEST_BYTES, Limits, read_image  # noqa: E402
+from modeling_movekd.openai_api import MAX_REQUEST_BYTES, ChatHandler, Limits, build_app, read_image  # noqa: E402
 
 
 NEW_TOKENS = 12
@@ -305,10 +307,7 @@ def test_pages_of_other_origins_are_refused(client):
         assert reason in refused.value.response.text
 
 
-def test_a_request_too_large_ends_nothing(client, plain):
-    with pytest.raises(openai.APIStatusError) as refused:
-        ask(client, asked("x" * MAX_REQUEST_BYTES))
-    assert refused.value.status_code == 413
+def test_after_all_that_it_answers(client, plain):
     assert text_of(ask(client, asked("Still there?"))) == plain([user_message("Still there?")])
 
 
@@ -349,6 +348,66 @@ def test_image_urls_by_flag(tmp_path):
             thread.join()
     with pytest.raises(ValueError, match="bytes; at most 20"):
         read_image(GOOD, Limits(image_bytes=20))
+
+
+class Call:
+    """One chat request to an app in this process, after which the client may leave at once."""
+
+    def __init__(self, app, leaves: bool = False, **fields: object) -> None:
+        fields = {"model": "tiny", "messages": [{"role": "user", "content": "?"}]} | fields
+        self.messages = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
+        self.messages += [{"type": "http.disconnect"}] * leaves
+        self.sent: list[dict] = []
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        self.run = app(scope | {"query_string": b"", "http_version": "1.1"}, self.receive, self.send)
+
+    async def receive(self) -> dict:
+        if not self.messages:
+            await asyncio.Event().wait()
+        return self.messages.pop(0)
+
+    async def send(self, message: dict) -> None:
+        self.sent.append(message)
+
+    def answer(self) -> tuple[int, dict]:
+        return self.sent[0]["status"], json.loads(self.sent[1]["body"])
+
+
+def failure(message: str) -> dict:
+    return {"message": message, "type": "server_error", "param": None, "code": None}
+
+
+@pytest.fixture
+def endless(checkpoint) -> ChatHandler:
+    """A model whose answer takes a million tokens."""
+    model, processor = load_checkpoint(checkpoint)
+    model.config.text_config.max_position_embeddings = 2_000_000
+    return ChatHandler("tiny", model, processor, Limits(new_tokens=1_000_000))
+
+
+def test_answers_that_nobody_waits_for_are_given_up(endless):
+    call = Call(build_app(endless), leaves=True)
+    asyncio.run(call.run)
+    assert call.answer()[0] == 499
+    endless.stopping = lambda: True
+    call = Call(build_app(endless))
+    asyncio.run(call.run)
+    assert call.answer() == (503, {"error": failure("The server is being stopped.")})
+
+
+def test_a_failure_is_told_without_its_details(endless):
+    torch.nn.init.constant_(endless.model.lm_head.weight, float("nan"))
+    call = Call(build_app(endless), temperature=1)
+    with pytest.raises(RuntimeError, match="nan"):
+        asyncio.run(call.run)
+    assert call.answer() == (500, {"error": failure("The server failed to answer; its log says why.")})
+
+
+def test_a_request_too_large_is_not_read(endless):
+    call = Call(build_app(endless), messages="x" * MAX_REQUEST_BYTES)
+    asyncio.run(call.run)
+    assert call.sent[0]["status"] == 413
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--port", "0"], "config.json"), (["--port", "70000"], "port")])
