@@ -53,8 +53,12 @@ def tower_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """What is known, as a list in one line."""
-    return ", ".join(f"{inline(name)} {inline(value)}" for name, value in values.items() if value is not None)
+    """What is known, as a list in one line, with a list inside of it in parentheses."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return ", ".join(
+        f"{inline(name)} ({pairs(value)})" if isinstance(value, Mapping) else f"{inline(name)} {inline(value)}"
+        for name, value in known.items()
+    )
 
 
 def known_rows(facts: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str]]:

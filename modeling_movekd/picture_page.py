@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .visualization_movekd import HEAT_COLOURS, MoveKDPictures
 
 
+# Pictures of a tower with smaller input are enlarged by a whole factor, so that they can be looked at
+SMALLEST_PICTURE = 336
 PAGE_NAME, PICTURES_NAME = "index.html", "pictures"
 GENERATOR = '<meta name="generator" content="modeling_movekd.visualize">'
 STYLE = """

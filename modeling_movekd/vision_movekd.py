@@ -342,6 +342,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         image_std: tuple[float, ...] | None = None,
         other_tokens: Mapping[str, torch.Tensor] | None = None,
         reference: torch.Tensor | None = None,
+        smallest_side: int = 1,
     ) -> MoveKDPictures:
         """
         Pictures of one layer: which expert took each patch, where [CLS] looks, and the features' principal components;
@@ -354,6 +355,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             other_tokens: By name, other encoders' patch features of the same images `(batch_size, n, width)`, on any
                 square grid, without [CLS] and registers.
             reference: `values` of earlier pictures of the same images, whose colours are kept as far as possible.
+            smallest_side: The pictures are as large as the tower's input, or, where that has fewer pixels to a side
+                than this, larger by a whole factor.
 
         Raises:
             ValueError: for a layer that the tower has not, or features of other images or on no square grid.
@@ -363,7 +366,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         outputs = self(pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True)
         self.train(training)
         return draw(
-            pixels_to_image(pixel_values, image_mean, image_std),
+            pixels_to_image(pixel_values, image_mean, image_std, smallest_side),
             outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:],
             outputs.cls_attention[:, :, 1:].float().mean(dim=1),
             outputs.expert_indices[layer][:, 1:] if outputs.expert_indices else None,

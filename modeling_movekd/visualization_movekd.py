@@ -43,7 +43,7 @@ class OtherPictures(NamedTuple):
 @dataclass
 class MoveKDPictures:
     """
-    Pictures are uint8 `(batch_size, height, width, 3)` on the CPU, as large as the tower's input.
+    Pictures are uint8 `(batch_size, height, width, 3)` on the CPU, all of one size.
 
     Args:
         image: What the tower saw.
@@ -93,12 +93,20 @@ def overlay(colours: torch.Tensor, image: torch.Tensor, opacity: float) -> torch
 
 
 def pixels_to_image(
-    pixel_values: torch.Tensor, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+    pixel_values: torch.Tensor,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    smallest_side: int = 1,
 ) -> torch.Tensor:
-    """Undo a normalisation, by default CLIP's: `(batch_size, 3, height, width)` to uint8 `(..., height, width, 3)`."""
+    """
+    Undo a normalisation, by default CLIP's: `(batch_size, 3, height, width)` to uint8 `(..., height, width, 3)`,
+    enlarged by a whole factor, pixel by pixel, until no side is shorter than `smallest_side`.
+    """
     scale = torch.tensor(std or OPENAI_CLIP_STD, device=pixel_values.device).view(3, 1, 1)
     shift = torch.tensor(mean or OPENAI_CLIP_MEAN, device=pixel_values.device).view(3, 1, 1)
-    return ((pixel_values.float() * scale + shift) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    image = ((pixel_values.float() * scale + shift) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    factor = -(-smallest_side // min(image.shape[1:3]))
+    return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def expert_colours(num_experts: int) -> torch.Tensor:

@@ -23,13 +23,11 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .images import decode_image, shared_crop
 from .other_encoders import OtherEncoder
-from .picture_page import check_writable, write_page
+from .picture_page import SMALLEST_PICTURE, check_writable, write_page
 from .vision_movekd import MoveKDVisionModel
-from .visualization_movekd import MoveKDPictures, draw, enlarge, pixels_to_image
+from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 
 
-# Pictures of a tower with smaller input are enlarged by a whole factor, so that they can be looked at
-SMALLEST_PICTURE = 336
 CLIP_NAME = "plain CLIP"
 
 
@@ -136,10 +134,7 @@ def draw_layers(
     if pixels.dim() == 5:  # of the tiles of anyres the first, which is the whole image
         pixels = pixels[:, 0]
     crops = [shared_crop(image, processor) for image in images]
-    image = pixels_to_image(pixels, processor.image_mean, processor.image_std)
-    factor = -(-SMALLEST_PICTURE // min(image.shape[1:3]))
-    if factor > 1:
-        image = enlarge(image, [side * factor for side in image.shape[1:3]], smooth=False).byte()
+    image = pixels_to_image(pixels, processor.image_mean, processor.image_std, SMALLEST_PICTURE)
     outputs = tower(pixels, output_hidden_states=True, output_expert_indices=True)
     of_teachers = {teacher.name: teacher.patch_tokens(crops)[0] for teacher in teachers}
     of_clip = dict(zip(layers, clip.patch_tokens(crops, layers), strict=True)) if clip is not None else {}

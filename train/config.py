@@ -158,6 +158,10 @@ class MoveKDSFTConfig(SFTConfig):
             `gradient_accumulation_steps`, so that a recipe means the same on any number of GPUs.
         feature_cache (`str`, *optional*): Folder with the teachers' features of this data, written by
             `python -m train.feature_cache`; the teachers themselves are then not loaded.
+        visualize_steps (`int`, defaults to 0): Draw what the student's tower does on the same images after every so
+            many steps, into `pictures/` of the output folder and to the trackers; 0 draws nothing.
+        visualize_images (`int`, defaults to 4): How many images: the first of the evaluation data, else of the
+            training data.
         license (`str`, *optional*): Identifier of the student's licence for its model card, as `llama2`; by default it
             follows from those of the models the student is made of, as far as they are known.
 
@@ -203,6 +207,8 @@ class MoveKDSFTConfig(SFTConfig):
     )
 
     feature_cache: str | None = field(default=None, metadata={"help": "Folder of the teachers' cached features."})
+    visualize_steps: int = field(default=0, metadata={"help": "Steps from one set of pictures to the next; 0: none."})
+    visualize_images: int = field(default=4, metadata={"help": "Images that pictures are drawn of."})
     license: str | None = field(default=None, metadata={"help": "Licence of the student, for its model card."})
 
     # Knobs of the preset

@@ -19,11 +19,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hub.card import CARD_NAME, is_generated, write_card
 from hub.run_facts import TRAINING_FACTS_NAME, public_name, read_json, read_training_facts, without_paths
-from train.cached_features import CachedTeacher
+from train.cached_features import CachedTeacher, FeatureCache
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data import data_sources
 from train.language_lora import language_lora_facts
-from train.teachers import TeacherConfig
+from train.teachers import TeacherConfig, hub_revision
+from train.teachers import cached_commit as teacher_commit
 
 
 if TYPE_CHECKING:
@@ -130,15 +131,22 @@ def base_model_facts(role: str, source: str) -> dict[str, Any]:
 
 def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
     """A teacher; `revision` is the commit that was read where the local cache knows it."""
-    model = config.model.removeprefix("hf-hub:")
+    source = hub_revision(config)
     return {
         "name": config.name,
         "model": public_name(config.model),
-        "revision": cached_commit(model, config.revision) or config.revision,
+        "revision": teacher_commit(config) or config.revision,
         "image_size": config.image_size,
         "dtype": config.dtype,
-        "license": config.license or noted_license(model),
+        "license": config.license or noted_license(source[0] if source else config.model.removeprefix("local-dir:")),
     }
+
+
+def cache_facts(cache: FeatureCache) -> dict[str, Any]:
+    """Where the teachers' features were read, of which commits they are, and how far they are off."""
+    facts = cache.facts
+    teachers = {name: of | {"model": public_name(of["model"])} for name, of in facts["teachers"].items()}
+    return {"folder": public_name(cache.folder.resolve()), "dtype": facts["dtype"], "teachers": teachers}
 
 
 def _snapshot_root(source: str, kind: str) -> Path:
@@ -198,9 +206,7 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
         "language_lora": language_lora_facts(trainer.model, args),
-        "feature_cache": {"folder": public_name(caches[0].folder.resolve()), "dtype": caches[0].index.get("dtype")}
-        if caches
-        else None,
+        "feature_cache": cache_facts(caches[0]) if caches else None,
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
         "losses": {name: last[name] for name in last if name in LOSSES or name.startswith("kd/")},

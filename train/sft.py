@@ -30,6 +30,7 @@ from train.collator import MoveKDCollator
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data import load_train_and_validation
 from train.facts import run_facts
+from train.pictures import PictureCallback, check_pictures
 from train.processes import whole_weights
 from train.teachers import FrozenTeacher
 from train.trainer import MoveKDTrainer
@@ -60,6 +61,7 @@ def train(
     data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, recipe: str | None = None
 ) -> MoveKDTrainer:
     """Load, train and save one stage; gives back the trainer. `recipe` is the file that the arguments come from."""
+    check_pictures(args)
     with whole_weights(args):
         model, processor = build_student(args, model_args)
         teachers = build_teachers(args)
@@ -99,6 +101,8 @@ def train(
         data_collator=collator,
         processing_class=processor,
     )
+    if args.visualize_steps:
+        trainer.add_callback(PictureCallback(trainer, model))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir, _internal_call=True)  # `main` publishes it
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
@@ -113,7 +117,8 @@ def main(arguments: list[str]) -> None:
         return
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     recipe = dict(pairwise(arguments)).get("--config")
-    trainer = train(*parser.parse_args_and_config(arguments), recipe=recipe)
+    data_args, args, model_args = parser.parse_args_and_config(arguments)
+    trainer = train(data_args, args, model_args, recipe)
     trainer.end()
     if trainer.args.push_to_hub:
         trainer.publish()  # after the processes have parted, as none should wait for an upload

@@ -169,6 +169,7 @@ def test_a_card_of_the_users_stays(stages: tuple[Path, Path], tmp_path: Path) ->
 
 def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("train.facts.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -185,6 +186,13 @@ def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     teacher = teacher_facts(resolve_teacher({"model": "owner/model", "loader": "transformers"}))
     assert (teacher["model"], teacher["revision"], teacher["license"]) == ("owner/model", COMMIT, "apache-2.0")
     assert teacher_facts(resolve_teacher("clip"))["revision"].startswith("ce19dc912ca5")
+    # Of timm's names the repository behind them, and a revision within a name
+    refs = tmp_path / "models--timm--resnet18.a1_in1k" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(COMMIT[::-1])
+    assert teacher_facts(resolve_teacher("resnet18.a1_in1k"))["revision"] == COMMIT[::-1]
+    (repository / "refs" / "v2").write_text(COMMIT[::-1])
+    assert teacher_facts(resolve_teacher("hf-hub:owner/model@v2"))["revision"] == COMMIT[::-1]
 
 
 def test_licence_by_flag(tmp_path: Path) -> None:

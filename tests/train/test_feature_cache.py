@@ -138,7 +138,13 @@ def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: 
     facts = json.loads((tmp_path / "second" / "training_facts.json").read_text())
     folder = Path(settings[1].feature_cache).name
     for stage in (*facts["earlier_stages"], facts):
-        assert stage["feature_cache"] == {"folder": folder, "dtype": "float16"}, stage["stage"]
+        cache = stage["feature_cache"]
+        assert (cache["folder"], cache["dtype"], list(cache["teachers"])) == (folder, "float16", ["clip", "vit"])
+        of_vit = cache["teachers"]["vit"]
+        assert (of_vit["model"], of_vit["revision"], of_vit["commit"]) == ("vit", None, None)
+        assert 0 < of_vit["relative_error"] < 1e-3 and 0 < of_vit["largest_error"] < 0.1
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"`folder` `{folder}`, `dtype` `float16`, `teachers` (`clip` (`model` `clip`, `relative_error` 0.0" in card
 
 
 def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:

@@ -1,0 +1,170 @@
+"""Pictures of the student's tower while it trains: experts, [CLS] attention, components, distances to the teachers."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from modeling_movekd.picture_page import SMALLEST_PICTURE, picture_files
+from train.config import MoveKDSFTConfig
+from train.forward import split_crops
+
+
+if TYPE_CHECKING:
+    from train.trainer import MoveKDTrainer
+
+logger = logging.getLogger(__name__)
+
+FOLDER_NAME = "pictures"
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def check_pictures(args: MoveKDSFTConfig) -> None:
+    """
+    Raises:
+        ValueError: if pictures are asked for and the numbers make no sense, or no process will hold the whole tower.
+    """
+    if args.visualize_steps < 0 or args.visualize_images < 1:
+        raise ValueError(
+            f"`visualize_steps` is {args.visualize_steps} and `visualize_images` {args.visualize_images}; give steps "
+            "from 1, or 0 for no pictures, and at least one image."
+        )
+    plugin = args.deepspeed_plugin
+    sharded = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else None
+    if plugin is not None and plugin.hf_ds_config.is_zero3():
+        sharded = "ZeRO-3"
+    if args.visualize_steps and sharded:
+        raise ValueError(
+            f"`visualize_steps` is {args.visualize_steps}, but under {sharded} no process holds the whole tower to "
+            "draw. Set it to 0, and draw checkpoints by `python -m modeling_movekd.visualize`; or train with DDP or "
+            "ZeRO-2."
+        )
+
+
+class PictureCallback(TrainerCallback):
+    """
+    Draws the same images before the first step and after every `visualize_steps`, in the layer whose features feed the
+    projector. The main process draws alone, by modules that no wrapper sees, so the others have no part in it; nothing
+    of the training changes.
+
+    The images come through the trainer's collator, so that student and teachers get what they get in training; the
+    teachers are run, or read from the cache, once. Written are PNG files in `pictures/step-N/` of the output folder,
+    and the same images go to TensorBoard, Trackio and Weights & Biases where they are in `report_to`.
+
+    Args:
+        trainer: As it will train.
+        student: Its model, without any wrapper.
+    """
+
+    def __init__(self, trainer: "MoveKDTrainer", student: PreTrainedModel) -> None:
+        check_pictures(trainer.args)
+        self.trainer, self.student = trainer, student
+        self.reference: torch.Tensor | None = None
+        self.pixels = torch.empty(0)  # read by the main process alone
+        self.teacher_tokens: dict[str, torch.Tensor] = {}
+        if left_out := sorted(set(trainer.args.report_to) - set(TRACKERS)):
+            logger.warning(f"Pictures are not logged to {left_out}: they are in {FOLDER_NAME}/ of the output folder.")
+
+    def on_train_begin(
+        self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._read_images(args.visualize_images)
+            if state.global_step == 0:
+                self._draw(args, state.global_step)
+
+    def on_step_end(self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and args.visualize_steps and state.global_step % args.visualize_steps == 0:
+            self._draw(args, state.global_step)
+
+    @torch.no_grad()
+    def _read_images(self, count: int) -> None:
+        """
+        Pixels of the first images of the data, and what the teachers say of them.
+
+        Raises:
+            ValueError: if the data has no image.
+        """
+        trainer = self.trainer
+        dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+        pixels: list[torch.Tensor] = []
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
+        for row in dataset:
+            if len(pixels) >= count:
+                break
+            if not row.get("images"):
+                continue
+            batch = trainer.data_collator([row])
+            images = len(batch["pixel_values"]) - batch["num_blank_images"]
+            # Of the tiles of anyres the first, which is the whole image
+            of_row = batch["pixel_values"] if batch["pixel_values"].dim() == 4 else batch["pixel_values"][:, 0]
+            pixels += of_row[:images]
+            inputs = batch.get("teacher_pixel_values") or batch.get("cached_features") or {}
+            whole: slice | torch.Tensor = slice(None)
+            if trainer.args.distill_tiles == "all":
+                whole, _ = split_crops(self.student, batch["image_weights"], batch["image_sizes"])
+            for name, teacher in trainer.teachers.items():
+                of_teacher = inputs[name]
+                if isinstance(of_teacher, torch.Tensor):
+                    of_teacher = of_teacher[whole]
+                tokens[name] += teacher(of_teacher).tokens[:images].cpu()
+        if not pixels:
+            raise ValueError(
+                f"`visualize_steps` is {trainer.args.visualize_steps}, but the data has no image to draw. Set it to 0."
+            )
+        self.pixels = torch.stack(pixels[:count])
+        self.teacher_tokens = {name: torch.stack(of_teacher[:count]) for name, of_teacher in tokens.items()}
+
+    def _draw(self, args: MoveKDSFTConfig, step: int) -> None:
+        student, processor = self.student, self.trainer.processing_class.image_processor
+        index = student.config.vision_feature_layer
+        index = index if isinstance(index, int) else index[-1]
+        pictures = student.model.vision_tower.visualize(
+            self.pixels.to(student.device),
+            index if index < 0 else index - 1,  # of the hidden states the first is the embedding
+            image_mean=processor.image_mean,
+            image_std=processor.image_std,
+            other_tokens=self.teacher_tokens,
+            reference=self.reference,
+            smallest_side=SMALLEST_PICTURE,
+        )
+        self.reference = pictures.values
+        folder = Path(args.output_dir) / FOLDER_NAME / f"step-{step}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        drawn = [picture_files(pictures, index) for index in range(len(pictures.image))]
+        for number, files in enumerate(drawn, start=1):
+            Image.fromarray(pictures.image[number - 1].numpy()).save(temporary / f"{number:02d}-image.png")
+            for stem, (picture, _) in files.items():
+                picture.save(temporary / f"{number:02d}-{stem}.png")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that this one resumes
+        temporary.rename(folder)
+        for number, files in enumerate(drawn, start=1):
+            self._log({f"{FOLDER_NAME}/{stem}/{number}": file for stem, file in files.items()}, step)
+
+    def _log(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
+        """Names, pictures and captions, to the trackers that Trainer's own callbacks have opened."""
+        report_to = self.trainer.args.report_to
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for name, (picture, _) in pictures.items():
+                    callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if "trackio" in report_to:
+            import trackio
+
+            images = {name: trackio.Image(picture, caption) for name, (picture, caption) in pictures.items()}
+            trackio.log({**images, "train/global_step": step})
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                images = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
+                wandb.log({**images, "train/global_step": step})
