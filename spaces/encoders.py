@@ -99,12 +99,11 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
 
 
 def _at_hand(student: Student, name: str | None) -> str | None:
-    """A Hub id, or of a checkpoint in a folder also a tower of the demo that lies in the clone."""
-    if not name:
-        return None
-    if Path(student.model_id).is_dir() and (folder := DEMO_TOWERS / Path(name).name).is_dir():
-        return str(folder)
-    return name if name.count("/") == 1 and not os.path.exists(name) else None
+    """A Hub id as it is; of a checkpoint in a folder also the name of one of the demo's towers, which a clone has."""
+    if name and name.count("/") == 1 and not os.path.exists(name):
+        return name
+    folder = DEMO_TOWERS / Path(name or "").name
+    return str(folder) if name and Path(student.model_id).is_dir() and folder.is_dir() else None
 
 
 def load_encoders(student: Student) -> tuple[list[Encoder], list[str]]:
