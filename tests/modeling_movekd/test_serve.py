@@ -1,8 +1,6 @@
 """The server in a process of its own, asked by OpenAI's client; every answer is held against plain `generate`."""
 
-import asyncio
 import base64
-import http.server
 import io
 import json
 import os
@@ -14,12 +12,10 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 
 from modeling_movekd import serve
@@ -29,8 +25,6 @@ from modeling_movekd.inference import load_checkpoint, prepare, user_message
 openai = pytest.importorskip("openai", reason="needs OpenAI's client (openai)")
 pytest.importorskip("fastapi", reason="serving needs fastapi")
 pytest.importorskip("uvicorn", reason="serving needs uvicorn")
-
-from modeling_movekd.openai_api import MAX_REQUEST_BYTES, ChatHandler, Limits, build_app, read_image  # noqa: E402
 
 
 NEW_TOKENS = 12
@@ -43,9 +37,9 @@ def checkpoint(make_model, make_processor, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     model = make_model(image_token_id=None)
     model.config.text_config.max_position_embeddings = 1200
-    # A token is a byte here: letters only, or else a stream would end inside a character
     processor = make_processor(model)
     vocabulary = processor.tokenizer.get_vocab()
+    # A token is a byte here: only ASCII, or else a stream would end inside a character
     model.generation_config.suppress_tokens = [i for token, i in vocabulary.items() if token not in PRINTABLE]
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -56,16 +50,8 @@ def checkpoint(make_model, make_processor, tmp_path_factory) -> Path:
 def server(checkpoint, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """Its address, and the file of what it says."""
     log = tmp_path_factory.mktemp("log") / "stderr"
-    bounds = [
-        "--max-images",
-        "3",
-        "--max-image-side",
-        "64",
-        "--max-new-tokens",
-        "16",
-        "--max-prompt-characters",
-        "5000",
-    ]
+    bounds = ["--max-images", "3", "--max-image-side", "64"]
+    bounds += ["--max-new-tokens", "16", "--max-prompt-characters", "5000"]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [*MODULE, str(checkpoint), "--name", "tiny", "--port", "0", *bounds],
@@ -206,7 +192,6 @@ def test_a_temperature_samples_and_a_seed_repeats(client, plain):
 
 
 GOOD = data_url(Image.new("RGB", (8, 8), "red"))
-PICTURE = base64.b64decode(GOOD.partition(",")[2])
 BASE64 = "data:image/png;base64,"
 REFUSED = {
     "no image": ([asked("?", [BASE64 + base64.b64encode(b"no image").decode()])], {}, "Image 1 .*not an image"),
@@ -309,105 +294,6 @@ def test_pages_of_other_origins_are_refused(client):
 
 def test_after_all_that_it_answers(client, plain):
     assert text_of(ask(client, asked("Still there?"))) == plain([user_message("Still there?")])
-
-
-class Site(http.server.BaseHTTPRequestHandler):
-    """`/to?ADDRESS` leads elsewhere, everything else is a picture."""
-
-    def do_GET(self) -> None:
-        page, _, address = self.path.partition("?")
-        self.send_response(302 if page == "/to" else 200)
-        if page == "/to":
-            self.send_header("Location", address)
-        self.end_headers()
-        if page != "/to":
-            self.wfile.write(PICTURE)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-def test_image_urls_by_flag(tmp_path):
-    (tmp_path / "secret.png").write_bytes(PICTURE)
-    file = (tmp_path / "secret.png").as_uri()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
-        thread = threading.Thread(target=site.serve_forever)
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{site.server_port}"
-            limits = Limits(image_urls=True)
-            assert read_image(f"{address}/a.png", limits).getpixel((0, 0)) == (255, 0, 0)
-            refused = [(file, "or an http"), (f"{address}/to?{file}", "cannot be read"), (f"{address}/a b", "cannot")]
-            for url, reason in refused:
-                with pytest.raises(ValueError, match=reason):
-                    read_image(url, limits)
-            with pytest.raises(ValueError, match=f"more than {len(PICTURE) - 1} bytes"):
-                read_image(f"{address}/a.png", replace(limits, image_bytes=len(PICTURE) - 1))
-        finally:
-            site.shutdown()
-            thread.join()
-    with pytest.raises(ValueError, match="bytes; at most 20"):
-        read_image(GOOD, Limits(image_bytes=20))
-
-
-class Call:
-    """One chat request to an app in this process, after which the client may leave at once."""
-
-    def __init__(self, app, leaves: bool = False, **fields: object) -> None:
-        fields = {"model": "tiny", "messages": [{"role": "user", "content": "?"}]} | fields
-        self.messages = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
-        self.messages += [{"type": "http.disconnect"}] * leaves
-        self.sent: list[dict] = []
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        self.run = app(scope | {"query_string": b"", "http_version": "1.1"}, self.receive, self.send)
-
-    async def receive(self) -> dict:
-        if not self.messages:
-            await asyncio.Event().wait()
-        return self.messages.pop(0)
-
-    async def send(self, message: dict) -> None:
-        self.sent.append(message)
-
-    def answer(self) -> tuple[int, dict]:
-        return self.sent[0]["status"], json.loads(self.sent[1]["body"])
-
-
-def failure(message: str) -> dict:
-    return {"message": message, "type": "server_error", "param": None, "code": None}
-
-
-@pytest.fixture
-def endless(checkpoint) -> ChatHandler:
-    """A model whose answer takes a million tokens."""
-    model, processor = load_checkpoint(checkpoint)
-    model.config.text_config.max_position_embeddings = 2_000_000
-    return ChatHandler("tiny", model, processor, Limits(new_tokens=1_000_000))
-
-
-def test_answers_that_nobody_waits_for_are_given_up(endless):
-    call = Call(build_app(endless), leaves=True)
-    asyncio.run(call.run)
-    assert call.answer()[0] == 499
-    endless.stopping = lambda: True
-    call = Call(build_app(endless))
-    asyncio.run(call.run)
-    assert call.answer() == (503, {"error": failure("The server is being stopped.")})
-
-
-def test_a_failure_is_told_without_its_details(endless):
-    torch.nn.init.constant_(endless.model.lm_head.weight, float("nan"))
-    call = Call(build_app(endless), temperature=1)
-    with pytest.raises(RuntimeError, match="nan"):
-        asyncio.run(call.run)
-    assert call.answer() == (500, {"error": failure("The server failed to answer; its log says why.")})
-
-
-def test_a_request_too_large_is_not_read(endless):
-    call = Call(build_app(endless), messages="x" * MAX_REQUEST_BYTES)
-    asyncio.run(call.run)
-    assert call.sent[0]["status"] == 413
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--port", "0"], "config.json"), (["--port", "70000"], "port")])
