@@ -37,7 +37,8 @@ class Encoder:
         self.model: PreTrainedModel = getattr(loaded, "vision_model", loaded).to(student.model.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
         self.pads = student.model.config.image_aspect_ratio == "pad"
-        self.mean = tuple(round(255 * value) for value in student.processor.image_processor.image_mean)
+        # Cut, not rounded, as the student's own processor fills up its squares
+        self.mean = tuple(int(255 * value) for value in student.processor.image_processor.image_mean)
 
     def caption(self, layer: int) -> str:
         return f"{self.name}, layer {layer + 1}" if self.follows_layer else f"{self.name}, last layer"
