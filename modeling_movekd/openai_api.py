@@ -241,16 +241,15 @@ class ChatHandler(ChatCompletionHandler):
         """In the form chat templates take, with the images decoded."""
         parts = [part for message in messages for part in message.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        if (characters := sum(map(len, texts))) > self.limits.prompt_characters:
-            raise ValueError(f"The messages have {characters} characters; at most {self.limits.prompt_characters}.")
+        text = "".join(texts)  # as templates join the parts of a message
+        if len(text) > self.limits.prompt_characters:
+            raise ValueError(f"The messages have {len(text)} characters; at most {self.limits.prompt_characters}.")
         try:
-            "".join(texts).encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"A text is not valid Unicode ({error.reason}).") from error
-        if any(self.processor.image_token in text for text in texts):
-            raise ValueError(
-                f"A text contains {self.processor.image_token}; send images as parts of type 'image_url'."
-            )
+        if (token := self.processor.image_token) in text:
+            raise ValueError(f"A text contains {token}; send images as parts of type 'image_url'.")
         if (images := len(parts) - len(texts)) > self.limits.images:
             raise ValueError(f"The messages have {images} images; at most {self.limits.images}.")
         read, converted = 0, []

@@ -193,6 +193,7 @@ def test_a_temperature_samples_and_a_seed_repeats(client, plain):
 
 GOOD = data_url(Image.new("RGB", (8, 8), "red"))
 BASE64 = "data:image/png;base64,"
+PART = {"type": "text"}
 REFUSED = {
     "no image": ([asked("?", [BASE64 + base64.b64encode(b"no image").decode()])], {}, "Image 1 .*not an image"),
     "cut short": ([asked("?", [GOOD, GOOD[:-40]])], {}, "Image 2 .*(decoded|base64)"),
@@ -206,6 +207,7 @@ REFUSED = {
     "too many": ([asked("?", [GOOD] * 2), asked("?", [GOOD] * 2)], {}, "4 images; at most 3"),
     "assistant's": ([{**asked("?", [GOOD]), "role": "assistant"}], {}, "message of the assistant holds an image"),
     "placeholder": ([asked("<image>\nWhat?")], {}, "contains <image>"),
+    "in two": ([{"role": "user", "content": [PART | {"text": t} for t in ("<ima", "ge>")]}], {}, "contains <image>"),
     "long": ([asked("x" * 1300)], {}, "language model takes 1200"),
     "no room": ([asked("x" * 1100)], {"max_tokens": 16}, "language model takes 1200"),
     "longer": ([asked("x" * 5001)], {}, "5001 characters; at most 5000"),
