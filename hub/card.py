@@ -162,7 +162,7 @@ def render_card(
         model_class="AutoModel",
         processor_class="AutoImageProcessor" if encoder_only else "AutoProcessor",
         source=python_string(name),
-        revision=pinned,
+        # The processor too: its tokenizer reads the configuration, and would ask at the terminal
         loading=f"revision={pinned}" + (", trust_remote_code=True" if remote_code else ""),
         remote_code=remote_code,
         architecture=architecture(config, encoder_only),

@@ -82,6 +82,12 @@ def convert(
     """
     if to not in ("movekd", "authors"):
         raise ValueError(f"`to` is {to!r}; it must be 'movekd' or 'authors'.")
+    if pad_vocabulary_to < 1:
+        raise ValueError(f"`pad_vocabulary_to` is {pad_vocabulary_to}; give a positive number of rows.")
+    given = {"keep_all_layers": keep_all_layers, "image_aspect_ratio": image_aspect_ratio, "experts": experts}
+    given |= {"pad_vocabulary_to": pad_vocabulary_to > 1, "chat_template": chat_template != "vicuna_v1"}
+    if to == "authors" and (ignored := [name for name, value in given.items() if value]):
+        raise ValueError(f"{ignored} say how a checkpoint of ours is made; leave them out to convert to 'authors'.")
     folder = resolve_source(source, revision, extra_patterns=(*STAGE_1_FILES, DISTILLER_NAME))
     if to == "authors":
         return convert_to_authors(folder, dest, vision_model, language_model, max_shard_size)

@@ -66,6 +66,7 @@ from modeling_movekd.vision_movekd import load_strictly
 logger = logging.getLogger(__name__)
 
 FORMS = ("encoder", "dense", "clip", "llava", "onnx", "merged")
+MEASURED_FORMS = ("dense", "onnx", "merged")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -346,6 +347,8 @@ def write_export(
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
+    if images and form not in MEASURED_FORMS:
+        raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
     if rank is not None and form != "merged":
         raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
     folder = resolve_source(checkpoint, revision)

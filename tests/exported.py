@@ -21,6 +21,17 @@ from modeling_movekd.processing import build_processor
 
 SIZE = 16
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+# Everything of a training run that has no business on the Hub
+STAYS = [
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "trainer_state.json",
+    ".env",
+    "data.jsonl",
+]
+STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3/optimizer.pt", "notes.txt"]
 
 
 def spread(module: torch.nn.Module, seed: int) -> None:

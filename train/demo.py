@@ -191,8 +191,8 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
         print(results_table(results))
         print(f"Pictures: {OUTPUT}/answers.png, {OUTPUT}/losses.png. The student loads anywhere with\n")
         print("    from transformers import AutoModel, AutoProcessor")
-        loaded = f"from_pretrained({json.dumps(str(OUTPUT))}"
-        print(f"    model, processor = AutoModel.{loaded}, trust_remote_code=True), AutoProcessor.{loaded})\n")
+        loaded = f"from_pretrained({json.dumps(str(OUTPUT))}, trust_remote_code=True)"
+        print(f"    model = AutoModel.{loaded}\n    processor = AutoProcessor.{loaded}\n")
     return results
 
 

@@ -1,10 +1,15 @@
-"""The authors' tiny checkpoint, converted, and the base models that its first stage was trained from."""
+"""The authors' tiny checkpoint, converted, and the base models of its first stage; a Hub, and what is pushed to it."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from exported import STAYS, make_model, make_tower, save_model
+from hub_client import Client, client
+from hub_server import OWNER_TOKEN, Hub, serve
 from safetensors.torch import load_file, save_file
 
 from hub.convert import convert
@@ -29,6 +34,19 @@ def converted(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted_whole(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It converted with all layers of the tower."""
     return convert(authors, tmp_path_factory.mktemp("converted") / "whole", keep_all_layers=True)
+
+
+@pytest.fixture
+def copy(authors: Path, tmp_path: Path) -> Path:
+    """A copy of the authors' checkpoint to spoil."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for path in authors.iterdir():
+        if path.name in ("config.json", "generation_config.json", "model.safetensors") or "token" in path.name:
+            shutil.copyfile(path, folder / path.name)
+    vision = json.loads((authors / "config.json").read_text())["mm_vision_tower"]
+    shutil.copytree(authors / vision, folder / vision)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +78,32 @@ def base_models(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     weights = {key: value for key, value in weights.items() if not key.startswith((TOWER, "model.mm_projector."))}
     save_file(weights, language / "model.safetensors", metadata={"format": "pt"})
     return vision, language
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """The loopback Hub."""
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as training leaves it, with everything in it that is not to be published."""
+    folder = save_model(make_model(make_tower()), tmp_path_factory.mktemp("run") / "checkpoint")
+    (folder / "training_facts.json").write_text(json.dumps({"stage": "finetune", "steps": 7}))
+    (folder / "evaluation.json").unlink()
+    save_file({"clip.head": torch.ones(2)}, folder / "distiller.safetensors")
+    for name in STAYS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"token={OWNER_TOKEN}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def owner(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A process that may write there, and never says its token."""
+    with client(hub, tmp_path_factory.mktemp("home"), OWNER_TOKEN) as process:
+        process.run("from pathlib import Path; from huggingface_hub import HfApi; import hub.push, hub.publish")
+        yield process
+        assert OWNER_TOKEN not in process.log

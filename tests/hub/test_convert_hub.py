@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_client import Client, ClientError, client
-from hub_server import READER_TOKEN, Hub, serve
+from hub_server import READER_TOKEN, Hub
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with serve() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -337,6 +337,9 @@ def test_refusals(folders, tmp_path, capsys):
     )
     assert "needs `--images`" in refused(capsys, folders["model"], out, "--form", "merged")
     assert "for the form `merged`" in refused(capsys, folders["model"], out, "--form", "clip", "--rank", "2")
+    assert "`images` are for the forms dense" in refused(
+        capsys, folders["model"], out, "--form", "encoder", "--images", "x"
+    )
     assert "no image or folder" in refused(capsys, folders["model"], out, "--form", "dense", "--images", "nowhere")
     assert "float32" in refused(capsys, folders["model"], out, "--form", "onnx", "--dtype", "bfloat16")
     assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"t"}

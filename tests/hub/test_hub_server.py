@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 from hub_card_check import metadata_problems
 from hub_client import Client, ClientError, client
-from hub_server import OWNER_TOKEN, READER_TOKEN, Hub, serve
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with serve() as hub:
-        yield hub
+from hub_server import OWNER_TOKEN, READER_TOKEN, Hub
 
 
 @pytest.fixture(scope="module")
