@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     set_seed,
 )
@@ -87,9 +88,8 @@ def build_student(
 
     # The new weights (experts, routers, projector) depend on the seed alone
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+    language, tokenizer = load_language_model(str(args.language_model), **model_kwargs)
     own_template = tokenizer.chat_template
-    language = AutoModelForCausalLM.from_pretrained(args.language_model, **model_kwargs)
     vision = MoveKDVisionModel.from_clip(
         args.vision_model,
         **tower_settings(args),
@@ -102,8 +102,31 @@ def build_student(
     chat_template = own_template if args.chat_template == "own" else args.chat_template
     if chat_template is None:
         raise ValueError(f"`chat_template` is 'own', but {args.language_model} has none; choose 'vicuna_v1'.")
-    image_processor = AutoImageProcessor.from_pretrained(args.vision_model)
+    image_processor = AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False)
     return model, build_processor(model.config, image_processor, tokenizer, chat_template)
+
+
+def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A causal language model of transformers and its tokenizer; `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: if it needs code of its own, which is neither run nor asked about; if weights are missing, which
+            transformers would draw at random and only log.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"`language_model` {source} cannot be loaded as a causal language model of transformers (code that a "
+            f"repository brings along is not run): {error}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"`language_model` {source} lacks {len(missing)} weights, which would be random: {missing}.")
+    return model, tokenizer
 
 
 def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:

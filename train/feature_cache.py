@@ -82,16 +82,18 @@ def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> Process
         raise ValueError(
             "The recipe names no student: give `model_name_or_path`, or `vision_model` and `language_model`."
         )
-    vision = AutoConfig.from_pretrained(args.vision_model)
+    vision = AutoConfig.from_pretrained(args.vision_model, trust_remote_code=False)
     vision = getattr(vision, "vision_config", vision)
-    tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+    tokenizer = AutoTokenizer.from_pretrained(args.language_model, trust_remote_code=False)
     config = MoveKDConfig(
         vision_config={"image_size": vision.image_size, "patch_size": vision.patch_size},
         image_token_index=add_image_token(tokenizer),
         image_aspect_ratio=args.image_aspect_ratio,
         image_grid_pinpoints=[[vision.image_size, vision.image_size]],  # tiles are the student's alone
     )
-    return build_processor(config, AutoImageProcessor.from_pretrained(args.vision_model), tokenizer)
+    return build_processor(
+        config, AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False), tokenizer
+    )
 
 
 class _TeacherPixels(torch.utils.data.Dataset):

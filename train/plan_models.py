@@ -141,7 +141,7 @@ class _UnpackedLinear(torch.autograd.Function):
 
 
 def _vision_config(source: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 
@@ -169,7 +169,7 @@ def build_planned_student(args: MoveKDSFTConfig, model_args: ModelArguments) -> 
             return MoveKDForConditionalGeneration(config)
         if not parts:
             raise ValueError("Give `vision_model` and `language_model`, or `model_name_or_path` of a saved student.")
-        text_config = AutoConfig.from_pretrained(args.language_model)
+        text_config = AutoConfig.from_pretrained(args.language_model, trust_remote_code=False)
         image_token_id = text_config.vocab_size
         # The row of `<image>`; resizing an embedding looks at its values, of which there are none
         text_config.vocab_size += 1
@@ -203,12 +203,13 @@ def build_planned_teacher(config: TeacherConfig) -> PlannedTeacher:
                 Eva02DetectionConfig.from_pretrained(config.model) if own else Eva02DetectionConfig()
             )
         else:
-            architecture = AutoConfig.from_pretrained(config.model, revision=config.revision)
+            code = {"trust_remote_code": config.trust_remote_code}
+            architecture = AutoConfig.from_pretrained(config.model, revision=config.revision, **code)
             if architecture.model_type == "pix2struct":
                 encoder = Pix2StructForConditionalGeneration(architecture).encoder
                 standard = partial(pix2struct_features, config.mean or CLIP_MEAN, config.std or CLIP_STD)
                 return PlannedTeacher(config, encoder.eval(), config.image_size or 1024, standard)
-            model = AutoModel.from_config(architecture)
+            model = AutoModel.from_config(architecture, **code)
             while part := next((name for name in VISION_PARTS if hasattr(model, name)), None):
                 model = getattr(model, part)
     native: Any = getattr(model.config, "image_size", None)

@@ -1,6 +1,7 @@
 """Training: every parameter that should change does and no other, and every term is in the loss and in the log."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from colours import llava_rows
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
@@ -84,6 +85,28 @@ def test_each_stage_trains_its_parameters(arguments, stage: str, preset: str) ->
     for name, teacher in trainer.teachers.items():
         assert all(torch.equal(value, teachers_before[name][key]) for key, value in teacher.state_dict().items())
         assert not any(value.requires_grad for value in teacher.parameters())
+
+
+def test_code_that_a_language_model_brings_along_is_neither_run_nor_asked_about(
+    arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": classes}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    with pytest.raises(ValueError, match="`language_model` .* is not run"):
+        build_student(*arguments(language_model=str(tmp_path))[1:])
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+def test_a_language_model_without_a_head_is_refused(arguments, parts: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(parts["language"], tmp_path / "language")
+    weights = load_file(tmp_path / "language" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "language" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, which would be random: \['lm_head.weight'\]"):
+        build_student(*arguments(language_model=str(tmp_path / "language"))[1:])
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(arguments) -> None:
