@@ -174,6 +174,12 @@ def test_shares_that_cannot_be_split(tmp_path: Path, three: list[str]) -> None:
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` sleeps five seconds after each use of its reading threads, against a crash at a process's end."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+
+
+@pytest.fixture
 def shards(tmp_path: Path) -> str:
     """A folder of three Parquet files with pictures, the second of which holds a row without turns."""
     rows = llava_rows(24, text_only=(3, 4))
@@ -214,7 +220,7 @@ def test_a_stream_in_loader_workers(shards: str, num_workers: int) -> None:
     assert len({row["source"] for row in rows}) == 24
 
 
-def test_a_training_stream_never_ends_and_is_shuffled(shards: str) -> None:
+def test_a_training_stream_never_ends_and_is_shuffled(shards: str, quick: None) -> None:
     settings = {"streaming": True, "shuffle_buffer_size": 8}
     orders = [numbers(islice(load(shards, seed=seed, **settings)[0], 72)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
@@ -224,7 +230,7 @@ def test_a_training_stream_never_ends_and_is_shuffled(shards: str) -> None:
     assert numbers(islice(load(shards, streaming=True, shuffle_buffer_size=0)[0], 24)) == [*range(10), *range(11, 24)]
 
 
-def test_validation_rows_of_a_stream(shards: str) -> None:
+def test_validation_rows_of_a_stream(shards: str, quick: None) -> None:
     settings = {"streaming": True, "shuffle_buffer_size": 8, "validation_share": 0.3}
     train, validation = load(shards, evaluate=True, **settings)
     held = numbers(validation)
