@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER_NAME = "pictures"
+COMPONENTS_NAME = "components.safetensors"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -55,8 +57,9 @@ class PictureCallback(TrainerCallback):
     of the training changes.
 
     The images come through the trainer's collator, so that student and teachers get what they get in training; the
-    teachers are run, or read from the cache, once. Written are PNG files in `pictures/step-N/` of the output folder,
-    and the same images go to TensorBoard, Trackio and Weights & Biases where they are in `report_to`.
+    teachers are run, or read from the cache, once. The colours of the components are kept from one step to the next,
+    also where a run is resumed. Written are PNG files in `pictures/step-N/` of the output folder, and the same images
+    go to TensorBoard, Trackio and Weights & Biases where they are in `report_to`.
 
     Args:
         trainer: As it will train.
@@ -79,6 +82,8 @@ class PictureCallback(TrainerCallback):
             self._read_images(args.visualize_images)
             if state.global_step == 0:
                 self._draw(args, state.global_step)
+            else:
+                self._keep_colours(Path(args.output_dir) / FOLDER_NAME, state.global_step)
 
     def on_step_end(self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and args.visualize_steps and state.global_step % args.visualize_steps == 0:
@@ -122,6 +127,13 @@ class PictureCallback(TrainerCallback):
         self.pixels = torch.stack(pixels[:count])
         self.teacher_tokens = {name: torch.stack(of_teacher[:count]) for name, of_teacher in tokens.items()}
 
+    def _keep_colours(self, folder: Path, step: int) -> None:
+        """Those of the last pictures that the run drew before it was interrupted."""
+        files = {int(file.parent.name.split("-")[1]): file for file in folder.glob(f"step-*/{COMPONENTS_NAME}")}
+        if earlier := [drawn for drawn in files if drawn <= step]:
+            values = load_file(files[max(earlier)])["values"]
+            self.reference = values if len(values) == len(self.pixels) else None
+
     def _draw(self, args: MoveKDSFTConfig, step: int) -> None:
         student, processor = self.student, self.trainer.processing_class.image_processor
         index = student.config.vision_feature_layer
@@ -140,6 +152,7 @@ class PictureCallback(TrainerCallback):
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        save_file({"values": pictures.values.contiguous()}, temporary / COMPONENTS_NAME)
         drawn = [picture_files(pictures, index) for index in range(len(pictures.image))]
         for number, files in enumerate(drawn, start=1):
             Image.fromarray(pictures.image[number - 1].numpy()).save(temporary / f"{number:02d}-image.png")

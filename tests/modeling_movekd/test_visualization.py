@@ -135,6 +135,32 @@ def test_components_are_the_largest_directions_and_turn_to_the_reference():
     assert torch.isfinite(principal_components(torch.ones(1, 4, 2))).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 1024, 300), (1, 400, 700), (1, 16, 40), (4, 16, 3)])
+def test_components_of_any_size_are_those_of_the_decomposition(shape):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(shape, generator=generator) / torch.arange(1, shape[-1] + 1) ** 0.5 + 3
+    state = torch.get_rng_state()
+    components = principal_components(tokens).flatten(0, 1)
+    assert torch.equal(torch.get_rng_state(), state), "a training run's random numbers stay"
+    flat = tokens.flatten(0, 1).double()
+    left = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)[0][:, :3].float() * len(flat) ** 0.5
+    agreement = (components.T @ left / len(flat)).abs()
+    torch.testing.assert_close(agreement, torch.eye(3), atol=0.02, rtol=0)
+    assert torch.equal(principal_components(tokens).flatten(0, 1), components)
+
+
+@pytest.mark.parametrize("width", [8, 600])
+def test_features_with_fewer_than_three_directions(width):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(width, 2, generator=generator))[0].T
+    for rank in range(3):
+        tokens = torch.randn(1, 900, rank, generator=generator) @ directions[:rank] + 1
+        components = principal_components(tokens)[0]
+        assert torch.isfinite(components).all()
+        found = (components.norm(dim=0) > 1).sum()
+        assert found == rank, (rank, components.norm(dim=0))
+
+
 def test_distance_is_of_relations_and_not_of_coordinates():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 16, 12, generator=generator)

@@ -40,7 +40,7 @@ STEMS = [
 
 
 def pictures_of(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.array(Image.open(path)) for path in sorted(folder.iterdir())}
+    return {path.stem: np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))}
 
 
 def close_to(picture: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> None:
@@ -180,13 +180,14 @@ def test_evaluation_images_come_first_and_a_resumed_run_draws_on(arguments, data
     pixels = trainer.processing_class.image_processor(images=[first], return_tensors="pt")["pixel_values"]
     expected = MoveKDForConditionalGeneration.from_pretrained(folder).visualize(pixels)
     assert np.array_equal(files["01-image"][10::21, 10::21], expected.image[0].numpy())
-    attention = {step: pictures_of(folder / "pictures" / f"step-{step}")["01-cls-attention"] for step in (0, 2, 4)}
+    straight = pictures_of(folder / "pictures" / "step-4")
     (folder / "pictures" / "step-0" / "kept").write_text("")
     (folder / "pictures" / "step-4" / "old").write_text("")
     sft.train(*make(resume_from_checkpoint=str(folder / "checkpoint-2")))
     assert (folder / "pictures" / "step-0" / "kept").is_file()
     assert not (folder / "pictures" / "step-4" / "old").exists()
-    assert np.array_equal(attention[4], pictures_of(folder / "pictures" / "step-4")["01-cls-attention"])
+    resumed = pictures_of(folder / "pictures" / "step-4")
+    assert all(np.array_equal(straight[name], resumed[name]) for name in straight), "colours included"
 
 
 def test_refusals(arguments, tmp_path, monkeypatch) -> None:
