@@ -5,9 +5,41 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from .configuration_movekd import MoveKDVisionConfig
+
+
+QUICK_GELU_SLOPE = 1.702
+
+
+class QuickGELUFunction(torch.autograd.Function):
+    """
+    `x * sigmoid(1.702 x)`, bit for bit as transformers has it, which is `silu(1.702 x) / 1.702` for the gradient: one
+    wide tensor made instead of three, nothing kept but the input, and two passes over memory backward instead of five.
+    """
+
+    @staticmethod
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return (hidden_states * QUICK_GELU_SLOPE).sigmoid_().mul_(hidden_states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (hidden_states,) = ctx.saved_tensors
+        # The slope inside and the division outside cancel
+        return torch.ops.aten.silu_backward(gradient, hidden_states * QUICK_GELU_SLOPE)
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation on any shape, see [`QuickGELUFunction`]."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return QuickGELUFunction.apply(hidden_states)
 
 
 class ExpertRouter(nn.Module):
@@ -60,25 +92,29 @@ class LoraExperts(nn.Module):
             self.register_parameter("bias_a", None)
             self.register_parameter("bias_b", None)
 
-    def forward(self, hidden_states: torch.Tensor, base: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, in_place: bool = False
+    ) -> torch.Tensor:
         """
         `base + scaling * sum_i gates_i * B_i(A_i(hidden_states))`, as two products over all ranks with the ranks of
         unrouted experts zeroed: no loop over experts and no data-dependent shape.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, in_features)`): Input of the layer.
-            base (`torch.Tensor` of shape `(batch_size, sequence_length, out_features)`): The layer's own output.
+            base (`torch.Tensor` of shape `(batch_size * sequence_length, out_features)`): The layer's own output.
             gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
+            in_place: Whether `base` may be overwritten.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, sequence_length, out_features)`.
+            `torch.Tensor` of the shape of `base`.
         """
         ranks, gates = self.routed_ranks(hidden_states, gates)
         # One kernel that adds into the base product, instead of a product and a sum over the wide activation
-        output = torch.addmm(base.flatten(0, -2), ranks.flatten(0, -2), self.weight_b.t()).view_as(base)
-        if self.bias_b is not None:
-            output = output + gates @ self.bias_b
-        return output
+        for weights, weight in ((ranks, self.weight_b.t()), (gates, self.bias_b)):
+            if weight is not None:
+                factors = weights.flatten(0, -2).to(base.dtype), weight.to(base.dtype)
+                base = base.addmm_(*factors) if in_place else base.addmm(*factors)
+        return base
 
     def routed_ranks(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -88,7 +124,13 @@ class LoraExperts(nn.Module):
             `(batch_size, sequence_length, num_experts * rank)` and `(batch_size, sequence_length, num_experts)`.
         """
         gates = (gates * self.scaling).to(hidden_states.dtype)
-        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
+        if self.training and self.dropout.p > 0:
+            # Dropped from the weight of each image, the inputs themselves are neither copied nor kept once more
+            kept = self.dropout(hidden_states.new_ones(*hidden_states.shape[:-2], 1, hidden_states.shape[-1]))
+            ranks = hidden_states @ (self.weight_a * kept).transpose(-1, -2)
+            ranks = ranks if self.bias_a is None else ranks + self.bias_a
+        else:
+            ranks = nn.functional.linear(hidden_states, self.weight_a, self.bias_a)
         return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
 
     def fold_into(self, linear: nn.Linear) -> torch.Tensor:
@@ -123,7 +165,9 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         self.router = ExpertRouter(config)
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
         self.fc2_experts = LoraExperts(config, config.intermediate_size, config.hidden_size)
-        self.folded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.folded: torch.Tensor | None = None
+        if isinstance(self.activation_fn, QuickGELUActivation):
+            self.activation_fn = QuickGELU()
 
     def expert_gates(self, probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
@@ -143,20 +187,33 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         """Shapes `(batch_size, sequence_length, hidden_size)` in and out."""
         gates = self.expert_gates(*self.router(hidden_states))
         if self.folded is not None and not torch.is_grad_enabled() and not self._is_wrapped():
-            intermediate = self._folded_linear(self.folded[0], self.fc1, self.fc1_experts, hidden_states, gates)
+            intermediate = self._folded_intermediate(hidden_states, gates)
+        else:
+            intermediate = self._layer(self.fc1, self.fc1_experts, hidden_states, gates)
             intermediate = self.activation_fn(intermediate)
-            return self._folded_linear(self.folded[1], self.fc2, self.fc2_experts, intermediate, gates)
-        intermediate = self.fc1_experts(hidden_states, self.fc1(hidden_states), gates)
-        intermediate = self.activation_fn(intermediate)
-        return self.fc2_experts(intermediate, self.fc2(intermediate), gates)
+        # Not folded: its product is narrow, and to lay the ranks beside its wide input would cost more
+        return self._layer(self.fc2, self.fc2_experts, intermediate, gates)
 
     @staticmethod
-    def _folded_linear(
-        folded: torch.Tensor, linear: nn.Linear, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor
+    def _layer(
+        linear: nn.Module, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
-        ranks, gates = experts.routed_ranks(hidden_states, gates)
-        inputs = [hidden_states, ranks] + ([gates] if experts.bias_b is not None else [])
-        return nn.functional.linear(torch.cat(inputs, dim=-1), folded, linear.bias)
+        # What adapters, ZeRO-3 or a user's hooks make of the product may not be overwritten
+        in_place = type(linear) is nn.Linear and not (linear._forward_hooks or linear._backward_hooks)
+        base = linear(hidden_states.flatten(0, -2))
+        return experts(hidden_states, base, gates, in_place).unflatten(0, hidden_states.shape[:-1])
+
+    def _folded_intermediate(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        ranks, gates = self.fc1_experts.routed_ranks(hidden_states, gates)
+        inputs = [hidden_states, ranks] + ([gates] if self.fc1_experts.bias_b is not None else [])
+        inputs = torch.cat(inputs, dim=-1)
+        if not isinstance(self.activation_fn, QuickGELU):
+            return self.activation_fn(nn.functional.linear(inputs, self.folded, self.fc1.bias))
+        # The activation's slope comes with the product, and the activation overwrites it
+        slope = QUICK_GELU_SLOPE
+        product = torch.addmm(self.fc1.bias, inputs.flatten(0, -2), self.folded.t(), beta=slope, alpha=slope)
+        intermediate = nn.functional.silu(product, inplace=True).mul_(1 / slope)
+        return intermediate.unflatten(0, hidden_states.shape[:-1])
 
     def _is_wrapped(self) -> bool:
         """Adapters and quantized weights put a module of their own in a linear layer's place."""
@@ -164,7 +221,8 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
 
     def fold(self) -> None:
         """
-        Fold the experts into both layers for inference. Used without gradients only; see [`LoraExperts.fold_into`].
+        Fold the first layer's experts into it for inference. Used without gradients only; see
+        [`LoraExperts.fold_into`].
 
         Raises:
             ValueError: while training, or where the layers are quantized or carry adapters.
@@ -176,13 +234,13 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
                 "fold before adapters are added, and leave quantized weights as they are."
             )
         self.unfold()
-        self.folded = (self.fc1_experts.fold_into(self.fc1), self.fc2_experts.fold_into(self.fc2))
+        self.folded = self.fc1_experts.fold_into(self.fc1)
 
     def unfold(self) -> None:
         """Give each parameter memory of its own again."""
         if self.folded is not None:
             self.folded = None
-            for layer in (self.fc1, self.fc2, self.fc1_experts, self.fc2_experts):
+            for layer in (self.fc1, self.fc1_experts):
                 for parameter in layer.parameters():
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 

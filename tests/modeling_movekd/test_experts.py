@@ -6,9 +6,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
-from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP
+from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP, QuickGELU
 
 
 def task_loss(tower: MoveKDVisionModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -190,6 +191,59 @@ def test_dropout_is_active_in_training_only(make_tower, pixels):
     assert not torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     tower = make_tower(lora_dropout=0.0).train()
     assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+
+
+def test_dropout_takes_the_same_channels_from_all_tokens_of_an_image(make_tower):
+    """With as many ranks as channels and A the identity, the ranks are the inputs that were kept, scaled."""
+    tower = make_tower(lora_dropout=0.5, lora_rank=32, lora_alpha=32.0, num_experts=1).train()
+    experts = tower.encoder.layers[0].mlp.fc1_experts
+    with torch.no_grad():
+        experts.weight_a.copy_(torch.eye(32))
+        ranks, _ = experts.routed_ranks(torch.ones(200, 5, 32), torch.ones(200, 5, 1))
+    assert sorted(ranks.unique().tolist()) == [0, 2] and abs(ranks.mean() - 1) < 0.1
+    assert torch.equal(ranks, ranks[:, :1].expand_as(ranks))
+    assert len(ranks[:, 0].unique(dim=0)) > 190, "each image loses channels of its own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_activation_is_the_quick_gelu_of_transformers(dtype):
+    hidden = (5 * torch.randn(64, 33)).to(dtype).requires_grad_()
+    expected = hidden.detach().clone().requires_grad_()
+    output, reference = QuickGELU()(hidden), QuickGELUActivation()(expected)
+    assert torch.equal(output, reference)
+    weight = torch.randn(64, 33, dtype=dtype)
+    (output * weight).sum().backward()
+    (reference * weight).sum().backward()
+    tolerance = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(hidden.grad, expected.grad, **tolerance)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(QuickGELU(), hidden)
+
+
+def test_what_hooks_see_of_a_layer_is_left_as_it_was(make_tower):
+    """The experts are added into a layer's product in place only where nobody else holds it."""
+    mlp, plain = make_tower().encoder.layers[0].mlp, make_tower().encoder.layers[0].mlp
+    hidden, seen = torch.randn(2, 17, 32), []
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    mlp.fc2.register_full_backward_hook(lambda module, inputs, outputs: None)
+    output = mlp(hidden)
+    assert torch.equal(output, plain(hidden))
+    assert torch.equal(seen[0], mlp.fc1(hidden.flatten(0, 1)))
+    output.sum().backward()
+    plain(hidden).sum().backward()
+    for name, parameter in mlp.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("expert_bias", [False, True])
+def test_autocast(make_tower, pixels, expert_bias):
+    tower = make_tower(lora_alpha=1.0, expert_bias=expert_bias, lora_dropout=1e-9).train()
+    expected = tower(pixels).last_hidden_state
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tower(pixels).last_hidden_state
+    assert nn.functional.cosine_similarity(output.float(), expected, dim=-1).mean() > 0.99
+    output.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in tower.parameters())
 
 
 def test_names_do_not_look_like_adapters(make_tower):

@@ -45,9 +45,9 @@ def test_same_output_and_no_weight_twice(make_tower, pixels, settings):
     assert_same_weights(tower, before)
     assert storage_bytes(tower) == size
     # It is the folded weights that are used
-    mlps(tower)[0].folded[0].mul_(2)
+    mlps(tower)[0].folded.mul_(2)
     assert (tower(pixels).last_hidden_state - expected).abs().max() > 0.01
-    mlps(tower)[0].folded[0].div_(2)
+    mlps(tower)[0].folded.div_(2)
     tower.unfold_experts()
     assert all(mlp.folded is None for mlp in mlps(tower)) and storage_bytes(tower) == size
     assert all(value.is_contiguous() for value in tower.parameters())
@@ -100,7 +100,7 @@ def test_another_dtype_keeps_the_folded_form(make_tower, pixels):
     tower.float()
     tower.fold_experts()
     tower.double()
-    assert all(mlp.folded[0].dtype == torch.float64 for mlp in mlps(tower))
+    assert all(mlp.folded.dtype == torch.float64 for mlp in mlps(tower))
     torch.testing.assert_close(tower(pixels.double()).last_hidden_state, expected)
 
 
