@@ -38,9 +38,24 @@ EXAMPLES = [
 ]
 THEME = gr.themes.Soft(
     primary_hue="indigo",
-    secondary_hue="amber",
+    secondary_hue="indigo",
+    neutral_hue="slate",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    # Soft's own greys and labels are too faint to read (WCAG asks for a contrast of 4.5)
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+    block_label_text_color="*primary_700",
+    block_title_text_color="*primary_700",
+    color_accent="*primary_600",
+    link_text_color_dark="*primary_300",
+    link_text_color_hover_dark="*primary_200",
+    link_text_color_visited_dark="*primary_300",
+    block_border_width="1px",
+    input_border_color="*neutral_200",
 )
 CSS = (HERE / "style.css").read_text(encoding="utf-8")
 
@@ -117,7 +132,7 @@ def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Block
                     endpoints.page_turn,
                     multimodal=True,
                     chatbot=gr.Chatbot(
-                        label="Conversation", height="55vh", min_height=320, buttons=["copy"], elem_id="chatbot"
+                        show_label=False, height="55vh", min_height=320, buttons=["copy"], elem_id="chatbot"
                     ),
                     textbox=textbox,
                     additional_inputs=settings,
@@ -160,7 +175,7 @@ def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Block
             with gr.Tab("About", id="about"):
                 gr.Markdown(about(student), elem_id="about")
                 speed = gr.Markdown(measured["speed"], elem_id="speed")
-                button = gr.Button("Measure the speed now")
+                button = gr.Button("Measure the speed now", size="md", elem_id="measure")
                 button.click(measure, None, speed, api_name="speed", concurrency_limit=1)
                 demo.load(lambda: measured["speed"], None, speed, api_visibility="private", queue=False)
         with gr.Row(visible=False):  # for programs

@@ -73,15 +73,22 @@ def page(pictures: Any, layer: int, encoders: Sequence[Encoder], failures: Seque
     """
     The pictures in the page itself, as data: no file is written for them.
     """
-    figures = ""
+    figures = []
     for title, described, image in captioned(pictures, layer, encoders):
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        figures += (
+        figures.append(
             f'<figure><img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" '
             f'alt="{html.escape(f"{title}. {described}")}"><figcaption><b>{html.escape(title)}</b><br>'
             f"{html.escape(described)}</figcaption></figure>"
         )
     notes = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in failures)
-    return f'{legend(shares(pictures), layer)}<div class="pictures">{figures}</div>{notes}'
+    own = len(figures) - 2 * len(encoders)
+    rows = {
+        "The student": figures[:own],
+        "Other encoders beside it": figures[own : own + len(encoders)],
+        "How far the student is from them": figures[own + len(encoders) :],
+    }
+    grids = [f'<h2>{name}</h2><div class="pictures">{"".join(row)}</div>' for name, row in rows.items() if row]
+    return "".join([*grids[:1], legend(shares(pictures), layer), *grids[1:], notes])
