@@ -1,37 +1,16 @@
 """What the page and programs can ask for: answers, pictures and the speed."""
 
 import html
-import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 from about import speed_sentence
 from drawing import captioned, page, shares
+from errors import NOT_ANSWERED, explained
 from student import Student
-from uploads import NOT_ANSWERED, decode, read_conversation
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Whatever goes wrong, as one sentence to the visitor; of what is our own fault the place goes to the log."""
-    try:
-        yield
-    except gr.Error:
-        raise
-    except ValueError as error:
-        raise gr.Error(str(error), duration=None, title=NOT_ANSWERED, print_exception=False) from None
-    except Exception as error:
-        # The text of an error may hold what a visitor wrote
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"{type(error).__name__} at {frame.filename}:{frame.lineno}", file=sys.stderr, flush=True)
-        sentence = (
-            f"Something failed here ({type(error).__name__}). Try again, with a smaller image or a new question."
-        )
-        raise gr.Error(sentence, duration=None, title=NOT_ANSWERED, print_exception=False) from None
+from uploads import decode, read_conversation
 
 
 def add_picture(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:

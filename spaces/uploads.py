@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from errors import NOT_ANSWERED
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -17,7 +18,6 @@ KEPT_SIDE = 2048  # larger pictures are reduced to this, several times what any 
 MAX_IMAGES = 8
 MAX_CHARACTERS = 4_000
 KEPT_SECONDS = 3600
-NOT_ANSWERED = "Not answered"  # title of what the page says in an answer's place
 
 
 def decode(path: str | None, name: str = "The image") -> Image.Image:

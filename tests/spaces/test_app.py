@@ -1,16 +1,12 @@
 """The Space as programs use it: started for real, far from the repository, and asked by the official clients."""
 
-import ast
 import asyncio
 import base64
-import importlib
 import json
 import re
 import struct
-import sys
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -18,11 +14,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from transformers import AutoProcessor, CLIPVisionModel
 
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd import MoveKDForConditionalGeneration
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio")
@@ -38,7 +33,7 @@ COUNT, SHAPE = "How many objects are there?", "What shape is the cyan object?"
 
 @pytest.fixture
 def client(space) -> Client:
-    return Client(space.url, verbose=False)
+    return Client(space.url, verbose=False, httpx_kwargs={"timeout": 300})
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +80,7 @@ def test_an_answer_is_that_of_generate_and_grows_while_it_is_made(client, studen
 
 def test_conversations_of_two_clients_do_not_mix(space, student):
     """Several turns, with several images and with none; text alone is a conversation too."""
-    clients = [Client(space.url, verbose=False) for _ in range(2)]
+    clients = [Client(space.url, verbose=False, httpx_kwargs={"timeout": 300}) for _ in range(2)]
     turns: list[list[tuple[list[Path], str]]] = [
         [([FIRST, SECOND], COUNT), ([], SHAPE), ([THIRD], COUNT)],
         [([], "Is there a red circle?"), ([THIRD], SHAPE)],
@@ -273,7 +268,7 @@ def test_tools_of_the_mcp_server(space, student):
 
 def test_nothing_is_kept(checkpoint, space, files):
     """Last, as it ends the Space: an upload lies in a folder for its user alone, no word of it in the log."""
-    client = Client(space.url, verbose=False)
+    client = Client(space.url, verbose=False, httpx_kwargs={"timeout": 300})
     client.predict(message("Is there a purple triangle?", THIRD), 0, 1, 4, api_name="/chat")
     with pytest.raises(AppError):
         client.predict(message("Is there a purple cross?", files["no picture"]), 0, 1, 4, api_name="/chat")
@@ -283,158 +278,3 @@ def test_nothing_is_kept(checkpoint, space, files):
     assert not list(space.temporary.glob("movekd-*"))
     log = space.log.read_text(errors="replace")
     assert "purple" not in log and "scene_3" not in log, log
-
-
-# --- The Space's own functions ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[dict[str, Any]]:
-    """The Space's files as modules, which are top-level there."""
-    names = [path.stem for path in SPACE.glob("*.py")]
-    assert not set(names) & set(sys.modules)
-    sys.path.insert(0, str(SPACE))
-    try:
-        yield {name: importlib.import_module(name) for name in ("zero_gpu", *names)}
-    finally:
-        sys.path.remove(str(SPACE))
-        for name in names:
-            sys.modules.pop(name, None)
-
-
-def test_a_client_that_stops_ends_the_generation(modules, checkpoint, monkeypatch):
-    """Each token waits for leave: once a client has gone, leave for a few more is all that it takes."""
-    student = modules["student"].load_student(str(checkpoint), None)
-    demo = modules["app"].build(student, [], 1)
-    for thread in threading.enumerate():
-        if thread.name == "measure":
-            thread.join()
-    leave, made = threading.Semaphore(30), []
-    hook = student.model.lm_head.register_forward_hook(lambda *_: made.append(leave.acquire(timeout=120)))
-    demo.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    try:
-        job = Client(demo.local_url, verbose=False).submit(handle_file(FIRST), COUNT, 0, 1, 400, api_name="/ask")
-        assert next(iter(job))
-        (thread,) = [thread for thread in threading.enumerate() if thread.name == "generate"]
-        job.cancel()
-        for _ in range(300):
-            leave.release()
-            thread.join(0.1)
-            if not thread.is_alive():
-                break
-        assert not thread.is_alive() and len(made) < 340, len(made)
-    finally:
-        hook.remove()
-        leave.release(400)
-        demo.close()
-
-
-def test_an_error_while_generating_reaches_the_visitor(modules, checkpoint, capsys):
-    """As a sentence with nothing of what was said; the log has the place alone. Nobody waits for ever."""
-    import gradio as gr
-
-    student = modules["student"].load_student(str(checkpoint), None)
-    endpoints = modules["endpoints"].Endpoints(student, [], 1)
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("purple")
-
-    student.model.lm_head.register_forward_hook(fail)
-    with pytest.raises(gr.Error, match=r"Something failed here \(RuntimeError\)"):
-        list(endpoints.ask(None, COUNT, 0, 1, 4))
-    written = capsys.readouterr()
-    assert "RuntimeError at" in written.err and "purple" not in written.err + written.out
-    said = list(endpoints.page_turn({"text": COUNT, "files": []}, [], 0, 1, 4))
-    assert [part.metadata["title"] for part in said] == ["Not answered"]
-    assert endpoints.turns.acquire(blocking=False), "the turn was given back"
-
-
-def test_history_of_the_page(modules):
-    """Gradio notes a message in several forms; questions without an answer, and refusals, are not told the model."""
-    history = [
-        {"role": "user", "content": [{"type": "file", "file": {"path": str(FIRST)}}, {"type": "text", "text": "one"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "first"}]},
-        {"role": "user", "content": [{"path": "gone.png"}, "never answered"]},
-        {"role": "user", "content": "refused"},
-        {"role": "assistant", "content": "No.", "metadata": {"title": "Not answered"}},
-        {"role": "user", "content": "two"},
-        {"role": "assistant", "content": "second", "metadata": {"title": None}},
-    ]
-    messages = modules["uploads"].read_conversation(history, {"text": "three", "files": [str(SECOND)]})
-    kinds = [[part["type"] for part in turn["content"]] for turn in messages]
-    assert kinds == [["image", "text"], ["text"], ["text"], ["text"], ["image", "text"]]
-    texts = [turn["content"][-1]["text"] for turn in messages]
-    assert texts == ["one", "first", "two", "second", "three"]
-    assert messages[0]["content"][0]["image"].tobytes() == Image.open(FIRST).convert("RGB").tobytes()
-    with pytest.raises(ValueError, match="no longer kept here"):
-        modules["uploads"].read_conversation(history[:2], {"text": "three", "files": ["gone.png"]})
-
-
-def test_large_pictures_are_reduced_and_turned_upright(modules, tmp_path):
-    picture = Image.new("RGB", (3000, 1500), "red")
-    exif = picture.getexif()
-    exif[274] = 6
-    picture.save(tmp_path / "photo.jpg", exif=exif)
-    assert modules["uploads"].decode(str(tmp_path / "photo.jpg")).size == (1024, 2048)
-    Image.fromarray(torch.full((8, 8), 40_000, dtype=torch.int32).numpy().astype("uint16")).save(tmp_path / "deep.png")
-    assert modules["uploads"].decode(str(tmp_path / "deep.png")).getpixel((0, 0)) == (156, 156, 156)
-
-
-def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypatch):
-    load, find = modules["student"].load_student, modules["app"].find_student
-    MoveKDVisionModel.from_clip(ROOT / "train" / "demo_towers" / "clip").save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ValueError, match="'movekd_vision' checkpoint.* the vision encoder alone"):
-        load(str(tmp_path / "encoder"), None)
-    with pytest.raises(ValueError, match="'clip_vision_model' checkpoint; 'movekd'"):
-        load(str(ROOT / "train" / "demo_towers" / "clip"), None)
-    with pytest.raises(ValueError, match="MODEL_REVISION is not set"):
-        load("owner/student", None)
-    monkeypatch.delenv("MODEL_ID", raising=False)
-    monkeypatch.setattr(modules["app"], "DEMO", tmp_path / "demo")
-    with pytest.raises(ValueError, match="train/sft.py"):
-        find()
-    monkeypatch.setenv("CONCURRENCY", "0")
-    with pytest.raises(ValueError, match="CONCURRENCY is '0'"):
-        modules["app"].whole_number("CONCURRENCY", 1)
-
-
-def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path):
-    """By default those of the demo that its facts name; one that cannot be loaded is said, and the rest is shown."""
-    student = modules["student"].load_student(str(checkpoint), None)
-    wanted = modules["encoders"].wanted
-    monkeypatch.delenv("CLIP_ID", raising=False)
-    monkeypatch.delenv("TEACHER_IDS", raising=False)
-    assert wanted(student) == []
-    student.facts = {"teachers": [{"name": name, "model": name} for name in ("clip", "detector", "gone")]}
-    towers = ROOT / "train" / "demo_towers"
-    assert wanted(student) == [
-        ("plain CLIP", str(towers / "clip"), None, True),
-        ("detector", str(towers / "detector"), None, False),
-    ]
-    student.facts["base_models"] = [{"role": "vision_model", "model": "openai/clip", "revision": "abc"}]
-    assert wanted(student)[0] == ("plain CLIP", "openai/clip", "abc", True)
-    monkeypatch.setenv("CLIP_ID", "none")
-    monkeypatch.setenv("TEACHER_IDS", f"one={towers / 'detector'}, facebook/two@v1, three={tmp_path}")
-    assert wanted(student)[1] == ("two", "facebook/two", "v1", False)
-    monkeypatch.setenv("TEACHER_IDS", f"one={towers / 'detector'}, three={tmp_path}")
-    loaded, failures = modules["encoders"].load_encoders(student)
-    assert [encoder.name for encoder in loaded] == ["one"] and len(failures) == 1 and "three" in failures[0]
-    features = loaded[0].features(Image.open(FIRST).convert("RGB"), 0)
-    assert features.shape == (1, 64, 96), "96 pixels a side in patches of 12, without [CLS]"
-
-
-# --- The folder ------------------------------------------------------------------------------------------------------
-
-
-def test_the_folder_is_a_space():
-    text = (SPACE / "README.md").read_text()
-    front = yaml.safe_load(text.split("---")[1])
-    assert front["sdk"] == "gradio" and (SPACE / front["app_file"]).is_file()
-    assert len(front["short_description"]) <= 60 and not (SPACE / "__init__.py").exists()
-    assert sum(path.stat().st_size for path in SPACE.rglob("*.png")) < 50_000
-    rooms = {"modeling_movekd", "train", "hub", "benchmarks", "tests"}
-    for path in SPACE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & rooms, path
