@@ -1,5 +1,6 @@
 """The paper's eight benchmarks as tasks of lmms-eval, and the paper's numbers."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +146,7 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(TASK_FOLDER.glob("*.yaml")):
         text = source.read_text(encoding="utf-8").replace("\ninclude: ", f"\ninclude: {theirs.as_posix()}/")
-        temporary = folder / f"{source.name}.tmp"
+        temporary = folder / f"{source.name}.{os.getpid()}.tmp"  # each process of a run writes it
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / source.name)
     return folder

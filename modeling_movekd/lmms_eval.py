@@ -22,6 +22,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
 from .inference import check_length, load_checkpoint, prepare
 
@@ -49,8 +50,8 @@ class MoveKDEvaluation(lmms):
             `revision`, which do not change when the weights in a folder do.
 
     Raises:
-        ValueError: if the checkpoint is no whole model, the batch size no positive number, or `answers` holds those of
-            another model.
+        ValueError: if the checkpoint is no whole model, the batch size no positive number, `answers` holds those of
+            another model, or the processes do not know of each other.
     """
 
     is_simple = False
@@ -70,7 +71,11 @@ class MoveKDEvaluation(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"`batch_size` is {batch_size!r}, expected a positive number ('auto' is not known here).")
         self.batch_size = int(batch_size)
-        state = PartialState()
+        on_cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
+        state = PartialState(cpu=on_cpu)  # unless told so, processes without a GPU would not know of each other
+        expected = int(os.environ.get("WORLD_SIZE", "1"))  # what lmms-eval goes by
+        if expected != state.num_processes:
+            raise ValueError(f"{expected} processes were started, but this one knows of {state.num_processes}.")
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         identity = identity or f"{pretrained}@{revision or 'main'}"
@@ -215,13 +220,15 @@ def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     lmms-eval's messages in the form chat templates take.
 
     Raises:
-        ValueError: for anything but text and images, or an image that cannot be decoded.
+        ValueError: for anything but text and images, an image that cannot be decoded, or a text that says `<image>`.
     """
     conversation = []
     for message in messages:
         content: list[dict[str, Any]] = []
         for part in message["content"]:
             if part["type"] == "text":
+                if IMAGE_TOKEN in part["text"]:
+                    raise ValueError(f"{IMAGE_TOKEN} stands in a text, where it means an image: {part['text']!r}.")
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
                 image = part["url"]

@@ -221,6 +221,53 @@ def test_a_task_that_crashes_is_an_error(in_data, tmp_path):
 
 
 @slow
+def test_two_processes_share_the_questions(in_data, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "student", seed=1)
+    tasks = ["pope", "scienceqa_img"]  # four questions and three
+    evaluate(str(checkpoint), tasks, tmp_path / "one", batch_size=2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "train" / "accelerate" / "ddp_cpu.yaml"), "-m", "benchmarks.evaluate"]
+    done = subprocess.run(
+        [*launch, str(checkpoint), "--output", str(tmp_path / "two"), "--batch-size", "2", "--tasks", *tasks],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shares = [len((tmp_path / "two" / f"answers.{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert shares == [4, 3]
+    one, two = answers(tmp_path / "one"), answers(tmp_path / "two")
+    assert {task: sorted(texts) for task, texts in one.items()} == {task: sorted(texts) for task, texts in two.items()}
+    assert done.stdout.count("| POPE | test | 4 |") == 1, "one process reports"
+
+
+@slow
+def test_what_cannot_be_asked_is_refused(in_data, tmp_path, monkeypatch):
+    from modeling_movekd.lmms_eval import MoveKDEvaluation, to_conversation
+
+    checkpoint = save_checkpoint(tmp_path / "student")
+    for batch_size in ("auto", 0):
+        with pytest.raises(ValueError, match="expected a positive number"):
+            MoveKDEvaluation(str(checkpoint), batch_size=batch_size)
+    model = MoveKDEvaluation(str(checkpoint))
+    for method in (model.loglikelihood, model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError):
+            method([])
+    for part, message in [
+        ({"type": "video", "url": "film.mp4"}, "The task brings 'video'"),
+        ({"type": "text", "text": "What is <image>?"}, "stands in a text, where it means an image"),
+        ({"type": "image", "url": str(checkpoint / "config.json")}, "config.json"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            to_conversation([{"role": "user", "content": [part]}])
+    with pytest.raises(ValueError, match="the language model takes 1200"):
+        model.answer([[user_message("word " * 300)]], {"max_new_tokens": 8})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but this one knows of 1"):
+        MoveKDEvaluation(str(checkpoint))
+
+
+@slow
 def test_tasks_of_ones_own(in_data, tmp_path, capsys):
     checkpoint = save_checkpoint(tmp_path / "student", says="yes")
     own = tmp_path / "own"
