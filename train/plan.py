@@ -272,7 +272,7 @@ def format_plan(
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.plan", description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, required=True, help="Number of GPUs, one process each.")
-    parser.add_argument("--gpu-memory", type=parse_memory, required=True, help="Memory of one, as 80GB or 80GiB.")
+    parser.add_argument("--gpu-memory", required=True, help="Memory of one, as 80GB or 80GiB.")
     parser.add_argument("--headroom", type=float, default=0.1, help="Share of it for context and fragmentation.")
     parser.add_argument("--gpu-peak", type=float, default=312.0, help="TFLOP/s in bf16, dense; an A100 has 312.")
     parser.add_argument("--utilization", type=float, default=0.4, help="Share of the peak that is reached.")
@@ -280,6 +280,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--mean-tokens", type=int, help="Length of the mean row, for FLOPs; as above by default.")
     parser.add_argument("--rows", type=int, help="Rows of the data set, where it is not at hand.")
     options, recipe = parser.parse_known_args(arguments)
+    try:
+        capacity = (parse_memory(options.gpu_memory), options.headroom)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, low, high in (
+        ("gpus", 1, 10**6),
+        ("headroom", 0, 0.99),
+        ("gpu_peak", 0.1, 1e6),
+        ("utilization", 0.01, 1),
+    ):
+        if not low <= (value := getattr(options, name)) <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it goes from {low:g} to {high:g}.")
     recipe_parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     parsed: tuple[Any, ...] = recipe_parser.parse_args_and_config([*recipe, "--use_cpu", "true"])
     data_args, args, model_args = parsed
@@ -288,7 +300,6 @@ def main(arguments: list[str]) -> None:
         accumulation_steps(args.global_batch_size, args.per_device_train_batch_size, options.gpus)
     step = measure_step(args, model_args, options.memory_tokens, options.mean_tokens)
     plan = plan_run(args, step, options.gpus)
-    capacity = (options.gpu_memory, options.headroom)
     speed = (options.gpu_peak, options.utilization)
     print(format_plan(plan, args, options.gpus, *capacity, rows, *speed, origin))
 

@@ -37,6 +37,23 @@ def test_days_and_sizes() -> None:
             plan.parse_memory(text)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "8", "--gpu-memory", "80"], "The memory is '80'; write it as 80GB or 80GiB."),
+        (["--gpus", "0", "--gpu-memory", "80GB"], "--gpus is 0; it goes from 1"),
+        (
+            ["--gpus", "8", "--gpu-memory", "80GB", "--utilization", "40"],
+            "--utilization is 40.0; it goes from 0.01 to 1",
+        ),
+    ],
+)
+def test_flags_of_the_command(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--config", str(RECIPES / "small-pretrain.yaml"), *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_rows_are_counted_where_the_data_is_at_hand(dataset_folder: str, tmp_path: Path) -> None:
     def count(*names: str) -> tuple[int | None, str]:
         return plan.count_rows([DataSource(name, split="train") for name in names])
