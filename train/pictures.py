@@ -153,15 +153,14 @@ class PictureCallback(TrainerCallback):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({"values": pictures.values.contiguous()}, temporary / COMPONENTS_NAME)
-        drawn = [picture_files(pictures, index) for index in range(len(pictures.image))]
-        for number, files in enumerate(drawn, start=1):
+        numbered = [(index + 1, picture_files(pictures, index)) for index in range(len(pictures.image))]
+        for number, files in numbered:
             Image.fromarray(pictures.image[number - 1].numpy()).save(temporary / f"{number:02d}-image.png")
             for stem, (picture, _) in files.items():
                 picture.save(temporary / f"{number:02d}-{stem}.png")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that this one resumes
         temporary.rename(folder)
-        for number, files in enumerate(drawn, start=1):
-            self._log({f"{FOLDER_NAME}/{stem}/{number}": file for stem, file in files.items()}, step)
+        self._log({f"{FOLDER_NAME}/{stem}/{n}": file for n, files in numbered for stem, file in files.items()}, step)
 
     def _log(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
         """Names, pictures and captions, to the trackers that Trainer's own callbacks have opened."""
