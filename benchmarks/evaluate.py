@@ -26,6 +26,10 @@ from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_t
 from hub.run_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evaluation, weights_fingerprint
 
 
+# Of a checkpoint on the Hub
+FILES = ("*.json", "*.jinja", "model*.safetensors", "*.model")
+
+
 def evaluate(
     checkpoint: str,
     tasks: Sequence[str],
@@ -62,7 +66,8 @@ def evaluate(
     from modeling_movekd.lmms_eval import MoveKDEvaluation
 
     local = Path(checkpoint).is_dir()
-    folder = Path(checkpoint) if local else Path(snapshot_download(checkpoint, revision=revision))
+    # `main` may move in the hours that this takes: one commit is evaluated
+    folder = Path(checkpoint if local else snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
     kept = read_evaluation(folder) if local else []
     manager = task_manager(tasks, output / "tasks", include_path)
     model = MoveKDEvaluation(
@@ -234,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="Hub id or folder")
     parser.add_argument("--tasks", nargs="+", default=list(BENCHMARKS), help="by default: %(default)s")
     parser.add_argument("--output", type=Path, help="by default outputs/evaluation/NAME")
-    parser.add_argument("--limit", type=int, help="rows of each task, to try it out")
+    parser.add_argument("--limit", type=int, help="rows of each task, to try it out; even for MME")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--include-path", type=Path, help="folder with more tasks of lmms-eval")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -268,6 +268,33 @@ def test_what_cannot_be_asked_is_refused(in_data, tmp_path, monkeypatch):
 
 
 @slow
+def test_a_checkpoint_on_the_hub(in_data, tmp_path):
+    pytest.importorskip("fastapi")
+    from hub_client import client
+    from hub_server import OWNER_TOKEN, serve
+
+    checkpoint = save_checkpoint(tmp_path / "student", says="yes")
+    with serve() as hub, client(hub, tmp_path / "home", OWNER_TOKEN) as process:
+        process.run(
+            "from huggingface_hub import HfApi; HfApi().create_repo(name)\n"
+            "result = HfApi().upload_folder(repo_id=name, folder_path=folder).oid",
+            name="owner/student",
+            folder=str(checkpoint),
+        )
+        score = process.run(
+            "import os; from pathlib import Path; from benchmarks.evaluate import evaluate; os.chdir(data)\n"
+            "result = evaluate(name, ['pope'], Path(output))['results']['pope']['pope_f1_score,none']",
+            name="owner/student",
+            data=str(in_data),
+            output=str(tmp_path / "out"),
+        )
+    assert score == pytest.approx(2 / 3)
+    (result,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert result["rows"] == 4
+    assert not list((tmp_path / "home").rglob("evaluation.json")), "the cache is the Hub client's"
+
+
+@slow
 def test_tasks_of_ones_own(in_data, tmp_path, capsys):
     checkpoint = save_checkpoint(tmp_path / "student", says="yes")
     own = tmp_path / "own"
