@@ -152,6 +152,25 @@ def test_the_whole_image_is_drawn(arguments, mixed, form: str) -> None:
         assert np.array_equal(drawn, expected.experts[index].numpy())
 
 
+def test_an_image_that_cannot_be_read_is_passed_over(arguments, tmp_path) -> None:
+    """The black image that stands in its place is not drawn."""
+    rows = llava_rows(8)
+    for index, row in enumerate(rows):
+        file = io.BytesIO()
+        row["image"].save(file, "PNG")
+        row["image"] = {"bytes": file.getvalue()[: 60 if index == 0 else None], "path": None}
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    data_args, args, model_args = arguments(
+        dataset_name=str(tmp_path / "rows"), max_steps=1, visualize_steps=1, visualize_images=2
+    )
+    data_args.max_bad_row_share = 0.5
+    trainer = sft.train(data_args, args, model_args)
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows[1:3]]
+    pixels = trainer.processing_class.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, PictureCallback))
+    torch.testing.assert_close(callback.pixels, pixels)
+
+
 def test_cached_features_give_the_same_pictures(arguments, cached, mixed, tmp_path) -> None:
     settings = {"visualize_steps": 1, "visualize_images": 2, "max_steps": 1, "learning_rate": 0.0}
     sft.train(*cached(output_dir=str(tmp_path / "cached"), **settings))
