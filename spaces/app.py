@@ -26,7 +26,7 @@ from about import about
 from encoders import CLONE, load_encoders
 from endpoints import Endpoints, add_picture
 from student import Student, load_student
-from uploads import KEPT_SECONDS, MAX_FILE_MB
+from uploads import KEPT_SECONDS, MAX_FILE_MB, keep_deleting
 
 
 HERE = Path(__file__).resolve().parent
@@ -245,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             demo = build(student, failures, at_a_time)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
+        own = {Path(path).read_bytes() for path, _ in examples()}
+        threading.Thread(target=keep_deleting, args=(Path(cache), own), name="delete", daemon=True).start()
         demo.queue(max_size=waiting, default_concurrency_limit=at_a_time)
         try:
             demo.launch(

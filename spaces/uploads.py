@@ -1,8 +1,10 @@
 """What visitors send: one image, or a conversation, within bounds, and refused with a sentence beyond them."""
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from errors import NOT_ANSWERED
@@ -69,6 +71,26 @@ def _check_size(image: Image.Image, name: str) -> None:
             f"{name} has {image.width} x {image.height} pixels; sides of {MAX_SIDE} and {MAX_MEGAPIXELS} megapixels "
             "are the most that is taken. Send it smaller."
         )
+
+
+def delete_old(folder: Path, own: Collection[bytes], seconds: float = KEPT_SECONDS) -> None:
+    """
+    Delete every file below a folder that is older than this, except copies of the Space's own (given as contents).
+    Gradio deletes what visitors upload, but of the pictures it writes for them keeps a copy.
+    """
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and time.time() - path.stat().st_mtime > seconds and path.read_bytes() not in own:
+                path.unlink()
+        except FileNotFoundError:
+            pass  # Gradio was faster
+
+
+def keep_deleting(folder: Path, own: Collection[bytes], every: float = 60) -> None:
+    """[`delete_old`] from time to time, until the process ends."""
+    while True:
+        time.sleep(every)
+        delete_old(folder, own)
 
 
 def read_content(content: Any) -> tuple[list[str], str]:

@@ -3,9 +3,11 @@
 import ast
 import importlib
 import inspect
+import os
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +167,23 @@ def test_large_pictures_are_reduced_and_turned_upright(modules, tmp_path):
     assert modules["uploads"].decode(str(tmp_path / "photo.jpg")).size == (1024, 2048)
     Image.fromarray(torch.full((8, 8), 40_000, dtype=torch.int32).numpy().astype("uint16")).save(tmp_path / "deep.png")
     assert modules["uploads"].decode(str(tmp_path / "deep.png")).getpixel((0, 0)) == (156, 156, 156)
+
+
+def test_old_files_are_deleted(modules, tmp_path):
+    """All but the examples, whoever wrote them, and none before its time."""
+    for name, age in {
+        "upload/photo.png": 70,
+        "pictures/image.png": 61,
+        "examples/1.png": 70,
+        "new/photo.png": 50,
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(FIRST.read_bytes() if "examples" in name else b"a visitor's")
+        os.utime(path, (time.time() - 60 * age,) * 2)
+    modules["uploads"].delete_old(tmp_path, {FIRST.read_bytes(), SECOND.read_bytes()})
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"examples/1.png", "new/photo.png"}
 
 
 def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypatch):
