@@ -80,7 +80,7 @@ def test_killed(copy: Path, tmp_path: Path) -> None:
 def test_memory(copy: Path, tmp_path: Path) -> None:
     """Far less is in memory than the whole, however many shards there are."""
     weights = load_file(copy / "model.safetensors")
-    layers, width, intermediate = 10, weights["model.norm.weight"].shape[0], 40_000
+    layers, width, intermediate = 18, weights["model.norm.weight"].shape[0], 40_000
     template = {key: value for key, value in weights.items() if key.startswith("model.layers.0.")}
     weights = {key: value for key, value in weights.items() if not key.startswith("model.layers.")}
     for layer in range(layers):
