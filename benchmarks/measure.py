@@ -78,9 +78,9 @@ def paired_times(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_
         Seconds by name, one a round; the values of one round belong together (see [`paired_ratio`]).
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
     for repeat in range(-warm_up, repeats):
         for name in list(functions) if repeat % 2 == 0 else reversed(list(functions)):
-            gc.collect()
             _synchronize()
             start = time.perf_counter()
             result = functions[name]()
@@ -100,7 +100,8 @@ def paired_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
 def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = False) -> int:
     """
     Peak memory in bytes of a fresh process: resident memory, or what torch allocated on the GPU if it was used. It is
-    the memory in use, without what glibc's heap would keep of the large tensors that were freed.
+    the memory in use, without what glibc's heap would keep of the large tensors that were freed. Where `function`
+    returns a callable, what it took to build that does not count (on Linux or a GPU).
 
     Args:
         function: `"package.module:name"`, called with `arguments`. It may return a callable, which is called then.
@@ -223,18 +224,15 @@ def _child(function: str, arguments: str, beyond: str) -> None:
     before = 0
     if callable(measured):
         gc.collect()
-        if int(beyond):
-            if torch.cuda.is_initialized():
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            else:
-                before = resident_memory()
-                if os.path.exists("/proc/self/clear_refs"):
-                    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else resident_memory()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         result = measured()
         del result
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else resident_memory(peak=True)
-    print(json.dumps({"peak": peak - before}))
+    print(json.dumps({"peak": peak - before * int(beyond)}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from .configuration_movekd import MoveKDVisionConfig
@@ -29,7 +28,7 @@ class QuickGELUFunction(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (hidden_states,) = ctx.saved_tensors
         # The slope inside and the division outside cancel
         return torch.ops.aten.silu_backward(gradient, hidden_states * QUICK_GELU_SLOPE)
@@ -166,8 +165,8 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
         self.fc2_experts = LoraExperts(config, config.intermediate_size, config.hidden_size)
         self.folded: torch.Tensor | None = None
-        if isinstance(self.activation_fn, QuickGELUActivation):
-            self.activation_fn = QuickGELU()
+        if config.hidden_act == "quick_gelu":
+            self.activation_fn: nn.Module = QuickGELU()
 
     def expert_gates(self, probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
@@ -187,7 +186,7 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         """Shapes `(batch_size, sequence_length, hidden_size)` in and out."""
         gates = self.expert_gates(*self.router(hidden_states))
         if self.folded is not None and not torch.is_grad_enabled() and not self._is_wrapped():
-            intermediate = self._folded_intermediate(hidden_states, gates)
+            intermediate = self._folded_intermediate(self.folded, hidden_states, gates)
         else:
             intermediate = self._layer(self.fc1, self.fc1_experts, hidden_states, gates)
             intermediate = self.activation_fn(intermediate)
@@ -203,15 +202,17 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         base = linear(hidden_states.flatten(0, -2))
         return experts(hidden_states, base, gates, in_place).unflatten(0, hidden_states.shape[:-1])
 
-    def _folded_intermediate(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def _folded_intermediate(
+        self, folded: torch.Tensor, hidden_states: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
         ranks, gates = self.fc1_experts.routed_ranks(hidden_states, gates)
-        inputs = [hidden_states, ranks] + ([gates] if self.fc1_experts.bias_b is not None else [])
-        inputs = torch.cat(inputs, dim=-1)
+        parts = [hidden_states, ranks] + ([gates] if self.fc1_experts.bias_b is not None else [])
+        inputs = torch.cat(parts, dim=-1)
         if not isinstance(self.activation_fn, QuickGELU):
-            return self.activation_fn(nn.functional.linear(inputs, self.folded, self.fc1.bias))
+            return self.activation_fn(nn.functional.linear(inputs, folded, self.fc1.bias))
         # The activation's slope comes with the product, and the activation overwrites it
         slope = QUICK_GELU_SLOPE
-        product = torch.addmm(self.fc1.bias, inputs.flatten(0, -2), self.folded.t(), beta=slope, alpha=slope)
+        product = torch.addmm(self.fc1.bias, inputs.flatten(0, -2), folded.t(), beta=slope, alpha=slope)
         intermediate = nn.functional.silu(product, inplace=True).mul_(1 / slope)
         return intermediate.unflatten(0, hidden_states.shape[:-1])
 
