@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from train.distillation_heads import Moments, StudentHead, Target, TeacherAdapter
 from train.losses import (
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 HEAD_SIDES = ("teacher", "student")
 FEATURE_NORMALIZATIONS = ("none", "standardize", "whiten")
 GRID_MATCHINGS = ("learned", "resample")
+# Where one image's tokens at the student's width have more values than this, a batch passes the adapter in parts, one
+# after the other; always as many, since processes with different numbers of images make the same calls under ZeRO-3
+LARGE_FEATURES = 2**19
+NUM_PARTS = 8
 
 
 class DistillationOutput(NamedTuple):
@@ -151,23 +156,38 @@ class Distiller(nn.ModuleDict):
         self._check_inputs(student_tokens, features)
         cls, cls_attention = self._clip_outputs(features)
         weights = None if cls_attention is None else token_weights(cls_attention, self.token_weighting)
-        pairs = {name: self[name](student_tokens, features[name].tokens) for name in self.teachers}
-        shares = teacher_weights(
-            cls,
-            {name: target for name, (_, target) in pairs.items()},
-            self.teacher_weighting,
-            self.clip_share,
-        )
-        losses = {
-            name: distillation_loss(student, target, weights, self.token_weighting)
-            for name, (student, target) in pairs.items()
-        }
+        losses, targets = {}, {}
+        for name in self.teachers:
+            losses[name], targets[name] = self._compare(name, student_tokens, features[name].tokens, weights)
+        shares = teacher_weights(cls, targets, self.teacher_weighting, self.clip_share)
         loss = torch.stack([shares[name] * losses[name] for name in losses]).sum(dim=0)
         return DistillationOutput(
             loss,
             {name: value.detach() for name, value in losses.items()},
             {name: value.detach() for name, value in shares.items()},
         )
+
+    def _compare(
+        self, name: str, student_tokens: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One teacher's loss `(batch_size,)` and the mean of its target's tokens `(batch_size, 1, num_channels)`."""
+
+        def compare(
+            student_tokens: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            student, target = self[name](student_tokens, tokens)
+            loss = distillation_loss(student, target, weights, self.token_weighting)
+            return loss, target.mean(dim=1, keepdim=True, dtype=torch.float32)
+
+        if max(tokens.shape[1], student_tokens.shape[1]) * self.student_width <= LARGE_FEATURES:
+            return compare(student_tokens, tokens, weights)
+        sizes = [(len(tokens) + part) // NUM_PARTS for part in range(NUM_PARTS)]
+        weight_parts = [None] * NUM_PARTS if weights is None else weights.split(sizes)
+        parts = zip(student_tokens.split(sizes), tokens.detach().split(sizes), weight_parts, strict=True)
+        # Computed again in the backward: an adapter's activations have the size of the teacher's features
+        compared = [checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        loss, mean = (torch.cat(values) for values in zip(*compared, strict=True))
+        return loss, mean
 
     def _check_inputs(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> None:
         if set(features) != set(self.teachers):

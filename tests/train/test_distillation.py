@@ -11,7 +11,7 @@ from torch import nn
 
 from train.build import DISTILLER_KNOBS
 from train.config import PRESETS
-from train.distillation import DistillationOutput, Distiller
+from train.distillation import NUM_PARTS, DistillationOutput, Distiller
 from train.losses import teacher_weights, token_weights
 from train.teachers import TeacherFeatures
 
@@ -136,6 +136,26 @@ def test_every_form_runs_without_waiting_for_the_device(preset: str) -> None:
     distiller, student, features = make_distiller(preset), make_student(), make_features()
     compiled = torch.compile(distiller, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(student, features).loss, distiller(student, features).loss)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_large_features_pass_in_parts_with_the_same_result(
+    preset: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, of which some may be empty, and computed again in the backward."""
+    found = []
+    for largest in (2**19, 0):
+        monkeypatch.setattr("train.distillation.LARGE_FEATURES", largest)
+        distiller, student = make_distiller(preset), make_student(batch_size).requires_grad_()
+        calls: list[int] = []
+        distiller["sam"].register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(len(inputs[1])))
+        output = distiller(student, make_features(batch_size))
+        output.loss.mean().backward()
+        gradients = {name: parameter.grad for name, parameter in distiller.named_parameters()}
+        found.append((output._asdict(), gradients | {"student": student.grad}))
+    assert sum(calls) == 2 * batch_size and len(calls) == 2 * NUM_PARTS
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
