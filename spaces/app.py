@@ -11,12 +11,15 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from visitors import FOLDER  # before gradio
+
+
+# isort: split
 from zero_gpu import ON_ZERO_GPU  # before torch
 
 
@@ -235,34 +238,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # A folder of this run's own, which nobody else may read and which ends with it
-    with tempfile.TemporaryDirectory(prefix="movekd-", ignore_cleanup_errors=True) as cache:
-        os.environ["GRADIO_TEMP_DIR"] = cache
-        try:
-            student = find_student()
-            student.encoders, failures = load_encoders(student)
-            at_a_time, waiting = whole_number("CONCURRENCY", 1), whole_number("QUEUE_SIZE", 20)
-            demo = build(student, failures, at_a_time)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
-        own = {Path(path).read_bytes() for path, _ in examples()}
-        threading.Thread(target=keep_deleting, args=(Path(cache), own), name="delete", daemon=True).start()
-        demo.queue(max_size=waiting, default_concurrency_limit=at_a_time)
-        try:
-            demo.launch(
-                server_name=options.host,
-                server_port=options.port,
-                mcp_server=options.mcp or None,
-                share=False,
-                ssr_mode=False,
-                max_file_size=f"{MAX_FILE_MB}mb",
-                enable_monitoring=False,
-                footer_links=["api", "settings"],
-                theme=THEME,
-                css=CSS,
-            )
-        finally:
-            demo.close()
+    try:
+        student = find_student()
+        student.encoders, failures = load_encoders(student)
+        at_a_time, waiting = whole_number("CONCURRENCY", 1), whole_number("QUEUE_SIZE", 20)
+        demo = build(student, failures, at_a_time)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    own = {Path(path).read_bytes() for path, _ in examples()}
+    threading.Thread(target=keep_deleting, args=(FOLDER, own), name="delete", daemon=True).start()
+    demo.queue(max_size=waiting, default_concurrency_limit=at_a_time)
+    try:
+        demo.launch(
+            server_name=options.host,
+            server_port=options.port,
+            mcp_server=options.mcp or None,
+            share=False,
+            ssr_mode=False,
+            max_file_size=f"{MAX_FILE_MB}mb",
+            enable_monitoring=False,
+            footer_links=["api", "settings"],
+            theme=THEME,
+            css=CSS,
+        )
+    finally:
+        demo.close()
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ def modules() -> Iterator[dict[str, Any]]:
     assert not set(names) & set(sys.modules)
     sys.path.insert(0, str(SPACE))
     try:
-        yield {name: importlib.import_module(name) for name in ("zero_gpu", *names)}
+        yield {name: importlib.import_module(name) for name in ("visitors", "zero_gpu", *names)}
     finally:
         sys.path.remove(str(SPACE))
+        os.environ.pop("GRADIO_TEMP_DIR")
         for name in names:
             sys.modules.pop(name, None)
 
