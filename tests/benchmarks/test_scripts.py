@@ -11,6 +11,7 @@ TABLES = {
     "losses": ("Losses and heads", 2),
     "loading": ("Loading and import", 2),
     "encoders": ("Encoders side by side", 7),
+    "training_step": ("Step of training", 3),
 }
 
 
