@@ -170,11 +170,17 @@ def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Block
                 drawn = gr.HTML(first, label="Pictures", elem_id="pictures", padding=False)
                 # As the visitor sent it: `gr.Image` would open it before `decode` can refuse it with a sentence
                 sent = gr.File(first_image, visible="hidden")
-                settled: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": at_a_time}
-                picture.change(None, picture, sent, js="(image) => image").then(
-                    endpoints.page_pictures, [sent, layer], drawn, **settled
+                picture.change(None, picture, sent, js="(image) => image")
+                # One event for both: with two, the pictures of an earlier choice could come last, or stay
+                gr.on(
+                    [sent.change, layer.change],
+                    endpoints.page_pictures,
+                    [sent, layer],
+                    drawn,
+                    trigger_mode="always_last",
+                    api_visibility="private",
+                    concurrency_limit=at_a_time,
                 )
-                layer.change(endpoints.page_pictures, [sent, layer], drawn, trigger_mode="always_last", **settled)
             with gr.Tab("About", id="about"):
                 gr.Markdown(about(student), elem_id="about")
                 speed = gr.Markdown(measured["speed"], elem_id="speed")

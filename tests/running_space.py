@@ -1,4 +1,4 @@
-"""The Space in a process of its own, and a browser to look at it."""
+"""The Space in a process of its own, a checkpoint to show there, and a browser to look at it."""
 
 import os
 import re
@@ -11,8 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import add_image_token, build_processor
+
 
 ROOT = Path(__file__).resolve().parents[1]
+TOWERS = ROOT / "train" / "demo_towers"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 # Nothing but the page may be asked for: the browser itself neither updates nor reports
 FLAGS = (
@@ -24,6 +31,31 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+
+@torch.no_grad()
+def build_checkpoint(folder: Path) -> None:
+    """A student of the demo's parts with random weights, which never ends an answer by itself and takes its time."""
+    torch.manual_seed(0)
+    clip = CLIPVisionModel.from_pretrained(TOWERS / "clip")
+    tower = MoveKDVisionModel.from_clip(clip, lora_rank=4, lora_alpha=8.0, expert_init="kaiming")
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "language_model")
+    image_token_id = add_image_token(tokenizer)
+    config = LlamaConfig.from_pretrained(
+        TOWERS / "language_model", num_hidden_layers=16, max_position_embeddings=4096, vocab_size=len(tokenizer)
+    )
+    model = MoveKDForConditionalGeneration.from_parts(tower, LlamaForCausalLM(config), image_token_id)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ("vision_tower" not in name or "expert" in name or "router" in name):
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    # Plain words, which Markdown leaves alone
+    vocabulary = tokenizer.get_vocab()
+    model.generation_config.suppress_tokens = sorted(
+        index for token, index in vocabulary.items() if not token.removeprefix("▁").isalpha()
+    )
+    model.eval().save_pretrained(folder)
+    image_processor = CLIPImageProcessor.from_pretrained(TOWERS / "clip")
+    build_processor(model.config, image_processor, tokenizer).save_pretrained(folder)
 
 
 @contextmanager

@@ -12,21 +12,11 @@ import pytest
 import torch
 from page_scripts import FAINT, OUTSIDE, PIXELS, WATCH
 from PIL import Image, ImageOps
-from running_space import CHROMIUM, ROOT, chromium, running_space
+from running_space import CHROMIUM, ROOT, TOWERS, build_checkpoint, chromium, running_space
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.inference import load_checkpoint, prepare, user_message
-from modeling_movekd.processing import add_image_token, build_processor
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio")
@@ -36,36 +26,10 @@ if CHROMIUM is None:
 
 expect = playwright.expect
 pytestmark = pytest.mark.slow
-TOWERS = ROOT / "train" / "demo_towers"
 SCENES = [ROOT / "spaces" / "examples" / f"scene_{number}.png" for number in (1, 2, 3)]
 QUESTION, ANOTHER = "How many objects are there?", "What shape is the cyan object?"
 TABS = ("Chat", "What the encoder sees", "About")
 PATIENCE = 60_000  # ms; how long a loaded machine may take
-
-
-@torch.no_grad()
-def build_checkpoint(folder: Path) -> None:
-    """A student of the demo's parts with random weights, which never ends an answer by itself and takes its time."""
-    torch.manual_seed(0)
-    clip = CLIPVisionModel.from_pretrained(TOWERS / "clip")
-    tower = MoveKDVisionModel.from_clip(clip, lora_rank=4, lora_alpha=8.0, expert_init="kaiming")
-    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "language_model")
-    image_token_id = add_image_token(tokenizer)
-    config = LlamaConfig.from_pretrained(
-        TOWERS / "language_model", num_hidden_layers=16, max_position_embeddings=4096, vocab_size=len(tokenizer)
-    )
-    model = MoveKDForConditionalGeneration.from_parts(tower, LlamaForCausalLM(config), image_token_id)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and ("vision_tower" not in name or "expert" in name or "router" in name):
-            parameter.copy_(0.2 * torch.randn_like(parameter))
-    # Plain words, which Markdown leaves alone
-    vocabulary = tokenizer.get_vocab()
-    model.generation_config.suppress_tokens = sorted(
-        index for token, index in vocabulary.items() if not token.removeprefix("▁").isalpha()
-    )
-    model.eval().save_pretrained(folder)
-    image_processor = CLIPImageProcessor.from_pretrained(TOWERS / "clip")
-    build_processor(model.config, image_processor, tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +275,31 @@ def test_pictures_are_the_models_own_for_each_image_and_layer(visit, student, tm
     expect(page.locator("#pictures figure")).to_have_count(len(first))
     expect(page.locator("#pictures figure img").first).not_to_have_attribute("src", before)
     check_pictures(page, pictures(student, wide, 1))
+
+
+def test_the_last_choice_is_drawn_however_fast_the_choices_came(visit, student):
+    page = visit()
+    # The long answer has its turn first: the choices are made while none of their pictures can be drawn
+    set_length(page, 1024)
+    ask(page, QUESTION)
+    expect(answers(page)).to_have_text(re.compile(r"\w+ \w+"))
+    page.get_by_role("tab", name=TABS[1]).click()
+    for number in (1, 2):
+        page.locator("button.gallery-item").nth(number).click()
+        expect(page.locator("#picture img")).to_have_attribute("src", re.compile(SCENES[number].name))
+    page.get_by_role("tab", name=TABS[0]).click()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("tab", name=TABS[1]).click()
+    expected = pictures(student, scene(3), student.model.config.vision_config.num_hidden_layers)
+    pixels = pil_to_tensor(Image.fromarray(expected["What the encoder sees"][0].numpy()).convert("RGBA"))
+    page.wait_for_function(
+        f"""(expected) => {{
+            const image = document.querySelector('#pictures figure img');
+            return image && ({PIXELS})(image, 64).join() === expected;
+        }}""",
+        arg=",".join(map(str, pixels.permute(1, 2, 0).flatten().tolist())),
+    )
+    check_pictures(page, expected)
 
 
 def test_the_about_tab_counts_and_measures(visit, student):
