@@ -114,12 +114,11 @@ class Case:
 
 
 def features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The features that feed LLaVA's projector: the last layer of our cut tower, the last but one of the others."""
-    if isinstance(model, MoveKDVisionModel):
-        return model(pixels).last_hidden_state[:, 1:]
+    """What the forward is for: LLaVA's features from our tower and the loop's, the last hidden state of plain CLIP."""
     if any(isinstance(module, LoopOfExpertsMLP) for module in model.modules()):
         return model(pixels, output_attentions=True, output_hidden_states=True).hidden_states[-2][:, 1:]
-    return model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    # Nothing recorded; plain CLIP runs all its layers, ours has none beyond the features
+    return model(pixels).last_hidden_state[:, 1:]
 
 
 def forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
