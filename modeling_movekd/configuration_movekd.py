@@ -23,8 +23,7 @@ class MoveKDVisionConfig(CLIPVisionConfig):
         num_experts (`int`, defaults to 3): LoRA experts per MLP. 0 gives plain CLIP MLPs without a router.
         lora_rank (`int`, defaults to 32): Rank of each expert.
         lora_alpha (`float`, defaults to 1.0): The experts' output is scaled by `lora_alpha / lora_rank`.
-        lora_dropout (`float`, defaults to 0.05): Dropout on the input channels of the experts, in training only. The
-            tokens of an image lose the same channels, so that no copy of the wide activations is made.
+        lora_dropout (`float`, defaults to 0.05): Dropout on the input of each expert, in training only.
         expert_bias (`bool`, defaults to `False`): Whether both projections of an expert have a bias.
         dense_routing (`bool`, defaults to `False`): Weigh all experts by their probability instead of using the best.
         router_gradient (`str`, defaults to `"straight_through"`): How the task reaches the router under top-1 routing:

@@ -123,13 +123,7 @@ class LoraExperts(nn.Module):
             `(batch_size, sequence_length, num_experts * rank)` and `(batch_size, sequence_length, num_experts)`.
         """
         gates = (gates * self.scaling).to(hidden_states.dtype)
-        if self.training and self.dropout.p > 0:
-            # Dropped from the weight of each image, the inputs themselves are neither copied nor kept once more
-            kept = self.dropout(hidden_states.new_ones(*hidden_states.shape[:-2], 1, hidden_states.shape[-1]))
-            ranks = hidden_states @ (self.weight_a * kept).transpose(-1, -2)
-            ranks = ranks if self.bias_a is None else ranks + self.bias_a
-        else:
-            ranks = nn.functional.linear(hidden_states, self.weight_a, self.bias_a)
+        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
         return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
 
     def fold_into(self, linear: nn.Linear) -> torch.Tensor:

@@ -193,16 +193,15 @@ def test_dropout_is_active_in_training_only(make_tower, pixels):
     assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
 
 
-def test_dropout_takes_the_same_channels_from_all_tokens_of_an_image(make_tower):
+def test_dropout_takes_inputs_of_each_token_by_themselves(make_tower):
     """With as many ranks as channels and A the identity, the ranks are the inputs that were kept, scaled."""
     tower = make_tower(lora_dropout=0.5, lora_rank=32, lora_alpha=32.0, num_experts=1).train()
     experts = tower.encoder.layers[0].mlp.fc1_experts
     with torch.no_grad():
         experts.weight_a.copy_(torch.eye(32))
-        ranks, _ = experts.routed_ranks(torch.ones(200, 5, 32), torch.ones(200, 5, 1))
+        ranks, _ = experts.routed_ranks(torch.ones(40, 5, 32), torch.ones(40, 5, 1))
     assert sorted(ranks.unique().tolist()) == [0, 2] and abs(ranks.mean() - 1) < 0.1
-    assert torch.equal(ranks, ranks[:, :1].expand_as(ranks))
-    assert len(ranks[:, 0].unique(dim=0)) > 190, "each image loses channels of its own"
+    assert len(ranks.flatten(0, 1).unique(dim=0)) > 190
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
