@@ -68,3 +68,7 @@ OUTSIDE = """() => [...document.querySelectorAll('button, input, textarea, a, im
     .map((element) => [element.ariaLabel || element.innerText || element.tagName, element.getBoundingClientRect()])
     .filter(([, box]) => box.width && (box.left < -0.5 || box.right > innerWidth + 0.5))
     .map(([name, box]) => [name, box.left, box.right])"""
+# Some frames later: what the page had still to do is done
+FRAMES = """async () => {
+    for (let count = 0; count < 10; count++) await new Promise((drawn) => requestAnimationFrame(drawn));
+}"""

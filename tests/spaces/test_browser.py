@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from page_scripts import FAINT, OUTSIDE, PIXELS, WATCH
+from page_scripts import FAINT, FRAMES, OUTSIDE, PIXELS, WATCH
 from PIL import Image, ImageOps
 from running_space import CHROMIUM, ROOT, TOWERS, build_checkpoint, chromium, running_space
 from torchvision.transforms.functional import pil_to_tensor
@@ -113,10 +113,12 @@ def set_length(page: Any, tokens: int) -> None:
     field = page.get_by_label("number input for Longest answer")
     if not field.is_visible():
         page.get_by_role("button", name="Settings").first.click()
-    expect(field).not_to_have_value("")  # drawn with its first value
-    field.fill(str(tokens))
-    field.blur()
-    expect(page.get_by_label("range slider for Longest answer")).to_have_value(str(tokens))
+    slider = page.get_by_label("range slider for Longest answer")
+    # Just unfolded, the slider may still be given its first value, over what was typed
+    while slider.input_value() != str(tokens):
+        field.fill(str(tokens))
+        field.blur()
+        page.evaluate(FRAMES)
 
 
 def ask(page: Any, text: str) -> None:
