@@ -37,7 +37,8 @@ def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], s
         vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
         text = LlamaForCausalLM(LlamaConfig(**{**language, "vocab_size": language["vocab_size"] + 1}))
         model = MoveKDForConditionalGeneration.from_parts(vision, text, image_token_id=language["vocab_size"])
-    model.to(torch.bfloat16).config.save_pretrained(folder)
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(folder)
     shards: list[dict[str, list[int]]] = [{}]
     filled = 0
     for name, tensor in model.state_dict().items():
@@ -66,23 +67,30 @@ def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], s
     return total
 
 
-def loading(folder: str, device: str) -> Callable[[], Any]:
-    """For a fresh process: what is counted is the memory beyond the imports."""
+def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
+    """For a fresh process: what is counted is the memory beyond the imports, with every weight read once."""
     # Else the first use of a device and lazy imports of the loading would count
     LlamaForCausalLM(LlamaConfig(**TOY_LANGUAGE, num_hidden_layers=1)).to(device)
-    return lambda: MoveKDForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map=device)
+
+    def run() -> MoveKDForConditionalGeneration:
+        model = MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
+        for parameter in model.parameters():  # a weight in the file's own dtype stays in the mapped file until then
+            parameter.detach().flatten()[::256].any()
+        return model
+
+    return run
 
 
-def import_seconds(repeats: int) -> list[float]:
+def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
     """Seconds of CPU time that importing `modeling_movekd` takes in processes that have its dependencies."""
     code = f"{BASELINE}, time; t = time.process_time(); import modeling_movekd; print(time.process_time() - t)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     found = [
         float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        for _ in range(repeats + 1)
+        for _ in range(repeats + warm_up)
     ]
-    return found[1:]
+    return found[warm_up:]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,8 +102,12 @@ def main(arguments: list[str] | None = None) -> None:
     layers = 2 if options.toy else options.layers
     with tempfile.TemporaryDirectory() as folder:
         weights = write_empty(Path(folder), tower, {**language, "num_hidden_layers": layers}, 10**9)
-        peak = peak_memory("benchmarks.loading:loading", {"folder": folder, "device": options.device}, beyond=True)
-    seconds = statistics.median(import_seconds(1 if options.toy else options.repeats))
+        where = {"folder": folder, "device": options.device}
+        peak, converted = (
+            peak_memory("benchmarks.loading:loading", {**where, "dtype": dtype}, beyond=True, toy=options.toy)
+            for dtype in ("auto", "float32")
+        )
+    seconds = statistics.median(import_seconds(1, 0) if options.toy else import_seconds(options.repeats))
     rows = [
         Row(
             f"loading a checkpoint with the shapes of the 7B, {layers} layers, bfloat16: peak over the weights",
@@ -104,6 +116,13 @@ def main(arguments: list[str] | None = None) -> None:
             "MB",
             at_most=1.1,
             note="rival: bytes of the weights",
+        ),
+        Row(
+            "the same, turned into float32 while loading",
+            converted / 2**20,
+            2 * weights / 2**20,
+            "MB",
+            note="rival: bytes of the weights in float32; the mapped shards count too",
         ),
         Row(
             "CPU time of importing `modeling_movekd` where transformers' CLIP and LLaVA-NeXT are imported",

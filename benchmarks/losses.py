@@ -94,7 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     shapes, batch_size = (TOY, 2) if options.toy else (SHAPES, options.batch_size)
     common = {"shapes": shapes, "batch_size": batch_size, "device": options.device, "dtype": options.dtype}
-    memory = {name: peak_memory("benchmarks.losses:measured", {"variant": name, **common}, True) for name in VARIANTS}
+    memory = {
+        name: peak_memory("benchmarks.losses:measured", {"variant": name, **common}, True, options.toy)
+        for name in VARIANTS
+    }
 
     distiller = build(shapes, options.device, options.dtype)
     tokens, features = inputs(shapes, batch_size, options.device, options.dtype)

@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from transformers import AutoConfig
+
+from benchmarks import efficiency
+from modeling_movekd import MoveKDConfig, MoveKDVisionConfig
 
 
 TABLES = {
     "losses": ("Losses and heads", 2),
-    "loading": ("Loading and import", 2),
+    "loading": ("Loading and import", 3),
     "encoders": ("Encoders side by side", 7),
     "training_step": ("Step of training", 3),
 }
@@ -29,3 +34,24 @@ def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytes
     for row in table["rows"]:
         assert row["ours"] > 0 and row["rival"] > 0 and row["ratio"] > 0
         assert row["what"] in printed
+
+
+def test_student_clip_and_teachers_as_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = MoveKDVisionConfig(**sizes, image_size=28, patch_size=14, num_experts=2, lora_rank=2)
+    MoveKDConfig(vision_config=vision, text_config=AutoConfig.for_model("llama", **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--teachers"):
+        efficiency.main([str(tmp_path), "--toy"])
+    picture, out = tmp_path / "efficiency.png", tmp_path / "table.json"
+    flags = ["--toy", "--random_weights", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    efficiency.main([str(tmp_path), *flags, "--picture", str(picture), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    taught = [f"teacher {name}" for name in ("clip", "eva02", "convnext", "sam")]
+    assert list(rows) == ["student", "plain CLIP", *taught, "all teachers"]
+    assert all(set(row) == set(efficiency.COLUMNS) and min(row.values()) > 0 for row in rows.values())
+    for column in ("parameters", "FLOPs"):
+        assert rows["all teachers"][column] == pytest.approx(sum(rows[name][column] for name in taught))
+    # Two of CLIP's layers with experts, against three without
+    assert rows["student"]["FLOPs"] < rows["plain CLIP"]["FLOPs"]
+    assert "| student |" in capsys.readouterr().out
+    assert Image.open(picture).size[0] > 500
