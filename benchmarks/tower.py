@@ -89,23 +89,23 @@ class Case:
         )
         return clip.to(self.device).requires_grad_(False).eval()
 
-    def tower(self, training: bool = False, checkpointing: bool = False) -> MoveKDVisionModel:
+    def tower(self, checkpointing: bool = False) -> MoveKDVisionModel:
         """Experts and routers train; CLIP's weights do not."""
         tower = MoveKDVisionModel.from_clip(self.clip(), num_experts=self.num_experts, lora_rank=self.lora_rank)
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_("expert" in name or "router" in name)
         if checkpointing:
             tower.gradient_checkpointing_enable({"use_reentrant": False})
-        return tower.train(training)
+        return tower
 
-    def loop(self, training: bool = False) -> CLIPVisionModel:
+    def loop(self) -> CLIPVisionModel:
         clip = self.clip()
         clip.set_attn_implementation("eager")
         for layer in clip.encoder.layers:
             layer.mlp = LoopOfExpertsMLP(layer.mlp, self.num_experts, self.lora_rank, alpha=1.0, dropout=0.05)
             for part in (layer.mlp.router, layer.mlp.fc1_experts, layer.mlp.fc2_experts):
                 part.to(self.device, getattr(torch, self.dtype))
-        return clip.train(training)
+        return clip.eval()
 
     def pixels(self) -> torch.Tensor:
         size = self.sizes["image_size"]
@@ -124,20 +124,20 @@ def features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 def forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
     @torch.no_grad()
     def run() -> torch.Tensor:
-        return features(model, pixels)
+        return features(model.eval(), pixels)
 
     return run
 
 
 def training_forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
-    return lambda: features(model, pixels)
+    return lambda: features(model.train(), pixels)
 
 
 def step(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
     """Forward, a loss on the features, backward; the gradients are dropped."""
 
     def run() -> None:
-        features(model, pixels).float().square().mean().backward()
+        features(model.train(), pixels).float().square().mean().backward()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -148,7 +148,7 @@ def input_gradients(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]
     """The floor of a step: forward and the gradients of the activations, without those of any weight."""
 
     def run() -> None:
-        features(model, pixels.clone().requires_grad_()).float().square().mean().backward()
+        features(model.eval(), pixels.clone().requires_grad_()).float().square().mean().backward()
 
     return run
 
@@ -166,10 +166,10 @@ def measured(what: str, case: dict[str, Any]) -> Callable[[], Any]:
     if what == "loop forward":
         return forward(shapes.loop(), pixels)
     if what == "loop step":
-        return step(shapes.loop(training=True), pixels)
+        return step(shapes.loop(), pixels)
     if what not in ("step", "checkpointed step"):
         raise ValueError(f"`what` is {what!r}; it must be one of {MEMORY}.")
-    return step(shapes.tower(training=True, checkpointing=what == "checkpointed step"), pixels)
+    return step(shapes.tower(checkpointing=what == "checkpointed step"), pixels)
 
 
 MEMORY = ("clip forward", "folded forward", "step", "checkpointed step", "loop forward", "loop step")
@@ -192,20 +192,20 @@ def measured_building(source: str, case: dict[str, Any]) -> Callable[[], Any]:
 
 def time_rows(case: Case, repeats: int) -> list[Row]:
     pixels = case.pixels()
-    clip, tower, training, folded = case.clip(), case.tower(), case.tower(training=True), case.tower()
+    # No more models than needed: memory that runs out would be measured as time
+    clip, tower, folded, loop = case.clip(), case.tower(), case.tower(), case.loop()
     folded.fold_experts()
-    loop, loop_training = case.loop(), case.loop(training=True)
     times = paired_times(
         {
             "clip": forward(clip, pixels),
             "folded": forward(folded, pixels),
             "unfolded": forward(tower, pixels),
-            "training": training_forward(training, pixels),
-            "step": step(training, pixels),
+            "training": training_forward(tower, pixels),
+            "step": step(tower, pixels),
             "floor": input_gradients(clip, pixels),
             "loop": forward(loop, pixels),
-            "loop training": training_forward(loop_training, pixels),
-            "loop step": step(loop_training, pixels),
+            "loop training": training_forward(loop, pixels),
+            "loop step": step(loop, pixels),
         },
         repeats,
     )
