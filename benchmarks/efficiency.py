@@ -140,12 +140,12 @@ def markdown(table: dict[str, dict[str, float]], context: dict[str, Any]) -> str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=3)
-    options.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
-    options.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
-    options.add_argument("--random_weights", action="store_true", help="CLIP, EVA-02, ConvNeXt and SAM, of full size")
-    options.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
-    options = options.parse_args(arguments)
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
+    flags.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
+    flags.add_argument("--random_weights", action="store_true", help="CLIP, EVA-02, ConvNeXt and SAM, of full size")
+    flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
+    options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
     common = {
         "checkpoint": options.checkpoint,

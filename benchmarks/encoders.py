@@ -24,10 +24,10 @@ from train.plan_step import FLOP_FORMULAS
 from train.teachers import TEACHERS
 
 
-SAM_LARGE = {"hidden_size": 1024, "mlp_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SAM_LARGE: dict[str, Any] = {"hidden_size": 1024, "mlp_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SAM_LARGE |= {"global_attn_indexes": [5, 11, 17, 23], "image_size": 1024}
 TOY_EVA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-TOY_SAM = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOY_SAM: dict[str, Any] = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_SAM |= {"global_attn_indexes": [1], "image_size": 64, "output_channels": 16, "window_size": 2}
 
 
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(
             Row(f"student / {name}, time", statistics.median(times["ours"]), median, times_faster=True, note=note)
         )
-    summed = {"times_faster": True, "note": "rival: CLIP + EVA-02 + ConvNeXt + SAM"}
+    summed: dict[str, Any] = {"times_faster": True, "note": "rival: CLIP + EVA-02 + ConvNeXt + SAM"}
     rows += [
         Row("student / all four, time", statistics.median(ours), seconds, at_least=20, **summed),
         Row("student / all four, FLOPs", ours_flops / 1e9, operations / 1e9, "G", at_least=30, **summed),

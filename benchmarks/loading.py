@@ -94,9 +94,9 @@ def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=5)
-    options.add_argument("--layers", type=int, default=6, help="of the language model; the 7B has 32")
-    options = options.parse_args(arguments)
+    flags = parser(__doc__, repeats=5)
+    flags.add_argument("--layers", type=int, default=6, help="of the language model; the 7B has 32")
+    options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tower, language = (TOY_TOWER, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
     layers = 2 if options.toy else options.layers

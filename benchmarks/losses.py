@@ -19,12 +19,16 @@ from train.teacher_features import TeacherFeatures
 
 
 # Student's width and grid, then each teacher's, as at 336 and 1024 pixels
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "width": 1024,
     "grid": 24,
     "teachers": {"clip": [1024, 24], "eva02": [1024, 64], "convnext": [3072, 32], "sam": [256, 64]},
 }
-TOY = {"width": 16, "grid": 4, "teachers": {"clip": [16, 4], "eva02": [16, 8], "convnext": [24, 5], "sam": [8, 8]}}
+TOY: dict[str, Any] = {
+    "width": 16,
+    "grid": 4,
+    "teachers": {"clip": [16, 4], "eva02": [16, 8], "convnext": [24, 5], "sam": [8, 8]},
+}
 
 
 def inputs(shapes: Mapping[str, Any], batch_size: int, device: str, dtype: str) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -88,9 +92,9 @@ def measured(variant: str, shapes: dict[str, Any], batch_size: int, device: str,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=3)
-    options.add_argument("--batch_size", type=int, default=16)
-    options = options.parse_args(arguments)
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--batch_size", type=int, default=16)
+    options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
     shapes, batch_size = (TOY, 2) if options.toy else (SHAPES, options.batch_size)
     common = {"shapes": shapes, "batch_size": batch_size, "device": options.device, "dtype": options.dtype}

@@ -156,9 +156,9 @@ def step(trainer: MoveKDTrainer, batch: dict[str, Any]) -> Callable[[], Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=3)
-    options.add_argument("--batch_size", type=int, default=2)
-    options = options.parse_args(arguments)
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--batch_size", type=int, default=2)
+    options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         table(options, Case(options.toy, options.batch_size, folder))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from benchmarks import efficiency
+from benchmarks import efficiency, scaling
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig
 
 
@@ -16,6 +16,7 @@ TABLES = {
     "losses": ("Losses and heads", 2),
     "loading": ("Loading and import", 3),
     "encoders": ("Encoders side by side", 7),
+    "inference": ("Inference", 2),
     "training_step": ("Step of training", 3),
 }
 
@@ -54,4 +55,16 @@ def test_student_clip_and_teachers_as_table_and_picture(tmp_path: Path, capsys: 
     # Two of CLIP's layers with experts, against three without
     assert rows["student"]["FLOPs"] < rows["plain CLIP"]["FLOPs"]
     assert "| student |" in capsys.readouterr().out
+    assert Image.open(picture).size[0] > 500
+
+
+def test_curves_over_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, out = tmp_path / "scaling.png", tmp_path / "curves.json"
+    flags = ["--toy", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    scaling.main([*flags, "--picture", str(picture), "--out", str(out)])
+    curves = json.loads(out.read_text())["curves"]
+    assert list(curves) == ["image size", "batch", "experts", "rank", "teachers"]
+    for curve in curves.values():
+        assert all(len(seconds) == len(curve["at"]) and min(seconds) > 0 for seconds in curve["seconds"].values())
+    assert "| image size | 28, 56 | forward |" in capsys.readouterr().out
     assert Image.open(picture).size[0] > 500
