@@ -19,7 +19,7 @@ def test_table_of_times(tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
         benchmark.main(
-            ["--toy", "--parts", "times", "--repeats", "2", "--threads", "1", "--device", "cpu", "--out", str(out)]
+            ["--toy", "--parts", "times", "loop", "--repeats=2", "--threads=1", "--device=cpu", "--out", str(out)]
         )
     finally:
         torch.set_num_threads(threads)
