@@ -178,5 +178,5 @@ class PictureCallback(TrainerCallback):
             import wandb
 
             if wandb.run is not None:
-                images = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
-                wandb.log({**images, "train/global_step": step})
+                panels = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
+                wandb.log({**panels, "train/global_step": step})
