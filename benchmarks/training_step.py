@@ -143,10 +143,11 @@ class Case:
         return trainer
 
 
-def step(trainer: MoveKDTrainer, batch: dict[str, Any]) -> Callable[[], Any]:
-    """Forward and backward; the gradients are dropped."""
+def step(trainer: MoveKDTrainer, teachers: Mapping[str, Any], batch: dict[str, Any]) -> Callable[[], Any]:
+    """Forward and backward with these teachers; the gradients are dropped."""
 
     def run() -> torch.Tensor:
+        trainer.teachers = dict(teachers)
         (prepared,), count = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
         loss = trainer.training_step(trainer.model, prepared, count)
         trainer.model.zero_grad()
@@ -167,16 +168,16 @@ def main(arguments: list[str] | None = None) -> None:
 def table(options: Any, case: Case) -> None:
     teachers = case.teachers
     plain, live = case.trainer({}), case.trainer(teachers)
-    cached = case.trainer({name: CachedFeatures(teacher) for name, teacher in teachers.items()})
+    cached = {name: CachedFeatures(teacher) for name, teacher in teachers.items()}
     batch = live.data_collator(list(live.train_dataset))
     pixels = batch.pop("teacher_pixel_values")
     with torch.no_grad():
         features = {name: encode(teachers[name](pixels[name]), "float16") for name in teachers}
     images = [row["image"] for row in rows(case.batch_size)]
     steps = {
-        "plain": step(plain, batch),
-        "cached": step(cached, batch | {"cached_features": features}),
-        "live": step(live, batch | {"teacher_pixel_values": pixels}),
+        "plain": step(plain, {}, batch),
+        "cached": step(live, cached, batch | {"cached_features": features}),
+        "live": step(live, teachers, batch | {"teacher_pixel_values": pixels}),
     }
 
     def one_by_one() -> None:
@@ -185,7 +186,7 @@ def table(options: Any, case: Case) -> None:
             made[name] = torch.cat([teacher.preprocessor([image]) for image in images])
             for image in made[name]:
                 teacher(image[None])
-        step(cached, batch | {"cached_features": features})()
+        steps["cached"]()
 
     functions: dict[str, Callable[[], Any]] = {
         **steps,
