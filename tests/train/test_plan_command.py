@@ -187,7 +187,11 @@ def tiny_recipe(name: str, configurations: dict[str, str], folder: Path) -> list
     for key in ("vision_model", "language_model"):
         if key in recipe:
             recipe[key] = tiny(recipe[key])
-    if "model_name_or_path" in recipe:
+    if name.startswith("demo") and "model_name_or_path" in recipe:
+        # Its teachers are the small networks that are shipped, so the student is made of those too
+        del recipe["model_name_or_path"]
+        recipe |= {"vision_model": "train/demo_towers/clip", "language_model": "train/demo_towers/language_model"}
+    elif "model_name_or_path" in recipe:
         recipe |= {"vision_model": configurations["clip-vit"], "language_model": configurations["vicuna"]}
     for teacher in recipe.get("teachers", []):
         named = teacher.get(
