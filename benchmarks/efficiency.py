@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import cached_file
 
 from benchmarks.encoders import ENCODERS, image_size, runner
-from benchmarks.measure import machine, paired_times, parser, peak_memory
+from benchmarks.measure import machine, paired_times, parser, peak_memory, write
 from modeling_movekd import MoveKDConfig, MoveKDVisionModel
 from train.demo import save_figure
 from train.plan_step import FLOP_FORMULAS
@@ -176,11 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw(options.picture, table)
     print(f"\nPicture: {options.picture}")
     if options.out:
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(json.dumps({"context": context, "rows": table}, indent=2) + "\n")
-        temporary.replace(out)
+        write(Path(options.out), json.dumps({"context": context, "rows": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from benchmarks.measure import write
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
 from hub.run_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evaluation, weights_fingerprint
 
@@ -220,14 +221,6 @@ def comparison(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]],
     if limit is not None:
         lines += ["", f"Only the first {limit} rows of each task were asked: no number to quote."]
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
+from benchmarks.measure import write
 from modeling_movekd.images import decode_image, shared_crop
 from modeling_movekd.other_encoders import OtherEncoder
 from modeling_movekd.visualize import load_tower
@@ -265,12 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table(found, test["label"], options.neighbours))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = options.out.with_name(f"{options.out.name}.tmp")
         content = {"neighbours": options.neighbours, "rows": {"train": len(train), "test": len(test)}}
         content["accuracies"] = [asdict(row) for row in found]
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(options.out)
+        write(options.out, json.dumps(content, indent=2) + "\n")
     return 0
 
 

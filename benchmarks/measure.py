@@ -158,11 +158,16 @@ def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str
         path = Path(out)
         tables = json.loads(path.read_text()) if path.exists() else {}
         tables[title] = {"context": context, "rows": [{**asdict(row), "reached": row.reached} for row in rows]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(tables, indent=2) + "\n")
-        temporary.replace(path)
+        write(path, json.dumps(tables, indent=2) + "\n")
     return markdown
+
+
+def write(path: Path, text: str) -> None:
+    """Under a temporary name first; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def parser(description: str, repeats: int = 7) -> argparse.ArgumentParser:

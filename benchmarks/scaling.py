@@ -18,7 +18,7 @@ from benchmarks.losses import SHAPES as LOSS_SHAPES
 from benchmarks.losses import TOY as TOY_LOSS_SHAPES
 from benchmarks.losses import build, inputs, ours
 from benchmarks.losses import step as losses_step
-from benchmarks.measure import machine, paired_times, parser
+from benchmarks.measure import machine, paired_times, parser, write
 from benchmarks.tower import TOY, Case, forward, step
 from train.demo import save_figure
 
@@ -124,11 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join([*lines, "", "; ".join(f"{key}: {value}" for key, value in context.items())]))
     draw(options.picture, curves)
     if options.out:
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(json.dumps({"context": context, "curves": curves}, indent=2) + "\n")
-        temporary.replace(out)
+        write(Path(options.out), json.dumps({"context": context, "curves": curves}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
