@@ -12,7 +12,6 @@ Talk to a checkpoint in a terminal, or over a pipe (one question a line, one ans
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from .images import decode_image
-from .inference import Conversation, load_checkpoint
+from .inference import Conversation, add_arguments, load_checkpoint, sampling
 
 
 def read_lines(is_terminal: bool) -> Iterator[str]:
@@ -88,22 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m modeling_movekd.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
-    parser.add_argument("--device", help="by default the first GPU, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
 
     is_terminal = sys.stdin.isatty()
     if not is_terminal:
         logging.disable_progress_bar()
-    generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
-    if options.temperature > 0:
-        generation |= {"temperature": options.temperature, "top_p": options.top_p}
     set_seed(options.seed)
     try:
         images = [decode_image(path) for path in options.image]
@@ -111,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    conversation = Conversation(model, processor, **generation)
+    conversation = Conversation(model, processor, max_new_tokens=options.max_new_tokens, **sampling(options))
     if is_terminal:
         threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
         print(f"{options.checkpoint} on {model.device}{threads}. /help lists the commands.")

@@ -1,5 +1,6 @@
 """Asking a checkpoint: what the command lines of this package share."""
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,13 +74,35 @@ def prepare(
     return dict(inputs.to(device))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command line that asks a checkpoint: where it is, where it runs, how tokens are chosen."""
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
+    parser.add_argument("--device", help="by default the first GPU, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate` for the temperature that [`add_arguments`] has read."""
+    if options.temperature > 0:
+        return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    return {"do_sample": False}
+
+
+def longest_context(model: MoveKDForConditionalGeneration) -> int | None:
+    """Positions of the language model, for prompt and answer together; `None` where it has no bound."""
+    return getattr(model.config.text_config, "max_position_embeddings", None)
+
+
 def check_length(model: MoveKDForConditionalGeneration, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> None:
     """
     Raises:
         ValueError: if the prompt and the answer are longer than the language model's positions, with both lengths.
     """
     length = inputs["input_ids"].shape[1]
-    longest = getattr(model.config.text_config, "max_position_embeddings", None)
+    longest = longest_context(model)
     if longest is not None and length + new_tokens > longest:
         raise ValueError(
             f"The prompt has {length} tokens and the answer may have {new_tokens}; the language model takes {longest} "

@@ -34,7 +34,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, set_torch_seed
 
 from .images import decode_image
-from .inference import check_length, prepare
+from .inference import check_length, longest_context, prepare
 from .modeling_movekd import MoveKDForConditionalGeneration
 
 
@@ -277,7 +277,7 @@ class ChatHandler(ChatCompletionHandler):
             raise ValueError(f"max_tokens is {asked}; this server's answers have at most {self.limits.new_tokens}.")
         check_length(self.model, inputs, asked or 1)
         if asked is None:
-            longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
+            longest = longest_context(self.model)
             room = self.limits.new_tokens if longest is None else longest - inputs["input_ids"].shape[1]
             asked = min(self.limits.new_tokens, room)
         generation = copy.deepcopy(self.model.generation_config)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
 
 from .images import decode_image
-from .inference import check_length, load_checkpoint, prepare, user_message
+from .inference import add_arguments, check_length, load_checkpoint, prepare, sampling, user_message
 from .modeling_movekd import MoveKDForConditionalGeneration
 
 
@@ -235,26 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("questions", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--image-folder", type=Path, default=Path("."))
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
     parser.add_argument("--prompt-suffix", default="", help="text after each question")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
-    parser.add_argument("--device", help="by default the first GPU, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
 
-    generation = {
-        "max_new_tokens": options.max_new_tokens,
-        "num_beams": options.num_beams,
-        "do_sample": options.temperature > 0,
-    }
-    if options.temperature > 0:
-        generation |= {"temperature": options.temperature, "top_p": options.top_p}
     set_seed(options.seed)
     try:
         model, processor = load_checkpoint(options.checkpoint, options.revision, options.device, options.dtype)
@@ -268,7 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
             max_bad_share=options.max_bad_share,
             prompt_suffix=options.prompt_suffix,
-            **generation,
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+            **sampling(options),
         )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
