@@ -7,21 +7,17 @@ import datasets
 import torch
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import VOCABULARY, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
-
-
-VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
@@ -195,14 +191,6 @@ def write_data(root: Path) -> Path:
             lines += [f"    path: {subset}/{split}.parquet"]
         (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
     return root
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @torch.no_grad()

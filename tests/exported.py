@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import VOCABULARY, make_tokenizer, spread
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -20,7 +19,6 @@ from modeling_movekd.processing import build_processor
 
 
 SIZE = 16
-VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 # Everything of a training run that has no business on the Hub
 STAYS = [
     "optimizer.pt",
@@ -32,15 +30,6 @@ STAYS = [
     "data.jsonl",
 ]
 STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3/optimizer.pt", "notes.txt"]
-
-
-def spread(module: torch.nn.Module, seed: int) -> None:
-    """Draw every weight wide enough that one left out shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
 
 
 def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
@@ -63,17 +52,6 @@ def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveK
         if name.endswith(("router", "experts")):
             spread(part, seed + 1)
     return tower.eval()
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
 
 
 def make_model(tower: MoveKDVisionModel, tied: bool = False, **kwargs) -> MoveKDForConditionalGeneration:
@@ -107,7 +85,7 @@ def save_tower(tower: MoveKDVisionModel, folder: Path) -> Path:
 
 def save_model(model: MoveKDForConditionalGeneration, folder: Path) -> Path:
     model.save_pretrained(folder)
-    build_processor(model.config, CLIPImageProcessor(), make_tokenizer()).save_pretrained(folder)
+    build_processor(model.config, CLIPImageProcessor(), make_tokenizer(padding_side="left")).save_pretrained(folder)
     (folder / "training_facts.json").write_text('{"recipe": "tiny"}')
     (folder / "evaluation.json").write_text("{}")
     return folder

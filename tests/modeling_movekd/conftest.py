@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import VOCABULARY, spread
+from tiny import make_tokenizer as byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -24,7 +25,6 @@ from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
 
 
-VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 CLIP_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -59,21 +59,13 @@ def language_config(family: str) -> PreTrainedConfig:
     raise ValueError(family)
 
 
-@torch.no_grad()
-def spread(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Draw every weight wide enough that a layer, a norm or a bias left out shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
-    return model.eval()
-
-
 @pytest.fixture(scope="session")
 def make_clip() -> Callable[..., CLIPVisionModel]:
     def make(seed: int = 0, **sizes) -> CLIPVisionModel:
         torch.manual_seed(seed)
-        return spread(CLIPVisionModel(CLIPVisionConfig(**(CLIP_SIZES | sizes))), seed)
+        model = CLIPVisionModel(CLIPVisionConfig(**(CLIP_SIZES | sizes)))
+        spread(model, seed)
+        return model.eval()
 
     return make
 
@@ -82,7 +74,9 @@ def make_clip() -> Callable[..., CLIPVisionModel]:
 def make_language() -> Callable[..., PreTrainedModel]:
     def make(family: str = "llama", seed: int = 1, **kwargs) -> PreTrainedModel:
         torch.manual_seed(seed)
-        return spread(AutoModelForCausalLM.from_config(language_config(family), **kwargs), seed)
+        model = AutoModelForCausalLM.from_config(language_config(family), **kwargs)
+        spread(model, seed)
+        return model.eval()
 
     return make
 
@@ -122,16 +116,7 @@ def make_model(make_tower, make_language) -> Callable[..., MoveKDForConditionalG
 def make_tokenizer() -> Callable[[], PreTrainedTokenizerFast]:
     """One token a byte."""
 
-    def make() -> PreTrainedTokenizerFast:
-        vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
-        )
-
-    return make
+    return lambda: byte_tokenizer(padding_side="left")
 
 
 @pytest.fixture(scope="session")

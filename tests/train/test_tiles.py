@@ -10,14 +10,13 @@ from datasets import Dataset
 from launched import DDP_CPU, SCRIPT, launch, run, write_settings
 from PIL import Image
 from safetensors.torch import load_file
+from trainers import build_trainer
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from modeling_movekd.images import decode_image
-from train import sft
-from train.build import build_distiller, build_student, build_teachers
+from train.build import build_student, build_teachers
 from train.collator import MoveKDCollator
-from train.data import load_conversations
 from train.teacher_preprocessing import TeacherPreprocessor
 from train.tiles import cut_tiles
 from train.trainer import MoveKDTrainer
@@ -105,25 +104,6 @@ def test_collated_tiles(arguments) -> None:
     assert distances.max() < 0.2 and (distances == 0).sum() >= len(SIZES)
 
 
-def build(settings: Any) -> MoveKDTrainer:
-    data_args, args, model_args = settings
-    model, processor = build_student(args, model_args)
-    teachers = build_teachers(args)
-    distiller = build_distiller(args, model, teachers)
-    dataset = load_conversations(data_args.dataset_name)
-    collator = sft.build_collator(args, processor, teachers)
-    sft.fit_feature_statistics(args, distiller, teachers, dataset, collator)
-    return MoveKDTrainer(
-        model,
-        args,
-        teachers=teachers,
-        distiller=distiller,
-        train_dataset=dataset,
-        data_collator=collator,
-        processing_class=processor,
-    )
-
-
 def by_hand(trainer: MoveKDTrainer, rows: list[dict[str, Any]], distill_tiles: str) -> dict[str, torch.Tensor]:
     """The distillation terms of these rows, one crop after the other: mean over the crops, then over the images."""
     model, collator = trainer.model, trainer.data_collator
@@ -160,7 +140,7 @@ def test_losses_and_gradient_are_those_by_hand(arguments, preset: str, distill_t
         lambda_balance=0.0,
         per_device_train_batch_size=5,
     )
-    trainer = build(settings)
+    trainer = build_trainer(*settings)
     rows = [trainer.train_dataset[index] for index in range(5)]
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     counts = [image_size_to_num_patches(size, GRIDS, SIZE) for size in batch["image_sizes"]]
@@ -201,7 +181,7 @@ def test_splitting_a_step_changes_nothing(arguments, tmp_path) -> None:
     same = {**ALL, "lora_dropout": 0.0, "max_steps": 2, "optim": "sgd", "lambda_kd": 1.0}
     same |= {"train_sampling_strategy": "sequential"}
     whole, halves = (
-        build(arguments(**same, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size))
+        build_trainer(*arguments(**same, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size))
         for size in (4, 2)
     )
     for trainer in (whole, halves):
@@ -216,7 +196,7 @@ def test_splitting_a_step_changes_nothing(arguments, tmp_path) -> None:
 
 
 def test_text_alone_distils_nothing(arguments) -> None:
-    trainer = build(arguments(**ALL))
+    trainer = build_trainer(*arguments(**ALL))
     batch = trainer.data_collator([trainer.train_dataset[3]])
     assert batch["num_blank_images"] == 1
     assert len(batch["teacher_pixel_values"]["clip"]) == image_size_to_num_patches((SIZE, SIZE), GRIDS, SIZE) > 1
@@ -228,7 +208,7 @@ def test_text_alone_distils_nothing(arguments) -> None:
 
 def test_teachers_that_saw_other_crops_are_refused(arguments) -> None:
     """What the collator hands over and what the forward distils are held against each other."""
-    trainer = build(arguments(**ALL))
+    trainer = build_trainer(*arguments(**ALL))
     collator = trainer.data_collator
     collator.distill_tiles = "base"
     batch = trainer._prepare_inputs(collator([trainer.train_dataset[index] for index in range(3)]))

@@ -10,12 +10,12 @@ from colours import llava_rows
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trainers import build_trainer
 from transformers import TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
-from train.build import build_distiller, build_student, build_teachers
-from train.data import load_conversations
+from train.build import build_student
 from train.trainer import MoveKDTrainer
 
 
@@ -29,25 +29,8 @@ class Snapshot(TrainerCallback):
         return {name for name, value in model.named_parameters() if not torch.equal(value, self.before[name])}
 
 
-def train(data_args, args, model_args, callbacks=(), prepare=lambda model, teachers, distiller: None) -> MoveKDTrainer:
-    """`train.sft.train` with a place to interfere before the trainer is built."""
-    model, processor = build_student(args, model_args)
-    teachers = build_teachers(args)
-    distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
-    dataset = load_conversations(data_args.dataset_name)
-    collator = sft.build_collator(args, processor, teachers)
-    sft.fit_feature_statistics(args, distiller, teachers, dataset, collator)
-    prepare(model, teachers, distiller)
-    trainer = MoveKDTrainer(
-        model,
-        args,
-        teachers=teachers,
-        distiller=distiller,
-        train_dataset=dataset,
-        data_collator=collator,
-        processing_class=processor,
-        callbacks=list(callbacks),
-    )
+def train(*settings, **kwargs) -> MoveKDTrainer:
+    trainer = build_trainer(*settings, **kwargs)
     trainer.train()
     return trainer
 
