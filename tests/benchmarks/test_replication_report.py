@@ -1,0 +1,400 @@
+"""The statistics against answers by hand, the lines that are refused, and a report whose numbers are known."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.replication import analysis
+from benchmarks.replication.report import Design, Results, write_report
+from benchmarks.replication.wording import points, probability, ranges, sentence, spanned, table
+
+
+def fields(arm: str = "ours", seed: Any = 1, split: str = "test", **changes: Any) -> dict[str, Any]:
+    """The object of one line."""
+    command = f"python -m benchmarks.replication --arms {arm} --seeds {seed}"
+    whole = {"arm": arm, "seed": seed, "split": split, "command": command, "commit": "abc1234", "date": "2026-11-22"}
+    whole |= {"settings": {}, "accuracy": {"read": 0.25, "count": 0.75}, "questions": {"read": 400, "count": 500}}
+    whole |= {"probe": {"shape": 0.9, "digit": 0.7}, "probe_at_start": {"shape": 0.8, "digit": 0.75}}
+    whole |= {"cka": {"clip": 0.9, "detector": 0.6}, "experts": None, "drift": 0.125}
+    whole |= {"losses": {"text": 0.5, "kd": 0.75}}
+    whole |= {"cost": {"seconds": 55.0, "tower_parameters": 672000, "trained_parameters": 1700000}}
+    return whole | changes
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def runs_of(*lines: dict[str, Any]) -> list[analysis.Run]:
+    return [analysis.parse_run(line, number) for number, line in enumerate(lines, 1)]
+
+
+def test_interval_of_the_mean() -> None:
+    found = analysis.interval([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)  # t(0.975, 2) from the table; the standard deviation is 1
+    assert (found.mean, found.count) == (2.0, 3)
+    assert (found.low, found.high) == (pytest.approx(2 - half, abs=1e-6), pytest.approx(2 + half, abs=1e-6))
+    alone = analysis.interval([0.5])
+    assert alone.mean == 0.5 and math.isnan(alone.low) and math.isnan(alone.high)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1.0, 1.0, 1.0, 1.0, 1.0], 2 / 32),
+        ([-1.0, -2.0, -3.0], 2 / 8),
+        ([3.0, -1.0, 2.0], 4 / 8),  # sums of signs: +-6, +-4, +-2, 0, 0
+        ([1.0, -1.0], 1.0),
+        ([0.0, 0.0, 0.0], 1.0),
+    ],
+)
+def test_exact_p_counts_the_signs(differences: list[float], p: float) -> None:
+    assert analysis.sign_flip_p(differences) == pytest.approx(p)
+
+
+def test_exact_p_of_too_many_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 20 seeds; got 21"):
+        analysis.sign_flip_p([1.0] * 21)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_a_detectable_difference_is_found_four_times_in_five(count: int) -> None:
+    smallest = analysis.detectable_difference(2.0, count)
+    drawn = np.random.default_rng(0).normal(smallest, 2.0, size=(40_000, count))
+    assert (stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_detectable_difference_shrinks_with_seeds_and_grows_with_spread() -> None:
+    by_count = [analysis.detectable_difference(1.0, count) for count in range(2, 21)]
+    assert by_count == sorted(by_count, reverse=True) and all(math.isfinite(value) for value in by_count)
+    assert analysis.detectable_difference(3.0, 5) == pytest.approx(3 * analysis.detectable_difference(1.0, 5))
+
+
+def test_holm_by_hand() -> None:
+    assert analysis.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert analysis.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    untested = analysis.holm([math.nan, 0.02])
+    assert math.isnan(untested[0]) and untested[1] == pytest.approx(0.02)
+
+
+def test_pairs_are_of_the_seeds_of_both() -> None:
+    found = analysis.compare({1: 0.5, 2: 0.6, 3: 0.4, 9: 0.0}, {1: 0.4, 2: 0.4, 3: 0.4, 7: 1.0})
+    assert found is not None and found.seeds == [1, 2, 3]
+    assert found.difference.mean == pytest.approx(0.1) and (found.ahead, found.behind) == (2, 0)
+    assert found.exact_p == pytest.approx(4 / 8) and found.verdict == "undecided"
+    assert analysis.compare({1: 0.5}, {2: 0.5}) is None
+    alone = analysis.compare({1: 0.5}, {1: 0.25})
+    assert alone is not None and alone.difference.mean == 0.25 and alone.verdict == "undecided"
+    assert math.isnan(alone.t_p) and math.isnan(alone.exact_p) and math.isnan(alone.detectable)
+
+
+def test_equal_differences_are_equal_in_the_last_bit_too() -> None:
+    found = analysis.compare({1: 0.1 + 0.2, 2: 0.3}, {1: 0.3, 2: 0.1 + 0.2})
+    assert found is not None and found.t_p == found.exact_p == 1.0 and (found.ahead, found.behind) == (0, 0)
+    assert found.verdict == "undecided" and found.detectable == 0.0
+
+
+def test_the_interval_and_the_t_test_agree() -> None:
+    generator, verdicts = np.random.default_rng(1), set()
+    for _ in range(60):
+        ours, rival = (dict(enumerate(generator.uniform(0, 1, 4))) for _ in range(2))
+        found = analysis.compare(ours, {seed: value - 0.3 for seed, value in rival.items()})
+        assert found is not None and (found.t_p < 0.05) == (found.verdict != "undecided")
+        verdicts.add(found.verdict)
+    assert verdicts == {"won", "undecided"}
+
+
+def test_families_won_and_lost() -> None:
+    ours, rival, asked = [], [], {"read": 400, "count": 500, "size": 500}
+    for seed, noise in enumerate((-0.01, 0.0, 0.01)):
+        ours.append(fields("ours", seed, accuracy=dict.fromkeys(asked, 0.5 + noise), questions=asked))
+        rival.append(fields("rival", seed, accuracy={"read": 0.3, "count": 0.7, "size": 0.5}, questions=asked))
+    found = {name: pair for name, pair in analysis.compare_families(runs_of(*ours), runs_of(*rival)).items() if pair}
+    assert [pair.verdict for pair in found.values()] == ["won", "lost", "undecided"]
+    assert [pair.difference.mean for pair in found.values()] == pytest.approx([0.2, -0.2, 0.0])
+    with pytest.raises(ValueError, match="more than one split"):
+        analysis.compare_families(runs_of(*ours), runs_of(*(line | {"split": "validation"} for line in rival)))
+
+
+def test_share_closed_over_a_distance_without_spread_is_the_t_interval_over_it() -> None:
+    control = {1: 0.1, 2: 0.2, 3: 0.3, 5: 0.9}
+    upper = {seed: value + 0.5 for seed, value in control.items()}
+    ours = {1: 0.1 + 0.1, 2: 0.2 + 0.2, 3: 0.3 + 0.3, 4: 1.0}
+    found, gain = analysis.share_closed(ours, control, upper), analysis.interval([0.1, 0.2, 0.3])
+    assert found is not None and found.count == 3
+    assert (found.mean, found.low, found.high) == pytest.approx((0.4, gain.low / 0.5, gain.high / 0.5))
+
+
+def test_share_closed_in_the_same_proportion_on_every_seed_is_certain() -> None:
+    control, upper = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.2}, {1: 0.8, 2: 0.9, 3: 0.7, 4: 1.0}
+    found = analysis.share_closed({s: control[s] + 0.75 * (upper[s] - control[s]) for s in control}, control, upper)
+    assert found is not None and (found.mean, found.low, found.high) == pytest.approx((0.75, 0.75, 0.75), abs=1e-6)
+
+
+def test_the_bounds_of_the_share_are_where_a_t_test_turns() -> None:
+    generator = np.random.default_rng(2)
+    gains, distances = generator.normal(0.3, 0.05, 6), generator.normal(0.6, 0.1, 6)
+    zero = dict.fromkeys(range(6), 0.0)
+    found = analysis.share_closed(dict(enumerate(gains)), zero, dict(enumerate(distances)))
+    assert found is not None and found.low < found.mean < found.high
+    for bound in (found.low, found.high):
+        assert stats.ttest_1samp(gains - bound * distances, 0).pvalue == pytest.approx(0.05)
+
+
+def test_no_share_of_a_distance_that_is_not_there() -> None:
+    zero = {1: 0.0, 2: 0.0, 3: 0.0}
+    assert analysis.share_closed({1: 0.1, 2: 0.1, 3: 0.1}, zero, {1: -0.1, 2: -0.1, 3: 0.1}) is None
+    assert analysis.share_closed({1: 0.1}, zero, {2: 0.5}) is None
+    unsure = analysis.share_closed({1: 0.1, 2: 0.2, 3: 0.1}, zero, {1: -0.4, 2: 0.1, 3: 0.9})
+    assert unsure is not None and (unsure.low, unsure.high) == (-math.inf, math.inf)
+    alone = analysis.share_closed({1: 0.1}, zero, {1: 0.4})
+    assert alone is not None and alone.mean == pytest.approx(0.25) and math.isnan(alone.low)
+
+
+def test_the_best_control_is_the_best_on_validation() -> None:
+    def line(arm: str, split: str, level: float, **settings: float) -> dict[str, Any]:
+        return fields(arm, split=split, accuracy={"read": level, "count": level}, settings=settings)
+
+    rate = analysis.RATE
+    runs = runs_of(
+        line("frozen", "test", 0.9),
+        line("tuned", "test", 0.1, **{rate: 1e-3}),
+        line("tuned", "validation", 0.6, **{rate: 1e-3}),
+        line("tuned", "validation", 0.4, **{rate: 1e-4}),
+        line("frozen", "validation", 0.5),
+        line("ours", "validation", 0.8),
+    )
+    analysis.check_together(runs)
+    choices = analysis.tuned(runs)
+    told = [(choice.arm, choice.settings.get(rate), choice.average.mean, choice.best) for choice in choices]
+    at_rates = [("tuned", 1e-4, 0.4, False), ("tuned", 1e-3, 0.6, True)]
+    assert told == [*at_rates, ("frozen", None, 0.5, True), ("ours", None, 0.8, True)]
+    assert analysis.best_control(choices, ["frozen", "tuned"]) == "tuned"
+    assert analysis.best_control(analysis.tuned(runs[:2]), ["frozen", "tuned"]) is None
+
+
+def test_entropy_and_information_by_hand() -> None:
+    assert analysis.normalised_entropy([0.25] * 4) == pytest.approx(1.0)
+    assert analysis.normalised_entropy([1.0, 0.0]) == 0.0
+    assert analysis.normalised_entropy([0.75, 0.25]) == pytest.approx(0.811278, abs=1e-6)
+    assert math.isnan(analysis.normalised_entropy([1.0]))
+    assert analysis.mutual_information([[1.0, 0.0], [0.0, 1.0]]) == pytest.approx(1.0)
+    assert analysis.mutual_information([[0.3, 0.7], [0.3, 0.7]]) == pytest.approx(0.0, abs=1e-12)
+    assert analysis.mutual_information([[1.0, 0.0], [0.5, 0.5]]) == pytest.approx(0.811278 - 0.5, abs=1e-6)
+
+
+def test_scores_are_of_one_arm_one_split_and_each_seed_once() -> None:
+    assert analysis.scores(runs_of(fields(seed=3), fields(seed=1))) == {1: 0.5, 3: 0.5}
+    for other, what in (
+        (fields(seed=2, split="validation"), "more than one split.*test, validation"),
+        (fields("rival", seed=2), "more than one arm.*ours, rival"),
+        (fields(), "Lines 1 and 2 are both arm ours, seed 1"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            analysis.scores(runs_of(fields(), other))
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in fields(seed=2).items() if name != key}
+
+
+EVEN = [[0.5, 0.5]]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (fields(), "Lines 1 and 3 are both arm ours, seed 1, split test"),
+    (without("probe"), "Line 3 has no probe"),
+    (without("experts"), "Line 3 has no experts"),
+    (fields(seed=2, split="train"), "Line 3: split is 'train'"),
+    (fields(seed="2"), "Line 3: seed '2'"),
+    (fields(seed=2, accuracy={"read": 25.0, "count": 75.0}), r"Line 3: accuracy\['read'\] is 25.0.*from 0 to 1"),
+    (fields(seed=2, accuracy={"read": math.nan, "count": 0.5}), r"Line 3: accuracy\['read'\] is nan"),
+    (fields(seed=2, accuracy={}), "Line 3: accuracy is {}"),
+    (fields(seed=2, losses={"text": math.inf}), r"Line 3: losses\['text'\] is inf"),
+    (fields(seed=2, drift=None), "Line 3: drift is None"),
+    (fields(seed=2, questions={"read": 400}), "Line 3: accuracy is of .*, questions of"),
+    (fields(seed=2, cost={"seconds": 1.0}), "Line 3: cost has no tower_parameters, trained_parameters"),
+    (fields(seed=2, experts={"share": EVEN}), "Line 3: experts has no by_kind"),
+    (fields(seed=2, experts={"share": [[0.5, 0.2]], "by_kind": {}}), "Line 3: experts, share: .*sum to 1"),
+    (fields(seed=2, experts={"share": EVEN, "by_kind": {"digit": EVEN * 2}}), "Line 3: experts, digit"),
+    (fields(seed=2, settings={"lora_rank": 8}), "Lines 1 and 3 are both arm ours on test, with different settings"),
+    (fields("rival", questions={"read": 40, "count": 50}), "Lines 1 and 3 .split test, seed 1. were asked different"),
+    (fields(seed=2, probe={"shape": 1.0}, probe_at_start={"shape": 1.0}), "Lines 1 and 3 differ in probe"),
+    (
+        fields(seed=2, accuracy={"size": 0.5}, questions={"size": 500}),
+        "Lines 1 and 3 differ in accuracy: .*two worlds",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "what"), REFUSED, ids=[what[:40] for _, what in REFUSED])
+def test_a_line_that_does_not_belong_is_refused_by_its_number(line: dict[str, Any], what: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "results.jsonl", [fields()])
+    path.write_text(path.read_text() + "\n" + json.dumps(line) + "\n")  # an empty line between: numbers are the file's
+    with pytest.raises(ValueError, match=what):
+        analysis.read_runs(path)
+
+
+def test_half_a_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(fields()) + "\n" + json.dumps(fields(seed=2))[:-20])
+    with pytest.raises(ValueError, match="Line 2 of .* is not JSON"):
+        analysis.read_runs(path)
+
+
+def test_validation_lines_are_one_arm_at_several_settings(tmp_path: Path) -> None:
+    lines = [fields(split="validation", settings={analysis.RATE: rate}) for rate in (1e-4, 1e-3)]
+    path = write_lines(tmp_path / "results.jsonl", [fields(), *lines])
+    assert [run.split for run in analysis.read_runs(path)] == ["test", "validation", "validation"]
+    write_lines(path, [fields(), *lines, lines[0]])
+    with pytest.raises(ValueError, match="Lines 2 and 4 are both arm ours, seed 1, split validation"):
+        analysis.read_runs(path)
+
+
+def test_numbers_in_words() -> None:
+    assert [points(0.1234), points(0.1234, True), points(-0.0001, True)] == ["12.3", "+12.3", "0.0"]
+    assert spanned(analysis.Interval(0.5, 0.4, 0.6, 3)) == "50.0 [40.0, 60.0]"
+    assert spanned(analysis.interval([0.5])) == "50.0 (one seed)" and spanned(None) == "–"
+    assert (probability(0.0001), probability(0.0625), probability(math.nan)) == ("< 0.001", "0.062", "–")
+    assert ranges([7, 1, 2, 3]) == "1-3, 7"
+    assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |" and table(["a"], []) == "No runs yet."
+
+
+def test_a_finding_in_words() -> None:
+    level = {1: 0.50, 2: 0.50, 3: 0.50}
+    clear = analysis.compare({1: 0.60, 2: 0.61, 3: 0.62}, level)
+    won = "`a` beats `b` by 11.0 [8.5, 13.5] (3 seeds, p = 0.003)"
+    assert sentence("a", "b", clear, 0.01, 9) == f"{won}."
+    assert sentence("a", "b", clear, 0.09, 9) == f"{won}; not so once corrected for 9 comparisons (Holm: p = 0.090)."
+    lost = analysis.compare(level, {1: 0.60, 2: 0.61, 3: 0.62})
+    assert sentence("b", "a", lost, 0.01, 9) == f"{won}."
+    unclear = analysis.compare({1: 0.60, 2: 0.50, 3: 0.43}, level)
+    told = sentence("a", "b", unclear)
+    assert told.startswith("No difference shown between `a` and `b`: +1.0 [-20.2, +22.2] (3 seeds, p = 0.858); ")
+    assert told.endswith("a difference of 27.9 or more would have been found 4 times in 5.")
+    assert sentence("a", "b", analysis.compare(level, level)).endswith("they are equal on every seed.")
+    assert "share no seed" in sentence("a", "b", None)
+    assert "shows nothing" in sentence("a", "b", analysis.compare({1: 0.6}, level))
+
+
+@dataclass(frozen=True)
+class Arm:
+    title: str
+    group: str
+
+
+ARMS = {
+    "frozen": Arm("no KD, frozen", "controls"),
+    "tuned": Arm("no KD, own rate", "controls"),
+    "ours": Arm("KD | heads", "student-side ladder"),
+    "later": Arm("not run yet", "student-side ladder"),
+    "encoders": Arm("all encoders", "upper reference"),
+}
+ASKED = [("ours", "tuned", "Does KD help?"), ("tuned", "frozen", "Does training help?"), ("later", "ours", "More?")]
+DESIGN = Design(ARMS, headline=["tuned", "ours"], controls=["frozen", "tuned"], upper="encoders", comparisons=ASKED)
+
+
+def lines_of_a_report() -> list[dict[str, Any]]:
+    """Of four seeds, `ours` is better than `tuned` at reading by 10, 12, 14, 16 points and worse at counting by 2."""
+    rate = {analysis.RATE: 1e-3}
+    lines = [
+        fields("tuned", 7, "validation", accuracy={"read": 0.2, "count": level}, settings={analysis.RATE: other})
+        for other, level in ((1e-4, 0.1), (3e-4, 0.3), (1e-3, 0.5))
+    ]
+    lines.append(fields("frozen", 7, "validation", accuracy={"read": 0.1, "count": 0.4}))
+    for seed, gain in enumerate((0.10, 0.12, 0.14, 0.16), 1):
+        read = 0.201 + 0.01 * seed
+        experts = {"share": [[0.75, 0.25]], "by_kind": {"object": [[1.0, 0.0]], "nothing": [[0.5, 0.5]]}}
+        lines += [
+            fields("frozen", seed, accuracy={"read": read + 0.01 * (-1) ** seed, "count": 0.50}),
+            fields("tuned", seed, accuracy={"read": read, "count": 0.50}, settings=rate),
+            fields("ours", seed, accuracy={"read": read + gain, "count": 0.48}, settings=rate, experts=experts),
+            fields("encoders", seed, accuracy={"read": read + 0.11, "count": 0.61}, cka={}),
+        ]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    results = write_lines(folder / "results.jsonl", lines_of_a_report())
+    write_report(Results(analysis.read_runs(results), DESIGN), folder)
+    return folder
+
+
+def sections(folder: Path) -> dict[str, str]:
+    parts = (folder / "report.md").read_text().split("\n## ")
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+
+
+def test_the_tables_hold_the_known_numbers(written: Path) -> None:
+    found = sections(written)
+    accuracy = found["Accuracy"]
+    # Of 0.3955, 0.4105, 0.4255, 0.4405: 3.182446 * 0.0193649 / 2 = 0.0308. An unescaped | would end the title's cell
+    assert "| `ours` | KD \\| heads | 4 | 35.6 | 48.0 | 41.8 [38.7, 44.9] | 7, 11, 15, 19 |" in accuracy
+    assert "Not run on test: `later`." in accuracy and "| **controls** |" in accuracy
+    compared = found["Comparisons"]
+    # Half of read and count: 4, 5, 6, 7 points; 3.182446 * 1.290994 / 2 = 2.054
+    assert "Does KD help? `ours` beats `tuned` by 5.5 [3.4, 7.6] (4 seeds, p = 0.003)." in compared
+    assert "| `ours` - `tuned` | +5.5 [+3.4, +7.6] | 4 | 4 / 0 | 0.003 | 0.007 | 0.125 | 0.250 | 2.7 |" in compared
+    assert "Does training help? No difference shown between `tuned` and `frozen`: 0.0 [" in compared
+    assert "More? `later` and `ours` share no seed yet." in compared
+    families = found["Families won and lost"]
+    assert "- `ours` against `tuned`: won: read; undecided: none; lost: count." in families
+    assert "The intervals allow -2.0 at the worst (count)." in families
+    assert "`tuned` against `frozen`" not in families  # a control is what the others are held against
+    closed = found["Share of the distance closed"]
+    assert "The best control by its average on validation, never on test, is `tuned`." in closed
+    assert "| arm | from `tuned` | from `frozen` |" in closed
+    assert "| `ours` | 50.0 [31.3, 68.7] (4) |" in closed and "| `encoders` |" not in closed
+    assert "| `ours` | 4 | 90.0 (+10.0) | 70.0 (-5.0) |" in found["Linear probes"]
+    assert "| `ours` | 0.125 | 0.900 | 0.600 | 0.500 | 0.750 |" in found["Alignment, drift and losses"]
+    assert "| `encoders` | 0.125 | – | – | 0.500 | 0.750 |" in found["Alignment, drift and losses"]
+    assert "| `ours` | 4 | 0.811 | 0.811 | 0.311 | 0.311 | 1.000 |" in found["Use of the experts"]
+    assert "| `tuned` | 55 | 0.67 | 1.70 | 36.3 |" in found["Cost"]
+    tuned = found["Tuned on validation"]
+    assert "| `tuned` | 0.0003 | – | 25.0 (one seed) | 1 |  |  | 2 |" in tuned
+    assert "| `tuned` | 0.001 | – | 35.0 (one seed) | 1 | yes, at the edge | yes | 3 |" in tuned
+    sources = found["Where the numbers come from"]
+    for number, line in enumerate(lines_of_a_report(), 1):
+        row = f"| {number} | `{line['arm']}` | {line['seed']} | {line['split']} | `{line['command']}` | abc1234 |"
+        assert row in sources
+
+
+def test_the_page_needs_no_other_file(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    pictures = sorted((written / "plots").glob("*.png"))
+    assert [picture.stem for picture in pictures] == sorted(
+        ["accuracy", "comparisons", "probes", "alignment", "experts", "cost", "validation"]
+    )
+    assert "http" not in page and "plots/" not in page and "viewport" in page
+    assert page.count('src="data:image/png;base64,iVBOR') == len(pictures) == page.count("<img")
+    assert page.count("<table>") == 10 and "5.5 [3.4, 7.6] (4 seeds" in page
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert not list(written.rglob("*.tmp"))
+
+
+def test_a_report_of_validation_alone_and_pictures_that_go(written: Path, tmp_path: Path) -> None:
+    results = write_lines(tmp_path / "results.jsonl", lines_of_a_report()[:3])
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "experts.png").write_bytes((written / "plots" / "experts.png").read_bytes())
+    write_report(Results(analysis.read_runs(results), DESIGN), tmp_path)
+    found = sections(tmp_path)
+    assert "No test lines yet." in found["Accuracy"] and "![" not in found["Use of the experts"]
+    closed = found["Share of the distance closed"]
+    assert "is `tuned`. **Controls without validation lines, which could not be chosen:** `frozen`." in closed
+    assert [picture.stem for picture in (tmp_path / "plots").iterdir()] == ["validation"]
+
+
+def test_what_has_no_description_is_not_reported() -> None:
+    with pytest.raises(ValueError, match="Line 2: arm 'stranger'"):
+        Results(runs_of(fields("ours"), fields("stranger")), DESIGN)
+    with pytest.raises(ValueError, match="no runs to report"):
+        Results([], DESIGN)
+    with pytest.raises(ValueError, match="not described: nobody"):
+        Design(ARMS, ["ours"], ["nobody"], "encoders", [])
