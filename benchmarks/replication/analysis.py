@@ -124,10 +124,11 @@ def _check_number(value: Any, what: str, bottom: float, top: float) -> None:
 def _check_experts(experts: Mapping[str, Any], line: int) -> None:
     if missing := [name for name in ("share", "by_kind") if name not in experts]:
         raise ValueError(f"Line {line}: experts has no {', '.join(missing)}.")
-    shape = np.shape(experts["share"])
+    sizes = [len(row) for row in experts["share"]]
     for kind, shares in {"share": experts["share"], **experts["by_kind"]}.items():
-        if np.shape(shares) != shape or len(shape) != 2 or not np.allclose(np.sum(shares, axis=1), 1, atol=0.02):
-            rule = f"in each layer the shares of the experts must sum to 1, in the shape {shape} of share"
+        same = len(set(sizes)) == 1 and [len(row) for row in shares] == sizes
+        if not same or not np.allclose([sum(row) for row in shares], 1, atol=0.02):
+            rule = "in each layer the shares of the experts must sum to 1, as many experts and layers as in share"
             raise ValueError(f"Line {line}: experts, {kind}: {rule}; got {shares!r}.")
 
 

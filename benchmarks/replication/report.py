@@ -171,13 +171,16 @@ def closed(results: Results) -> str:
     if control and unseen:
         chosen += f" **Controls without validation lines, which could not be chosen:** {unseen}."
     order = sorted(results.design.controls, key=lambda name: name != control)
-    rows = []
+    rows, told = [], []
     for arm, scored in results.averages.items():
         cells = []
         for name in order:
             shares = [results.averages.get(other, {}) for other in (name, upper)]
             found = analysis.share_closed(scored, *shares) if arm not in (name, upper) else None
             cells.append(f"{spanned(found)} ({found.count})" if found and found.count > 1 else spanned(found))
+            if found and found.count > 1 and name == control and arm in results.design.headline:
+                share = f"{spanned(found)} % of the distance from `{name}` to `{upper}` ({found.count} seeds)"
+                told.append(f"- `{arm}` closes {share}.")
         if arm != upper:
             rows.append([f"`{arm}`", *cells])
     note = (
@@ -185,7 +188,9 @@ def closed(results: Results) -> str:
         "with Fieller's interval; in brackets the seeds that all three have. Infinite bounds: the distance itself is "
         f"not shown to differ from 0. {chosen}"
     )
-    return "\n\n".join([note, table(["arm", *(f"from `{name}`" for name in order)], rows)])
+    return "\n\n".join(
+        [note, *filter(None, ["\n".join(told)]), table(["arm", *(f"from `{name}`" for name in order)], rows)]
+    )
 
 
 def probes(results: Results) -> str:
