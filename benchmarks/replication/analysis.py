@@ -91,6 +91,9 @@ def parse_run(fields: Any, line: int) -> Run:
     if missing:
         raise ValueError(f"Line {line} has no {', '.join(missing)}. Run that arm and seed again, or remove the line.")
     run = Run(line=line, **{name: fields[name] for name in names})
+    if isinstance(run.probe_at_start, dict) and isinstance(run.probe, dict):  # what else is known of that CLIP goes
+        start = {key: value for key, value in run.probe_at_start.items() if key in run.probe}
+        run = dataclasses.replace(run, probe_at_start=start)
     if run.split not in SPLITS:
         raise ValueError(f"Line {line}: split is {run.split!r}, and not one of {', '.join(SPLITS)}.")
     if not isinstance(run.seed, int) or not isinstance(run.settings, dict):
@@ -142,8 +145,7 @@ def check_together(runs: Sequence[Run]) -> None:
             one split and seed were scored on different numbers of questions.
     """
     seen: dict[tuple, Run] = {}
-    tested: dict[str, Run] = {}
-    asked: dict[tuple, Run] = {}
+    tested, asked = dict[str, Run](), dict[tuple, Run]()
     for run in runs:
         told = f"arm {run.arm}, seed {run.seed}, split {run.split}"
         key = (told, _canonical(run.settings) if run.split == "validation" else "")

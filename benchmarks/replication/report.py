@@ -261,14 +261,22 @@ def costs(results: Results) -> str:
 def rates(results: Results) -> str:
     rows = []
     for choice in results.tuned:
-        rate = f"{choice.settings[RATE]:g}" if RATE in choice.settings else NONE
+        rate = choice.settings.get(RATE)
         others = ", ".join(f"{key}={value}" for key, value in choice.settings.items() if key != RATE)
         tested = choice.arm in results.test and results.test[choice.arm][0].settings == choice.settings
-        tried = {other.settings.get(RATE, 0.0) for other in results.tuned if other.arm == choice.arm}
-        edge = len(tried) > 1 and choice.settings.get(RATE, 0.0) in (min(tried), max(tried))
+        tried = sorted({other.settings.get(RATE) or 0.0 for other in results.tuned if other.arm == choice.arm})
+        edge = len(tried) > 1 and rate in (tried[0], tried[-1])
         marks = [("yes, at the edge" if edge else "yes") if choice.best else "", "yes" if tested else ""]
         seeds = [spanned(choice.average), str(choice.average.count), *marks]
-        rows.append([f"`{choice.arm}`", rate, others or NONE, *seeds, ranges([run.line for run in choice.runs])])
+        rows.append(
+            [
+                f"`{choice.arm}`",
+                f"{rate:g}" if rate else NONE,
+                others or NONE,
+                *seeds,
+                ranges([run.line for run in choice.runs]),
+            ]
+        )
     note = (
         "Every choice was made here; no line of test is in this table. At the edge: the best is the smallest or the "
         "largest rate that was tried, and a better one may lie beyond. On test: test was run with these settings."

@@ -20,7 +20,7 @@ def fields(arm: str = "ours", seed: Any = 1, split: str = "test", **changes: Any
     command = f"python -m benchmarks.replication --arms {arm} --seeds {seed}"
     whole = {"arm": arm, "seed": seed, "split": split, "command": command, "commit": "abc1234", "date": "2026-11-22"}
     whole |= {"settings": {}, "accuracy": {"read": 0.25, "count": 0.75}, "questions": {"read": 400, "count": 500}}
-    whole |= {"probe": {"shape": 0.9, "digit": 0.7}, "probe_at_start": {"shape": 0.8, "digit": 0.75}}
+    whole |= {"probe": {"shape": 0.9, "digit": 0.7}, "probe_at_start": {"shape": 0.8, "digit": 0.75, "seconds": 9.0}}
     whole |= {"cka": {"clip": 0.9, "detector": 0.6}, "experts": None, "drift": 0.125}
     whole |= {"losses": {"text": 0.5, "kd": 0.75}}
     whole |= {"cost": {"seconds": 55.0, "tower_parameters": 672000, "trained_parameters": 1700000}}
@@ -41,8 +41,7 @@ def test_interval_of_the_mean() -> None:
     half = 4.302653 / math.sqrt(3)  # t(0.975, 2) from the table; the standard deviation is 1
     assert (found.mean, found.count) == (2.0, 3)
     assert (found.low, found.high) == (pytest.approx(2 - half, abs=1e-6), pytest.approx(2 + half, abs=1e-6))
-    alone = analysis.interval([0.5])
-    assert alone.mean == 0.5 and math.isnan(alone.low) and math.isnan(alone.high)
+    assert math.isnan(analysis.interval([0.5]).low) and math.isnan(analysis.interval([0.5]).high)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_no_share_of_a_distance_that_is_not_there() -> None:
     unsure = analysis.share_closed({1: 0.1, 2: 0.2, 3: 0.1}, zero, {1: -0.4, 2: 0.1, 3: 0.9})
     assert unsure is not None and (unsure.low, unsure.high) == (-math.inf, math.inf)
     alone = analysis.share_closed({1: 0.1}, zero, {1: 0.4})
-    assert alone is not None and alone.mean == pytest.approx(0.25) and math.isnan(alone.low)
+    assert alone and alone.mean == pytest.approx(0.25) and math.isnan(alone.low)
 
 
 def test_the_best_control_is_the_best_on_validation() -> None:
@@ -218,6 +217,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (fields(seed=2, losses={"text": math.inf}), r"Line 3: losses\['text'\] is inf"),
     (fields(seed=2, drift=None), "Line 3: drift is None"),
     (fields(seed=2, questions={"read": 400}), "Line 3: accuracy is of .*, questions of"),
+    (fields(seed=2, probe_at_start={"shape": 0.8}), "Line 3: probe is of .*, probe_at_start of"),
     (fields(seed=2, cost={"seconds": 1.0}), "Line 3: cost has no tower_parameters, trained_parameters"),
     (fields(seed=2, experts={"share": EVEN}), "Line 3: experts has no by_kind"),
     (fields(seed=2, experts={"share": [[0.5, 0.2]], "by_kind": {}}), "Line 3: experts, share: .*sum to 1"),
@@ -248,10 +248,10 @@ def test_half_a_line_is_refused(tmp_path: Path) -> None:
 
 
 def test_validation_lines_are_one_arm_at_several_settings(tmp_path: Path) -> None:
-    lines = [fields(split="validation", settings={analysis.RATE: rate}) for rate in (1e-4, 1e-3)]
-    path = write_lines(tmp_path / "results.jsonl", [fields(), *lines])
+    lines = [fields(), *(fields(split="validation", settings={analysis.RATE: rate}) for rate in (1e-4, 1e-3))]
+    path = write_lines(tmp_path / "results.jsonl", lines)
     assert [run.split for run in analysis.read_runs(path)] == ["test", "validation", "validation"]
-    write_lines(path, [fields(), *lines, lines[0]])
+    write_lines(path, [*lines, lines[1]])
     with pytest.raises(ValueError, match="Lines 2 and 4 are both arm ours, seed 1, split validation"):
         analysis.read_runs(path)
 
@@ -306,7 +306,8 @@ def lines_of_a_report() -> list[dict[str, Any]]:
         fields("tuned", 7, "validation", accuracy={"read": 0.2, "count": level}, settings={analysis.RATE: other})
         for other, level in ((1e-4, 0.1), (3e-4, 0.3), (1e-3, 0.5))
     ]
-    lines.append(fields("frozen", 7, "validation", accuracy={"read": 0.1, "count": 0.4}))
+    unset: dict[str, Any] = {"settings": {analysis.RATE: None}}
+    lines.append(fields("frozen", 7, "validation", accuracy={"read": 0.1, "count": 0.4}, **unset))
     for seed, gain in enumerate((0.10, 0.12, 0.14, 0.16), 1):
         read = 0.201 + 0.01 * seed
         experts = {"share": [[0.75, 0.25]], "by_kind": {"object": [[1.0, 0.0]], "nothing": [[0.5, 0.5]]}}
@@ -328,13 +329,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sections(folder: Path) -> dict[str, str]:
-    parts = (folder / "report.md").read_text().split("\n## ")
-    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+    return dict(part.split("\n", 1) for part in (folder / "report.md").read_text().split("\n## "))
 
 
 def test_the_tables_hold_the_known_numbers(written: Path) -> None:
-    found = sections(written)
-    accuracy = found["Accuracy"]
+    accuracy = (found := sections(written))["Accuracy"]
     # Of 0.3955, 0.4105, 0.4255, 0.4405: 3.182446 * 0.0193649 / 2 = 0.0308. An unescaped | would end the title's cell
     assert "| `ours` | KD \\| heads | 4 | 35.6 | 48.0 | 41.8 [38.7, 44.9] | 7, 11, 15, 19 |" in accuracy
     assert "Not run on test: `later`." in accuracy and "| **controls** |" in accuracy
@@ -358,7 +357,8 @@ def test_the_tables_hold_the_known_numbers(written: Path) -> None:
     assert "| `ours` | 4 | 0.811 | 0.811 | 0.311 | 0.311 | 1.000 |" in found["Use of the experts"]
     assert "| `tuned` | 55 | 0.67 | 1.70 | 36.3 |" in found["Cost"]
     tuned = found["Tuned on validation"]
-    assert "| `tuned` | 0.0003 | – | 25.0 (one seed) | 1 |  |  | 2 |" in tuned
+    assert "| `tuned` | 0.0003 | – | 25.0 (one seed) | 1 |  |  | 2 |\n" in tuned
+    assert "| `frozen` | – | – | 25.0 (one seed) | 1 | yes |  | 4 |" in tuned
     assert "| `tuned` | 0.001 | – | 35.0 (one seed) | 1 | yes, at the edge | yes | 3 |" in tuned
     sources = found["Where the numbers come from"]
     for number, line in enumerate(lines_of_a_report(), 1):
