@@ -107,24 +107,29 @@ class LoraExperts(nn.Module):
         Returns:
             `torch.Tensor` of the shape of `base`.
         """
-        ranks, gates = self.routed_ranks(hidden_states, gates)
+        return self.add_routed(base, *self.routed_ranks(hidden_states, gates), in_place)
+
+    def routed_ranks(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The down-projections of `hidden_states` and the gates, as [`LoraExperts.gate`] gives them."""
+        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
+        return self.gate(ranks, gates)
+
+    def gate(self, ranks: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The down-projections `(batch_size, sequence_length, num_experts * rank)`, scaled by the gates and so zero for
+        the ranks of unrouted experts; and the scaled gates.
+        """
+        gates = (gates * self.scaling).to(ranks.dtype)
+        return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
+
+    def add_routed(self, base: torch.Tensor, ranks: torch.Tensor, gates: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """Adds the up-projections of what [`LoraExperts.gate`] gave, and the experts' biases, to `base`."""
         # One kernel that adds into the base product, instead of a product and a sum over the wide activation
         for weights, weight in ((ranks, self.weight_b.t()), (gates, self.bias_b)):
             if weight is not None:
                 factors = weights.flatten(0, -2).to(base.dtype), weight.to(base.dtype)
                 base = base.addmm_(*factors) if in_place else base.addmm(*factors)
         return base
-
-    def routed_ranks(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The down-projections, scaled by the gates, and zero for the ranks of unrouted experts; and the scaled gates.
-
-        Returns:
-            `(batch_size, sequence_length, num_experts * rank)` and `(batch_size, sequence_length, num_experts)`.
-        """
-        gates = (gates * self.scaling).to(hidden_states.dtype)
-        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
-        return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
 
     def fold_into(self, linear: nn.Linear) -> torch.Tensor:
         """
@@ -143,6 +148,25 @@ class LoraExperts(nn.Module):
             self.bias_b.data = views[2].t()
         return folded
 
+    def stack_onto(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Lay the weights of `linear` and the down-projections one below the other, `[W; A]`, and their biases, so that
+        one pass over a wide input gives the layer's output and the experts' ranks. Views, as in
+        [`LoraExperts.fold_into`].
+
+        Returns:
+            `torch.Tensor` of shape `(out_features + num_experts * rank, in_features)`, and the biases of its rows.
+        """
+        sizes = [len(linear.weight), len(self.weight_a)]
+        weight = torch.cat([linear.weight.detach(), self.weight_a.detach()])
+        bias_a = self.weight_a.new_zeros(sizes[1]) if self.bias_a is None else self.bias_a.detach()
+        bias = torch.cat([linear.bias.detach(), bias_a])
+        linear.weight.data, self.weight_a.data = weight.split(sizes)
+        linear.bias.data, bias_a = bias.split(sizes)
+        if self.bias_a is not None:
+            self.bias_a.data = bias_a
+        return weight, bias
+
 
 class MixtureOfLoraExpertsMLP(CLIPMLP):
     """
@@ -158,7 +182,8 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         self.router = ExpertRouter(config)
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
         self.fc2_experts = LoraExperts(config, config.intermediate_size, config.hidden_size)
-        self.folded: torch.Tensor | None = None
+        # Of the first layer the weight; of the second one the weight and the bias
+        self.folded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if config.hidden_act == "quick_gelu":
             self.activation_fn: nn.Module = QuickGELU()
 
@@ -180,11 +205,8 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         """Shapes `(batch_size, sequence_length, hidden_size)` in and out."""
         gates = self.expert_gates(*self.router(hidden_states))
         if self.folded is not None and not torch.is_grad_enabled() and not self._is_wrapped():
-            intermediate = self._folded_intermediate(self.folded, hidden_states, gates)
-        else:
-            intermediate = self._layer(self.fc1, self.fc1_experts, hidden_states, gates)
-            intermediate = self.activation_fn(intermediate)
-        # Not folded: its product is narrow, and to lay the ranks beside its wide input would cost more
+            return self._folded_forward(*self.folded, hidden_states, gates)
+        intermediate = self.activation_fn(self._layer(self.fc1, self.fc1_experts, hidden_states, gates))
         return self._layer(self.fc2, self.fc2_experts, intermediate, gates)
 
     @staticmethod
@@ -196,19 +218,26 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         base = linear(hidden_states.flatten(0, -2))
         return experts(hidden_states, base, gates, in_place).unflatten(0, hidden_states.shape[:-1])
 
-    def _folded_intermediate(
-        self, folded: torch.Tensor, hidden_states: torch.Tensor, gates: torch.Tensor
+    def _folded_forward(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        second_bias: torch.Tensor,
+        hidden_states: torch.Tensor,
+        gates: torch.Tensor,
     ) -> torch.Tensor:
-        ranks, gates = self.fc1_experts.routed_ranks(hidden_states, gates)
-        parts = [hidden_states, ranks] + ([gates] if self.fc1_experts.bias_b is not None else [])
-        inputs = torch.cat(parts, dim=-1)
-        if not isinstance(self.activation_fn, QuickGELU):
-            return self.activation_fn(nn.functional.linear(inputs, folded, self.fc1.bias))
-        # The activation's slope comes with the product, and the activation overwrites it
-        slope = QUICK_GELU_SLOPE
-        product = torch.addmm(self.fc1.bias, inputs.flatten(0, -2), folded.t(), beta=slope, alpha=slope)
-        intermediate = nn.functional.silu(product, inplace=True).mul_(1 / slope)
-        return intermediate.unflatten(0, hidden_states.shape[:-1])
+        ranks, scaled_gates = self.fc1_experts.routed_ranks(hidden_states, gates)
+        parts = [hidden_states, ranks] + ([scaled_gates] if self.fc1_experts.bias_b is not None else [])
+        inputs = torch.cat(parts, dim=-1).flatten(0, -2)
+        # QuickGELU is silu(1.702 x) / 1.702: both factors come with the products, and silu overwrites its input
+        quick = isinstance(self.activation_fn, QuickGELU)
+        slope = QUICK_GELU_SLOPE if quick else 1.0
+        intermediate = torch.addmm(self.fc1.bias, inputs, first.t(), beta=slope, alpha=slope)
+        intermediate = nn.functional.silu(intermediate, inplace=True) if quick else self.activation_fn(intermediate)
+        outputs = torch.addmm(second_bias, intermediate, second.t(), alpha=1 / slope)
+        base, ranks = outputs.split([self.fc2.out_features, outputs.shape[-1] - self.fc2.out_features], dim=-1)
+        routed = self.fc2_experts.gate(ranks.unflatten(0, hidden_states.shape[:-1]), gates)
+        return self.fc2_experts.add_routed(base, *routed, in_place=True).unflatten(0, hidden_states.shape[:-1])
 
     def _is_wrapped(self) -> bool:
         """Adapters and quantized weights put a module of their own in a linear layer's place."""
@@ -216,8 +245,9 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
 
     def fold(self) -> None:
         """
-        Fold the first layer's experts into it for inference. Used without gradients only; see
-        [`LoraExperts.fold_into`].
+        Fold the experts into the layers for inference: the first layer's up-projections, whose output is wide, and
+        the second one's down-projections, whose input is. Used without gradients only; see [`LoraExperts.fold_into`]
+        and [`LoraExperts.stack_onto`].
 
         Raises:
             ValueError: while training, or where the layers are quantized or carry adapters.
@@ -229,13 +259,13 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
                 "fold before adapters are added, and leave quantized weights as they are."
             )
         self.unfold()
-        self.folded = self.fc1_experts.fold_into(self.fc1)
+        self.folded = (self.fc1_experts.fold_into(self.fc1), *self.fc2_experts.stack_onto(self.fc2))
 
     def unfold(self) -> None:
         """Give each parameter memory of its own again."""
         if self.folded is not None:
             self.folded = None
-            for layer in (self.fc1, self.fc1_experts):
+            for layer in (self.fc1, self.fc1_experts, self.fc2, self.fc2_experts):
                 for parameter in layer.parameters():
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
