@@ -174,7 +174,6 @@ class MoveKDCollator:
             conversations,
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
             return_assistant_tokens_mask=True,
             processor_kwargs={
                 "padding": True,
@@ -182,6 +181,9 @@ class MoveKDCollator:
                 "pad_to_multiple_of": self.pad_to_multiple_of,
             },
         )
+        # Not as tensors at once: the library goes through each token's offsets in Python, which costs as much as all
+        # the rest if they are tensors
+        encoded = encoded.convert_to_tensors("pt")
         image_rows = [position for position, of_row in enumerate(images) for _ in of_row]
         is_image = encoded["input_ids"] == self.processor.image_token_id
         self._check_image_tokens(encoded, is_image, image_rows, numbers)
