@@ -69,7 +69,7 @@ def accuracy_where(logits: Tensor, target: Tensor, keep: Tensor) -> float:
     return (logits.argmax(-1) == target)[keep].float().mean().item()
 
 
-def _linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
     """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardised features."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
@@ -102,7 +102,7 @@ def probe_scores(features: Tensor, labels: Labels, trained: int) -> dict[str, fl
         ("colour", labels.colour, labels.colour > 0),
         ("digit", labels.digit, labels.digit < NO_DIGIT),
     ):
-        scores[name] = _linear_probe(
+        scores[name] = linear_probe(
             features[:trained][keep[:trained]],
             target[:trained][keep[:trained]],
             features[trained:][keep[trained:]],

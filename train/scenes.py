@@ -40,6 +40,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("one", "two", "three", "four", "five")
 ROWS = COUNTS[:GRID]
 COLUMNS = ("A", "B", "C", "D")
+SOLID = "solid"
 FAMILIES = ("attribute", "relation", "presence", "count", "read")
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 CAPTION_REQUEST = "What is in the image?"
@@ -62,6 +63,7 @@ _FEATURES = Features(
                     "x": Value("int32"),
                     "y": Value("int32"),
                     "radius": Value("int32"),
+                    "pattern": Value("string"),
                 }
             ],
             "number": Value("string"),
@@ -75,7 +77,8 @@ _FEATURES = Features(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its cell, counted from 0 at the top left, its centre and radius in pixels of the picture."""
+    """One object: its cell, counted from 0 at the top left, its centre and radius in pixels of the picture. In this
+    world all are solid; a harder one may paint `striped`, `barred` and `hollow` ones."""
 
     colour: str
     shape: str
@@ -84,6 +87,7 @@ class SceneObject:
     x: int
     y: int
     radius: int
+    pattern: str = SOLID
 
     @property
     def name(self) -> str:
@@ -103,7 +107,8 @@ class Scene:
     @property
     def content(self) -> str:
         """What the scene shows, without jitter: equal for two scenes that no question can tell apart."""
-        objects = sorted(f"{item.name} {item.row} {item.column}" for item in self.objects)
+        painted = ((item, "" if item.pattern == SOLID else f" {item.pattern}") for item in self.objects)
+        objects = sorted(f"{item.name} {item.row} {item.column}{pattern}" for item, pattern in painted)
         return "; ".join([*objects, f"{self.number} {self.number_row} {self.number_column}"])
 
 
@@ -125,7 +130,7 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
     """
     rng = _generator(split, index, seed, "scene")
     while True:
-        scene = _draw_scene(rng)
+        scene = draw_scene(rng)
         if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and _attributes(scene):
             return scene
 
@@ -134,14 +139,14 @@ def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
     """Paints a scene as an RGB picture of 128 x 128 pixels; ground, noise, shades and typeface come from `rng`."""
     light = bool(rng.integers(2))
     ground = rng.integers(185, 240) if light else rng.integers(15, 70)
-    canvas = PILImage.new(
-        "RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE), tuple(int(ground + v) for v in rng.integers(-12, 13, 3))
-    )
+    background = tuple(int(ground + v) for v in rng.integers(-12, 13, 3))
+    canvas = PILImage.new("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE), background)
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
         shade = rng.integers(-18, 19, 3)
         colour = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[item.colour], shade, strict=True))
         _draw_shape(draw, item.shape, 2 * item.x, 2 * item.y, 2 * item.radius, colour)
+        _draw_pattern(draw, item, background)
     font = _font(FONTS[rng.integers(len(FONTS))], 2 * int(rng.integers(25, 30)))
     ink = int(rng.integers(0, 50) if light else rng.integers(205, 256))
     for digit, (x, y) in zip(scene.number, scene.digit_centres, strict=True):
@@ -263,7 +268,7 @@ def _generator(split: str, index: int, seed: int, purpose: str) -> np.random.Gen
     return np.random.default_rng([seed, index, zlib.crc32(f"{split}/{purpose}".encode())])
 
 
-def _draw_scene(rng: np.random.Generator) -> Scene:
+def draw_scene(rng: np.random.Generator) -> Scene:
     number_row, number_column = int(rng.integers(GRID)), int(rng.integers(GRID - 1))
     number = str(rng.integers(10, 100))
     taken = (number_row * GRID + number_column, number_row * GRID + number_column + 1)
@@ -299,6 +304,19 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: i
         arm = round(0.34 * radius)
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+
+
+def _draw_pattern(draw: ImageDraw.ImageDraw, item: SceneObject, background: tuple[int, ...]) -> None:
+    """Takes away what the pattern leaves open: bands of 4 pixels, 4 apart, or the middle."""
+    x, y, radius = 2 * item.x, 2 * item.y, 2 * item.radius
+    if item.pattern == "hollow":
+        _draw_shape(draw, item.shape, x, y, radius // 2, background)
+    elif item.pattern != SOLID:
+        for start in range(-radius + 4, radius, 16):
+            left, top, right, bottom = -radius, start, radius, start + 7
+            if item.pattern == "barred":
+                left, top, right, bottom = top, left, bottom, right
+            draw.rectangle((x + left, y + top, x + right, y + bottom), fill=background)
 
 
 @lru_cache

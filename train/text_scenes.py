@@ -4,6 +4,8 @@ In place of the image it is given, for each of the 16 cells, the sum of the embe
 cell. The conversation around it has the `vicuna_v1` form, or the `plain` form for captions.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import tokenizers
 import torch
@@ -19,6 +21,7 @@ from train.scenes import (
     GRID,
     ROWS,
     SHAPES,
+    Question,
     Scene,
     ask,
 )
@@ -31,8 +34,9 @@ SYSTEM_PROMPT = (
 CELLS = GRID * GRID
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the world's words, the chat prompt's and the punctuation; digits one by one.
+def build_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the world's words, the chat prompt's and the punctuation; digits one by one. Words of
+    another world come behind these.
 
     Made of the parts Llama's is made of (a leading "▁" marks a space), so that text survives a round trip and an image
     placeholder between spaces is handled as there. It has no token for the image: whoever adds images adds it.
@@ -41,7 +45,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         f"{SYSTEM_PROMPT} USER: ASSISTANT: {CAPTION_REQUEST} What colour is the shape object? Is there a left or "
         "right above below of number yes no How many objects are Which written at Where "
     )
-    words += " ".join((*COLOURS, *SHAPES, *COUNTS, *COLUMNS))
+    words += " ".join((*COLOURS, *SHAPES, *COUNTS, *COLUMNS, more_words))
     splitter = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always"),
@@ -75,9 +79,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class TextScenes:
     """Scenes told in words, as a language model's input: 16 vectors, one per cell, in place of the image tokens."""
 
-    def __init__(self, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        scenes: list[Scene],
+        tokenizer: PreTrainedTokenizerFast,
+        cell_words: Callable[[Scene], list[list[str]]] | None = None,
+    ) -> None:
         self.scenes, self.tokenizer = scenes, tokenizer
-        words = [_cell_words(scene) for scene in scenes]
+        words = [(cell_words or _cell_words)(scene) for scene in scenes]
         ids = [[tokenizer.convert_tokens_to_ids(cell) for cell in cells] for cells in words]
         longest = max(len(cell) for cells in ids for cell in cells)
         self.words = torch.tensor([[cell + [-1] * (longest - len(cell)) for cell in cells] for cells in ids])
@@ -165,13 +174,17 @@ def facts(scene: Scene, rng: np.random.Generator, count: int = 10) -> str:
 
 @torch.no_grad()
 def language_model_scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], seed: int = 0
+    model: LlamaForCausalLM,
+    told: TextScenes,
+    families: Sequence[str] = FAMILIES,
+    ask: Callable[[Scene, str, np.random.Generator], Question] = ask,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Share of each family's questions, one a scene, that a language model answers word for word by greedy search."""
-    told, rng, scores = TextScenes(scenes, tokenizer), np.random.default_rng([seed, 2]), {}
-    rows = list(range(len(scenes)))
-    for family in FAMILIES:
-        asked = [ask(scene, family, rng) for scene in scenes]
+    rng, scores = np.random.default_rng([seed, 2]), {}
+    rows = list(range(len(told.scenes)))
+    for family in families:
+        asked = [ask(scene, family, rng) for scene in told.scenes]
         texts = [told.chat([(question.text, question.answer)]) for question in asked]
         batch = told.batch(model.get_input_embeddings(), rows, texts, 0.0)
         labels = batch.pop("labels")[:, 1:]

@@ -6,7 +6,7 @@
   nothing about the digits;
 - `detector`: a teacher that knows objects, a vision transformer (96 px, 8 x 8 tokens) trained on dense labels;
 - `reader`: a teacher that knows digits, a convolutional network (128 px, 16 x 16 tokens) trained on dense labels;
-- `language_model`: a Llama of three layers that has learnt to answer questions about scenes told in words: in place
+- `language_model`: a Llama of four layers that has learnt to answer questions about scenes told in words: in place
   of an image it is given, for each of the 16 cells, the sum of the embeddings of the words that describe it.
 
 Each is an ordinary folder of `save_pretrained`. `scores.json` says how well each one does on scenes it has not seen.
@@ -249,10 +249,8 @@ def train_reader(
     return model, {"digit": accuracy_where(logits, digit[count:], digit[count:] < NO_DIGIT)}
 
 
-def train_language_model(
-    scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch_size: int = 16
-) -> LlamaForCausalLM:
-    """Teaches a small Llama to complete facts about scenes told in words, then to answer questions and to describe."""
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained Llama of four layers."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -267,9 +265,27 @@ def train_language_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    told = TextScenes(scenes, tokenizer)
-    rng = np.random.default_rng([seed, 1])
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def train_language_model(
+    model: LlamaForCausalLM,
+    told: TextScenes,
+    lesson: Callable[[Scene, np.random.Generator], list[tuple[str, str]]],
+    facts: Callable[[Scene, np.random.Generator], str],
+    steps: int,
+    seed: int,
+    batch_size: int = 16,
+    facts_first: float = 0.25,
+) -> LlamaForCausalLM:
+    """
+    Teaches a language model to complete facts about scenes told in words, then to answer questions and to describe.
+
+    Args:
+        lesson, facts: The questions with answers, and the facts, about a scene.
+        facts_first: Share of the steps at the beginning that are mostly facts.
+    """
+    scenes, rng = told.scenes, np.random.default_rng([seed, 1])
     step = 0
 
     def loss() -> Tensor:
@@ -277,7 +293,7 @@ def train_language_model(
         step += 1
         rows = rng.integers(len(scenes), size=batch_size).tolist()
         kind = rng.random()
-        if kind < (0.8 if step < steps // 4 else 0.1):
+        if kind < (0.8 if step < steps * facts_first else 0.1):
             texts = [told.plain(facts(scenes[row], rng)) for row in rows]
         elif kind < 0.85:
             # The system prompt is always the same and half of a text's length: seen often enough in a quarter.
@@ -334,22 +350,23 @@ def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: floa
     scenes, held_out = _scenes("towers", pictures, seed), _scenes("validation", 1000, seed)
     steps = round(STEPS[name] * effort)
     if name == "language_model":
-        language_model = train_language_model(scenes, tokenizer, steps, seed)
-        _save(language_model, tokenizer, folder)
-        return language_model_scores(language_model, tokenizer, held_out)
+        language_model = small_llama(tokenizer)
+        train_language_model(language_model, TextScenes(scenes, tokenizer), lesson, facts, steps, seed)
+        save_tower(language_model, tokenizer, folder)
+        return language_model_scores(language_model, TextScenes(held_out, tokenizer))
     size = {"clip": 64, "detector": 96, "reader": 128}[name]
     pixels = _pixels("towers", pictures, seed, size)
     if name == "clip":
         clip = train_clip(pixels, scenes, tokenizer, steps, seed)
-        _save(clip, _image_processor(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
+        save_tower(clip, image_processor_of(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
         features = student_features(clip, _pixels("validation", len(held_out), seed, size))
         return probe_scores(features, cell_labels(held_out), trained=700)
     if name == "detector":
         model, scores = train_detector(pixels, cell_labels(scenes), steps)
-        _save(model, _image_processor(ViTImageProcessor, size, IMAGENET_MEAN, IMAGENET_STD), folder)
+        save_tower(model, image_processor_of(ViTImageProcessor, size, IMAGENET_MEAN, IMAGENET_STD), folder)
         return scores
     model, scores = train_reader(pixels, cell_labels(scenes), steps)
-    _save(model, _image_processor(ViTImageProcessor, size, HALF, HALF), folder)
+    save_tower(model, image_processor_of(ViTImageProcessor, size, HALF, HALF), folder)
     return scores
 
 
@@ -361,14 +378,14 @@ def _pixels(split: str, count: int, seed: int, size: int) -> Tensor:
     return resized([scene_image(split, i, seed) for i in range(count)], size)
 
 
-def _save(
+def save_tower(
     model: PreTrainedModel, processor: CLIPImageProcessor | ViTImageProcessor | PreTrainedTokenizerFast, folder: Path
 ):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def _image_processor(kind: type, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+def image_processor_of(kind: type, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
     # Bicubic (3), as the pictures were resized in training.
     square = {"height": size, "width": size}
     options = (

@@ -279,7 +279,7 @@ def test_the_language_model_answers_questions_about_scenes_told_in_words():
     claimed = json.loads((TOWERS / "scores.json").read_text())["scores"]["language_model"]
     folder = TOWERS / "language_model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    measured = language_model_scores(model, tokenizer, [sample_scene("test", i) for i in range(60)])
+    measured = language_model_scores(model, TextScenes([sample_scene("test", i) for i in range(60)], tokenizer))
     chance = chance_levels("test", size=300)
     for family in FAMILIES:
         assert measured[family] >= claimed[family] - 0.15, f"{family}: {measured[family]} against {claimed[family]}"

@@ -1,0 +1,161 @@
+"""
+The paper's ablation in a small world, with this project's own trainer, model and presets.
+
+    python -m benchmarks.replication            # everything that is missing, two runs at a time
+    python -m benchmarks.replication --quick    # a few steps of a few arms, to see that it works
+
+Pictures, networks and features are made once, in `outputs/replication`. First the learning rates of the tower are
+chosen on the split `validation`, with a seed of its own, then the best control; then each arm answers the test split
+once for each seed. Each run appends a line to the results; those that are there are not run again, so that it can be
+stopped at any time (`--minutes` stops by itself). `python -m benchmarks.replication.report` makes the report of them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, TOWER_RATES
+from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
+from benchmarks.replication.towers import build_towers
+
+
+OUTPUT = Path("outputs/replication")
+RESULTS = Path(__file__).parent / "results.jsonl"
+VALIDATION_SEED = 100
+QUICK_ARMS = ("frozen", "paper", "heads_whitened")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def key(job: Job) -> tuple[Any, ...]:
+    # A test run is the arm's one and only, whatever rate validation gave it
+    rate = job.tower_rate if job.split == "validation" else None
+    return job.arm, job.seed, job.split, rate, job.settings if job.split == "validation" else ()
+
+
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    if line["split"] == "test":
+        return line["arm"], line["seed"], "test", None, ()
+    own = dict(line["settings"])
+    rate = own.pop("vision_tower_learning_rate")
+    changed = {name: value for name, value in own.items() if ARMS[line["arm"]].settings.get(name) != value}
+    return line["arm"], line["seed"], "validation", rate, tuple(sorted(changed.items()))
+
+
+def rate_jobs(arms: Iterable[str]) -> list[Job]:
+    """The runs that rates are chosen by, for the arms whose rates any of `arms` takes."""
+    owners = dict.fromkeys(ARMS[arm].rates_of for arm in arms if ARMS[arm].rates_of)
+    return [Job(owner, VALIDATION_SEED, "validation", rate) for owner in owners for rate in TOWER_RATES]
+
+
+def chosen_rate(arm: str, lines: Sequence[dict[str, Any]]) -> float | None:
+    """
+    The rate at which the arm that `arm` takes it from did best on validation, by the mean of all families.
+
+    Raises:
+        ValueError: if it was not tried yet.
+    """
+    owner = ARMS[arm].rates_of
+    if owner is None:
+        return None
+    means: dict[float, list[float]] = {}
+    for line in lines:
+        if line["arm"] == owner and line["split"] == "validation" and key_of(line)[4] == ():
+            rate = line["settings"]["vision_tower_learning_rate"]
+            means.setdefault(rate, []).append(fmean(line["accuracy"].values()))
+    if not means:
+        raise ValueError(f"No rate of {owner} was tried on validation yet, which {arm} takes its own from.")
+    return max(means, key=lambda rate: fmean(means[rate]))
+
+
+def run_all(
+    jobs: Sequence[Job], results: Path, folder: Path, scale: Scale, workers: int, deadline: float, command: str
+) -> int:
+    """Runs what is missing, `workers` at a time, and appends each line as it comes. Returns how many are left."""
+    done = {key_of(line) for line in read(results)}
+    missing = [job for job in jobs if key(job) not in done]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    waiting, running = iter(missing), set[Future]()
+    bar = tqdm(total=len(missing), desc=f"{missing[0].split} runs" if missing else "runs")
+    # Importing everything takes some ten seconds, and what runs leave behind in memory is not much
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
+        while True:
+            while len(running) < workers and time.time() < deadline and (job := next(waiting, None)) is not None:
+                running.add(pool.submit(run, job, folder, scale, command, commit))
+            if not running:
+                break
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                line = future.result()
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.update()
+                average = 100 * fmean(line["accuracy"].values())
+                bar.set_postfix_str(f"{line['arm']} seed {line['seed']}: {average:.1f}")
+    bar.close()
+    done = {key_of(line) for line in read(results)}
+    return sum(key(job) not in done for job in jobs)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, help="all by default")
+    parser.add_argument("--seeds", type=int, default=5, help="for each arm")
+    parser.add_argument("--more_seeds", type=int, default=0, help="for each headline arm, besides")
+    parser.add_argument("--minutes", type=float, default=45, help="after which no further run is begun")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a few arms; results beside the outputs")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--part", choices=("prepare", "validation", "test"), default=None, help="all by default")
+    chosen = parser.parse_args(given)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    deadline = time.time() + 60 * chosen.minutes
+    scale = QUICK if chosen.quick else Scale()
+    folder = chosen.output / "quick" if chosen.quick else chosen.output
+    results = chosen.results or (folder / "results.jsonl" if chosen.quick else RESULTS)
+    arms = chosen.arms or (QUICK_ARMS if chosen.quick else tuple(ARMS))
+    seeds = {arm: chosen.seeds + (chosen.more_seeds if arm in HEADLINE else 0) for arm in arms}
+    if chosen.quick:
+        seeds = dict.fromkeys(arms, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    build_towers(folder / "towers", pictures=scale.tower_pictures, effort=scale.tower_effort, workers=chosen.workers)
+    prepare(folder, scale)
+    command = "python -m benchmarks.replication " + " ".join(given if given is not None else sys.argv[1:])
+    common = (results, folder, scale, chosen.workers, deadline, command.strip())
+    left = 0
+    if chosen.part in (None, "validation"):
+        left += run_all(rate_jobs(arms), *common)
+        lines = read(results)
+        controls = [arm for arm in CONTROLS if arm in arms] if not left else []
+        left += run_all(
+            [Job(arm, VALIDATION_SEED, "validation", chosen_rate(arm, lines)) for arm in controls], *common
+        )
+    if chosen.part in (None, "test") and not left:
+        lines = read(results)
+        # Seed by seed, so that a run that is stopped has whole rounds of all arms
+        jobs = [
+            Job(arm, seed, "test", chosen_rate(arm, lines))
+            for seed in range(max(seeds.values()))
+            for arm in arms
+            if seed < seeds[arm]
+        ]
+        left += run_all(jobs, *common)
+    print(f"{left} runs are left; the same command goes on." if left else f"All runs are in {results}.")
+
+
+if __name__ == "__main__":
+    main()

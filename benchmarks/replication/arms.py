@@ -1,0 +1,121 @@
+"""The arms of the replication as data: what each one changes in the recipe that all share, and what is compared."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+ALL_TEACHERS = ("clip", "detector", "texture", "reader")
+CLIP_ALONE = ("clip",)
+NO_TEACHERS = ()
+
+RANK = 8
+# Of the tower in the second stage; each family of arms takes the one that does best on validation
+TOWER_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    Args:
+        title: For the tables.
+        group: Heading that it stands under.
+        teachers: Names of the teachers; none is training without distillation.
+        settings: Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
+        rates_of: Name of the arm on whose validation the tower's learning rate is chosen for this one; `None` keeps
+            the recipe's.
+        side_by_side: All encoders are kept at inference and nothing is distilled.
+    """
+
+    title: str
+    group: str
+    teachers: tuple[str, ...] = ALL_TEACHERS
+    settings: dict[str, Any] = field(default_factory=dict)
+    rates_of: str | None = None
+    side_by_side: bool = False
+
+
+CONTROL, LADDER, RELEASED = "controls", "the paper's ladder", "released"
+STUDENT, MIXTURE, UPPER_GROUP = "student-side ladder", "mixture of experts", "upper reference"
+DENSE: dict[str, Any] = {"num_experts": 0}
+ONE_EXPERT = {"num_experts": 1, "lora_rank": 3 * RANK, "lora_alpha": 3 * RANK, "lambda_balance": 0.0}
+EQUAL = {"token_weighting": "none", "teacher_weighting": "equal"}
+STUDENT_SIDE = {"distillation_preset": "student_heads", "token_weighting": "none"}
+
+ARMS = {
+    "frozen": Arm("no KD, tower frozen", CONTROL, NO_TEACHERS, DENSE | {"freeze_vision_tower": True}),
+    "unfrozen": Arm("no KD, tower unfrozen", CONTROL, NO_TEACHERS, DENSE),
+    "unfrozen_tuned": Arm("no KD, tower at its own rate", CONTROL, NO_TEACHERS, DENSE, rates_of="unfrozen_tuned"),
+    "experts_without_kd": Arm("no KD, MoLE", CONTROL, NO_TEACHERS, {}, rates_of="unfrozen_tuned"),
+    "clip_anchor": Arm("KD with the CLIP anchor alone", CONTROL, CLIP_ALONE, DENSE | EQUAL, rates_of="paper"),
+    "adapters": Arm("+ adapters, all teachers", LADDER, settings=DENSE | EQUAL, rates_of="paper"),
+    "adapters_experts": Arm("+ MoLE", LADDER, settings=EQUAL, rates_of="paper"),
+    "adapters_experts_tokens": Arm(
+        "+ token weights", LADDER, settings={"teacher_weighting": "equal"}, rates_of="paper"
+    ),
+    "paper": Arm("+ teacher weights: `paper`", LADDER, rates_of="paper"),
+    "paper_without_experts": Arm("`paper` without MoLE", LADDER, settings=DENSE, rates_of="paper"),
+    "released": Arm("`released`", RELEASED, settings={"distillation_preset": "released"}, rates_of="paper"),
+    "heads_raw": Arm(
+        "heads on the student's side, raw features",
+        STUDENT,
+        settings=STUDENT_SIDE | DENSE | {"feature_normalization": "none"},
+        rates_of="heads_whitened",
+    ),
+    "heads_standardized": Arm(
+        "standardised features",
+        STUDENT,
+        settings=STUDENT_SIDE | DENSE | {"feature_normalization": "standardize"},
+        rates_of="heads_whitened",
+    ),
+    "heads_whitened": Arm("whitened features", STUDENT, settings=STUDENT_SIDE | DENSE, rates_of="heads_whitened"),
+    "heads_whitened_tokens": Arm(
+        "whitened features, token weights",
+        STUDENT,
+        settings=STUDENT_SIDE | DENSE | {"token_weighting": "cls_attention"},
+        rates_of="heads_whitened",
+    ),
+    "heads_whitened_experts": Arm(
+        "whitened features, MoLE", MIXTURE, settings=STUDENT_SIDE, rates_of="heads_whitened"
+    ),
+    "heads_whitened_dense_lora": Arm(
+        "whitened features, one dense LoRA of the same size",
+        MIXTURE,
+        settings=STUDENT_SIDE | ONE_EXPERT,
+        rates_of="heads_whitened",
+    ),
+    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, NO_TEACHERS, DENSE, side_by_side=True),
+}
+
+CONTROLS = ["frozen", "unfrozen", "unfrozen_tuned", "experts_without_kd", "clip_anchor"]
+# Arms with more seeds
+HEADLINE = [
+    "frozen",
+    "unfrozen_tuned",
+    "clip_anchor",
+    "released",
+    "paper",
+    "heads_whitened",
+    "heads_whitened_experts",
+    "encoders",
+]
+UPPER = "encoders"
+COMPARISONS = [
+    ("unfrozen_tuned", "frozen", "Does the tower profit from being trained on answers alone?"),
+    ("clip_anchor", "unfrozen_tuned", "Does the CLIP anchor alone help?"),
+    ("experts_without_kd", "unfrozen_tuned", "Does MoLE help without KD?"),
+    ("adapters", "clip_anchor", "Do more teachers help, through adapters on the teachers' side?"),
+    ("adapters_experts", "adapters", "Does MoLE help then?"),
+    ("adapters_experts_tokens", "adapters_experts", "Do token weights help?"),
+    ("paper", "adapters_experts_tokens", "Do teacher weights help?"),
+    ("paper", "paper_without_experts", "Does `paper` need MoLE?"),
+    ("paper", "clip_anchor", "Does `paper` beat the CLIP anchor?"),
+    ("released", "clip_anchor", "Does `released` beat the CLIP anchor?"),
+    ("heads_raw", "adapters", "Do heads on the student's side beat adapters on the teachers'?"),
+    ("heads_standardized", "heads_raw", "Does standardising the features help?"),
+    ("heads_whitened", "heads_standardized", "Does whitening them help?"),
+    ("heads_whitened_tokens", "heads_whitened", "Do token weights help there?"),
+    ("heads_whitened_experts", "heads_whitened", "Does MoLE help there?"),
+    ("heads_whitened_experts", "heads_whitened_dense_lora", "Does MoLE beat a dense LoRA of its size?"),
+    ("heads_whitened", "clip_anchor", "Does the student-side form beat the CLIP anchor?"),
+    ("heads_whitened", "paper", "Does the student-side form beat `paper`?"),
+]

@@ -1,0 +1,240 @@
+"""One run of the replication: both stages with the project's own trainer, then what it is judged by."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from benchmarks.replication import world
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm
+from benchmarks.replication.measures import encoder_measures, prepare_measures
+from benchmarks.replication.side_by_side import keep_encoders
+from modeling_movekd import MoveKDForConditionalGeneration
+from train.bad_rows import BadRows
+from train.build import build_student
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.data import load_train_and_validation
+from train.demo import answer_questions
+from train.feature_cache import CacheArguments, cache_features
+from train.sft import build_collator, train
+from train.teachers import TeacherConfig, load_teacher
+from train.trainer import MoveKDTrainer
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: pictures of each stage, questions of each evaluation, steps of each stage."""
+
+    pretrain: int = 2000
+    finetune: int = 1000
+    validation: int = 1200
+    test: int = 2400
+    pretrain_steps: int = 250
+    finetune_steps: int = 350
+    tower_effort: float = 1.0
+    tower_pictures: int = 8000
+
+
+QUICK = Scale(200, 200, 60, 120, 20, 30, 0.05, 500)
+FOLDERS = ("output_dir", "logging_dir", "run_name")
+STAGES = ("pretrain", "finetune")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `settings` override the arm's, in both stages; `tower_rate` is of the second stage."""
+
+    arm: str
+    seed: int
+    split: str
+    tower_rate: float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+def prepare(folder: Path, scale: Scale) -> None:
+    """The pictures of every split, and all teachers' features of those that are trained on; what is there is kept."""
+    for split in (*STAGES, "validation", "test"):
+        target = folder / "data" / split
+        if not target.is_dir():
+            questions = {"pretrain": 0, "finetune": len(world.FAMILIES)}.get(split, 1)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                world.rows(split, getattr(scale, split), questions=questions).save_to_disk(Path(temporary) / split)
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(Path(temporary) / split, target)
+    for stage in STAGES:
+        args = arguments(folder, scale, "paper", ARMS["paper"], stage, 0, folder / "unused", feature_cache=None)
+        args.feature_cache = str(folder / "features" / stage)
+        model_args = ModelArguments()
+        args.vision_model, args.language_model = towers(folder)["clip"], towers(folder)["language_model"]
+        cache_features(data_arguments(folder, stage), args, model_args, CacheArguments())
+    prepare_measures(folder, {name: towers(folder)[name] for name in ALL_TEACHERS})
+
+
+def towers(folder: Path) -> dict[str, str]:
+    return {name: str(folder / "towers" / name) for name in (*ALL_TEACHERS, "language_model")}
+
+
+def data_arguments(folder: Path, stage: str) -> DataArguments:
+    return DataArguments(dataset_name=[str(folder / "data" / stage)])
+
+
+def arguments(
+    folder: Path, scale: Scale, name: str, arm: Arm, stage: str, seed: int, output: Path, **settings: Any
+) -> MoveKDSFTConfig:
+    """The recipe that all arms share, with what this one changes."""
+    chosen: dict[str, Any] = {
+        "stage": stage,
+        "output_dir": str(output),
+        "seed": seed,
+        "chat_template": "own",
+        "distill": bool(arm.teachers),
+        "teachers": [{"name": teacher, "model": towers(folder)[teacher]} for teacher in arm.teachers] or None,
+        "feature_cache": str(folder / "features" / stage) if arm.teachers else None,
+        "feature_statistics_images": 512,
+        "lora_rank": RANK,
+        "lora_alpha": RANK,
+        "max_steps": getattr(scale, f"{stage}_steps"),
+        "learning_rate": 2e-3 if stage == "pretrain" else 5e-4,
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "max_length": 256,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "use_cpu": True,
+        "logging_steps": 25,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return MoveKDSFTConfig(**chosen | arm.settings | settings)
+
+
+def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict[str, Any]:
+    """Train both stages and measure: one line of the results."""
+    torch.set_num_threads(1)
+    arm, started = ARMS[job.arm], time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        trained = train_side_by_side if arm.side_by_side else train_arm
+        model, processor, facts = trained(job, arm, folder, scale, Path(temporary))
+        trained_seconds = time.perf_counter() - started - facts["reused_seconds"]
+        rows = load_from_disk(str(folder / "data" / job.split))
+        accuracy, questions = accuracies(model, processor, rows)
+    measured = encoder_measures(model.model.vision_tower, towers(folder)["clip"], folder)
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "split": job.split,
+        "command": command,
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "settings": arm.settings | {"vision_tower_learning_rate": job.tower_rate} | dict(job.settings),
+        "accuracy": accuracy,
+        "questions": questions,
+        **measured,
+        "losses": facts["losses"],
+        "cost": {
+            "seconds": round(trained_seconds + facts["stage_1_seconds"], 1),
+            "tower_parameters": sum(value.numel() for value in model.model.vision_tower.parameters()),
+            "trained_parameters": facts["trained_parameters"],
+        },
+    }
+
+
+def train_arm(
+    job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
+) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
+    """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
+    paths, settings = towers(folder), dict(job.settings)
+    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
+    args = arguments(folder, scale, job.arm, arm, "pretrain", job.seed, output / "pretrain", **parts | settings)
+    told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    kept, started = folder / "stage_1" / digest, time.perf_counter()
+    if not kept.is_dir():
+        train(data_arguments(folder, "pretrain"), args, ModelArguments()).end()
+        save_json({"seconds": time.perf_counter() - started}, output / "pretrain" / "cost.json")
+        kept.parent.mkdir(exist_ok=True)
+        if not kept.is_dir():
+            shutil.move(output / "pretrain", kept)
+    reused = time.perf_counter() - started
+    args = arguments(
+        folder,
+        scale,
+        job.arm,
+        arm,
+        "finetune",
+        job.seed,
+        output / "finetune",
+        vision_tower_learning_rate=job.tower_rate,
+        **settings,
+    )
+    trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
+    facts = facts_of(trainer) | {"reused_seconds": reused}
+    facts["stage_1_seconds"] = json.loads((kept / "cost.json").read_text())["seconds"]
+    trainer.end()
+    model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
+    processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
+    return model, processor, facts
+
+
+def train_side_by_side(
+    job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
+) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
+    """Both stages of a model that keeps all encoders, which no checkpoint of ours describes: it stays in memory."""
+    paths, weights, facts = towers(folder), None, {}
+    teachers = {
+        name: load_teacher(TeacherConfig(name=name, model=paths[name])) for name in ALL_TEACHERS if name != "clip"
+    }
+    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
+    for stage in STAGES:
+        args = arguments(folder, scale, job.arm, arm, stage, job.seed, output / stage, **parts | dict(job.settings))
+        model, processor = build_student(args, ModelArguments())
+        keep_encoders(model, processor, teachers)
+        if weights is not None:
+            model.load_state_dict(weights)
+        bad_rows = BadRows(args.output_dir, 0.0, 0)
+        rows, _ = load_train_and_validation(data_arguments(folder, stage), bad_rows, args.seed, False, None)
+        trainer = MoveKDTrainer(
+            model,
+            args,
+            train_dataset=rows,
+            bad_rows=bad_rows,
+            data_collator=build_collator(args, processor, {}),
+            processing_class=processor,
+        )
+        trainer.train()
+        weights, facts = model.state_dict(), facts_of(trainer)
+        trainer.end()
+    return model, processor, facts | {"reused_seconds": 0.0, "stage_1_seconds": 0.0}
+
+
+def facts_of(trainer: MoveKDTrainer) -> dict[str, Any]:
+    """The last losses that were logged, and how many parameters trained."""
+    last = next(entry for entry in reversed(trainer.state.log_history) if "text" in entry)
+    losses = {name: value for name, value in last.items() if name in ("text", "kd", "balance") or "kd/" in name}
+    trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    return {"losses": losses, "trained_parameters": trained}
+
+
+def accuracies(
+    model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Share of exactly right answers by family, and how many questions there were."""
+    answers = answer_questions(model, processor, rows, batch_size=100)
+    right: dict[str, list[bool]] = {family: [] for family in world.FAMILIES}
+    for answer, turns, family in zip(answers, rows["conversations"], rows["family"], strict=True):
+        right[family].append(answer == turns[1]["value"])
+    return (
+        {family: sum(values) / len(values) for family, values in right.items()},
+        {family: len(values) for family, values in right.items()},
+    )

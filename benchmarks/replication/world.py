@@ -1,0 +1,261 @@
+"""
+A harder world than the demo's: what its questions ask is never in a caption.
+
+The scenes of `train.scenes`, and besides colour and shape each object has a pattern (solid, striped, barred, hollow)
+and a size (small, big). Captions, from which CLIP and the projector learn, name colours, shapes and places; patterns,
+sizes and digits are known to the teachers alone, each to one. All six families of questions need them:
+
+- attribute: the pattern of an object, or the colour of a pattern that occurs once; with size and read the families
+  that ask about a single thing;
+- size: whether an object is small or big;
+- presence: whether a pattern and a shape occur together; half yes, most others share pattern or shape with an object;
+- count: how many objects have a pattern, zero to five;
+- relation: where the one object of a pattern is, seen from the number;
+- read: the two-digit number.
+"""
+
+import dataclasses
+import io
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value
+
+from train.scene_labels import cell_labels
+from train.scenes import (
+    CAPTION_REQUEST,
+    COLUMNS,
+    COUNTS,
+    GRID,
+    ROWS,
+    SHAPES,
+    SOLID,
+    SPLITS,
+    Question,
+    Scene,
+    SceneObject,
+    caption,
+    draw_scene,
+    render,
+)
+
+
+PATTERNS = (SOLID, "striped", "barred", "hollow")
+SIZES = {"small": (8, 9), "big": (12, 14)}  # radius in pixels, from and to
+FAMILIES = ("attribute", "size", "presence", "count", "relation", "read")
+NUMBERS = ("zero", *COUNTS)
+WORDS = " ".join((*PATTERNS, *SIZES, *NUMBERS, "pattern", "or"))
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "conversations": [{"from": Value("string"), "value": Value("string")}],
+        "family": Value("string"),
+    }
+)
+
+
+def size_of(item: SceneObject) -> str:
+    return "small" if item.radius <= SIZES["small"][1] else "big"
+
+
+def generator(split: str, index: int, seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([seed, index, zlib.crc32(f"harder/{split}/{purpose}".encode())])
+
+
+def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Scene number `index` of a split, always the same for the same arguments, and in no other split."""
+    rng = generator(split, index, seed, "scene")
+    while True:
+        scene = draw_scene(rng)
+        objects = []
+        for item in scene.objects:
+            low, high = SIZES[tuple(SIZES)[rng.integers(len(SIZES))]]
+            pattern = PATTERNS[rng.integers(len(PATTERNS))]
+            objects.append(dataclasses.replace(item, pattern=pattern, radius=int(rng.integers(low, high + 1))))
+        scene = dataclasses.replace(scene, objects=tuple(objects))
+        # A scene is asked everything, so it must have an answer to everything
+        if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and relations(scene):
+            return scene
+
+
+def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
+    """
+    A random question of one family about a scene, with its answer.
+
+    Raises:
+        ValueError: if `family` is not one of `FAMILIES`.
+    """
+    if family == "attribute":
+        return attribute(scene, rng)
+    if family == "size":
+        item = scene.objects[rng.integers(len(scene.objects))]
+        return Question("size", "size", f"Is the {item.name} small or big?", size_of(item))
+    if family == "presence":
+        return presence(scene, rng)
+    if family == "count":
+        pattern = some_pattern(scene, rng, 0.75)
+        count = sum(item.pattern == pattern for item in scene.objects)
+        return Question("count", "count", f"How many {pattern} objects are there?", NUMBERS[count])
+    if family == "relation":
+        questions = relations(scene)
+        return questions[rng.integers(len(questions))]
+    if family == "read":
+        return Question("read", "read", "Which number is written?", scene.number)
+    raise ValueError(f"There are no questions of the family {family!r}; choose one of {FAMILIES}.")
+
+
+def single_patterns(scene: Scene) -> list[SceneObject]:
+    counts = Counter(item.pattern for item in scene.objects)
+    return [item for item in scene.objects if counts[item.pattern] == 1]
+
+
+def attribute(scene: Scene, rng: np.random.Generator) -> Question:
+    if rng.integers(2):
+        singles = single_patterns(scene)
+        item = singles[rng.integers(len(singles))]
+        return Question("attribute", "colour", f"What colour is the {item.pattern} object?", item.colour)
+    item = scene.objects[rng.integers(len(scene.objects))]
+    return Question("attribute", "pattern", f"What pattern is the {item.name}?", item.pattern)
+
+
+def presence(scene: Scene, rng: np.random.Generator) -> Question:
+    present = sorted({(item.pattern, item.shape) for item in scene.objects})
+    if rng.integers(2):
+        pattern, shape = present[rng.integers(len(present))]
+        answer = "yes"
+    else:
+        absent = [(pattern, shape) for pattern in PATTERNS for shape in SHAPES if (pattern, shape) not in present]
+        if rng.random() < 0.8:
+            patterns, shapes = {pattern for pattern, _ in present}, {shape for _, shape in present}
+            absent = [pair for pair in absent if pair[0] in patterns or pair[1] in shapes]
+        pattern, shape = absent[rng.integers(len(absent))]
+        answer = "no"
+    return Question("presence", "presence", f"Is there a {pattern} {shape}?", answer)
+
+
+def relations(scene: Scene) -> list[Question]:
+    """All questions for the side of the number on which the only object of a pattern is."""
+    questions = []
+    for item in single_patterns(scene):
+        about = f"Is the {item.pattern} object"
+        if item.row != scene.number_row:
+            answer = "above" if item.row < scene.number_row else "below"
+            questions.append(Question("relation", "vertical", f"{about} above or below the number?", answer))
+        if not scene.number_column <= item.column <= scene.number_column + 1:
+            answer = "left" if item.column < scene.number_column else "right"
+            questions.append(Question("relation", "horizontal", f"{about} left or right of the number?", answer))
+    return questions
+
+
+def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:
+    """A pattern that occurs with probability `present`, else one that does not, if there is one."""
+    seen = sorted({item.pattern for item in scene.objects})
+    unseen = [pattern for pattern in PATTERNS if pattern not in seen]
+    choices = seen if rng.random() < present or not unseen else unseen
+    return choices[rng.integers(len(choices))]
+
+
+def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """What the language model learns from: a question of each family, a second one of the hard ones, and three easier
+    ones that no test asks, as steps towards them, in random order."""
+    questions = [ask(scene, family, rng) for family in (*FAMILIES, "relation", "presence", "count", "relation")]
+    turns = [(question.text, question.answer) for question in questions]
+    item = scene.objects[rng.integers(len(scene.objects))]
+    turns.append((f"Where is the {item.name}?", f"{COLUMNS[item.column]} {ROWS[item.row]}"))
+    turns.append(("Where is the number?", f"{COLUMNS[scene.number_column]} {ROWS[scene.number_row]}"))
+    pattern = some_pattern(scene, rng, 0.5)
+    present = any(item.pattern == pattern for item in scene.objects)
+    turns.append((f"Is there a {pattern} object?", "yes" if present else "no"))
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def facts(scene: Scene, rng: np.random.Generator, count: int = 9) -> str:
+    """What is in cells picked at random, in random order: any word may have to be completed from the others."""
+    told = []
+    for i in rng.integers(len(scene.objects) + 1, size=count):
+        if i == len(scene.objects):
+            parts = ["number", scene.number, f"{COLUMNS[scene.number_column]} {ROWS[scene.number_row]}"]
+        else:
+            item = scene.objects[i]
+            place = f"{COLUMNS[item.column]} {ROWS[item.row]}"
+            parts = [item.colour, item.shape, item.pattern, size_of(item), place]
+        told.append(" ".join(parts[j] for j in rng.permutation(len(parts))))
+    return ", ".join(told)
+
+
+def cell_words(scene: Scene) -> list[list[str]]:
+    """The tokens that describe each of the 16 cells."""
+    words: list[list[str]] = [[] for _ in range(GRID * GRID)]
+    for item in scene.objects:
+        said = (item.colour, item.shape, item.pattern, size_of(item))
+        words[item.row * GRID + item.column] += [f"▁{word}" for word in said]
+    for offset in range(2):
+        words[scene.number_row * GRID + scene.number_column + offset].append(scene.number[offset])
+    places = [[f"▁{column}", f"▁{row}"] for row in ROWS for column in COLUMNS]
+    return [cell + place for cell, place in zip(words, places, strict=True)]
+
+
+def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """The truth by cell, [n, 16] long, as classes from 0; -1 where there is nothing of the kind."""
+    found = cell_labels(scenes)
+    pattern = torch.full((len(scenes), GRID * GRID), -1)
+    size = torch.full((len(scenes), GRID * GRID), -1)
+    for i, scene in enumerate(scenes):
+        for item in scene.objects:
+            pattern[i, item.row * GRID + item.column] = PATTERNS.index(item.pattern)
+            size[i, item.row * GRID + item.column] = tuple(SIZES).index(size_of(item))
+    is_object = found.colour > 0
+    return {
+        "shape": torch.where(is_object, found.shape - 1, -1),
+        "colour": torch.where(is_object, found.colour - 1, -1),
+        "pattern": pattern,
+        "size": size,
+        "digit": torch.where(found.digit < 10, found.digit, -1),
+    }
+
+
+def rows(split: str, size: int, seed: int = 0, questions: int = len(FAMILIES)) -> Dataset:
+    """
+    `size` pictures of a split as LLaVA rows (`image`, `conversations`, `family`).
+
+    Args:
+        questions: Turns of each conversation: 0 asks for a caption; 1 asks one question, the families in turn; more
+            asks that many different families in random order.
+    """
+    return Dataset.from_list([row(split, index, seed, questions) for index in range(size)], features=FEATURES)
+
+
+def row(split: str, index: int, seed: int, questions: int) -> dict[str, object]:
+    scene, rng = sample_scene(split, index, seed), generator(split, index, seed, "questions")
+    buffer = io.BytesIO()
+    render(scene, generator(split, index, seed, "image")).save(buffer, format="BMP")  # noise does not compress
+    turns: Sequence[tuple[str, str]] = [(CAPTION_REQUEST, caption(scene))]
+    family = "caption"
+    if questions:
+        chosen = rng.permutation(len(FAMILIES))[:questions] if questions > 1 else [index % len(FAMILIES)]
+        asked = [ask(scene, FAMILIES[i], rng) for i in chosen]
+        family, turns = asked[0].family if questions == 1 else "several", [(q.text, q.answer) for q in asked]
+    conversation: list[dict[str, str]] = []
+    for text, answer in turns:
+        conversation.append({"from": "human", "value": ("" if conversation else "<image>\n") + text})
+        conversation.append({"from": "gpt", "value": answer})
+    return {
+        "image": {"bytes": buffer.getvalue(), "path": None},
+        "conversations": conversation,
+        "family": family,
+    }
+
+
+def chance(split: str = "validation", size: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Share of each family's questions that the best constant answer to each wording gets right."""
+    answers: dict[str, dict[str, Counter[str]]] = {family: {} for family in FAMILIES}
+    for index in range(size):
+        scene, rng = sample_scene(split, index, seed), generator(split, index, seed, "questions")
+        for family in FAMILIES:
+            question = ask(scene, family, rng)
+            answers[family].setdefault(question.kind, Counter())[question.answer] += 1
+    return {family: sum(max(kind.values()) for kind in kinds.values()) / size for family, kinds in answers.items()}
