@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 DISTILLER_NAME = "distiller.safetensors"
 DISTILLER_KNOBS = (
     "head_side",
+    "head_form",
     "feature_normalization",
     "grid_matching",
     "token_weighting",

@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert_init": "zero",
         "expert_bias": False,
         "head_side": "teacher",
+        "head_form": "mlp",
         "feature_normalization": "none",
         "grid_matching": "learned",
         "token_weighting": "cls_attention",
@@ -218,6 +219,7 @@ class MoveKDSFTConfig(SFTConfig):
     expert_init: Literal["zero", "kaiming"] | None = field(default=None, metadata={"help": "Preset knob."})
     expert_bias: bool | None = field(default=None, metadata={"help": "Preset knob."})
     head_side: Literal["teacher", "student"] | None = field(default=None, metadata={"help": "Preset knob."})
+    head_form: Literal["mlp", "unit_linear"] | None = field(default=None, metadata={"help": "Preset knob."})
     feature_normalization: Literal["none", "standardize", "whiten"] | None = field(
         default=None, metadata={"help": "Preset knob."}
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from train.teachers import TeacherFeatures
 
 HEAD_SIDES = ("teacher", "student")
+HEAD_FORMS = ("mlp", "unit_linear")
 FEATURE_NORMALIZATIONS = ("none", "standardize", "whiten")
 GRID_MATCHINGS = ("learned", "resample")
 # Where one image's tokens at the student's width have more values than this, a batch passes the adapter in parts, one
@@ -59,6 +60,7 @@ class Distiller(nn.ModuleDict):
         student_grid (`tuple[int, int]`): Their (h, w).
         teachers (`Mapping[str, tuple[int, tuple[int, int]]]`): By name the width and the grid of a teacher's features.
         head_side (`str`): `"teacher"`, adapters on the features; `"student"`, heads on the student's tokens.
+        head_form (`str`): Of heads on the student's side: `"mlp"`, or `"unit_linear"`, which cannot amplify.
         feature_normalization (`str`): `"none"`; `"standardize"`, zero mean and unit variance per channel; `"whiten"`,
             that and then the first principal components, scaled to unit variance.
         whitening_components (`int`): How many, at most as many as there are channels.
@@ -77,6 +79,7 @@ class Distiller(nn.ModuleDict):
         student_grid: tuple[int, int],
         teachers: Mapping[str, tuple[int, tuple[int, int]]],
         head_side: str = "teacher",
+        head_form: str = "mlp",
         feature_normalization: str = "none",
         whitening_components: int = 64,
         grid_matching: str = "learned",
@@ -87,6 +90,7 @@ class Distiller(nn.ModuleDict):
         super().__init__()
         for option, value, choices in (
             ("head_side", head_side, HEAD_SIDES),
+            ("head_form", head_form, HEAD_FORMS),
             ("feature_normalization", feature_normalization, FEATURE_NORMALIZATIONS),
             ("grid_matching", grid_matching, GRID_MATCHINGS),
             ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
@@ -104,6 +108,11 @@ class Distiller(nn.ModuleDict):
             raise ValueError(
                 f"Heads on the student's side need `grid_matching` 'resample' and `teacher_weighting` 'equal', got "
                 f"{grid_matching!r} and {teacher_weighting!r}: fixed targets are not in the student's space."
+            )
+        if head_side == "teacher" and head_form != "mlp":
+            raise ValueError(
+                f"`head_form` is {head_form!r}, but `head_side` {head_side!r} has adapters, which have no other form "
+                "than 'mlp'. Set `head_side` to 'student', or leave `head_form` out."
             )
         if CLIP not in teachers and (token_weighting != "none" or teacher_weighting != "equal"):
             raise ValueError(
@@ -135,7 +144,7 @@ class Distiller(nn.ModuleDict):
                     "student's tokens. Use one image size, or set `token_weighting` to 'none'."
                 )
             if head_side == "student":
-                self[name] = StudentHead(width, grid, student_width, student_grid, **kwargs)
+                self[name] = StudentHead(width, grid, student_width, student_grid, head_form, **kwargs)
             elif name == CLIP:
                 self[name] = Target(width, grid, student_grid)
             else:

@@ -144,15 +144,37 @@ class TeacherAdapter(Target):
         return student_tokens, adapted
 
 
+class UnitLinear(nn.Linear):
+    """
+    A linear layer whose rows have length one whatever the weight's is: it reads directions and amplifies none. What it
+    has to give with unit variance, its input must have with at least that.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight, dim=-1), self.bias)
+
+
 class StudentHead(Target):
-    """Student's side: `head`, an MLP d-2d-k from the student's tokens to the fixed target."""
+    """
+    Student's side: `head` from the student's tokens to the fixed target. As an `"mlp"` d-2d-k it finds in the tokens
+    what is there however faintly; as `"unit_linear"` it asks for it in full size, so that a projector finds it too.
+    """
 
     def __init__(
-        self, width: int, grid: tuple[int, int], student_width: int, student_grid: tuple[int, int], **target: Any
+        self,
+        width: int,
+        grid: tuple[int, int],
+        student_width: int,
+        student_grid: tuple[int, int],
+        head_form: str = "mlp",
+        **target: Any,
     ) -> None:
         super().__init__(width, grid, student_grid, **target)
-        wide = nn.Linear(student_width, 2 * student_width)
-        self.head = nn.Sequential(wide, nn.GELU(), nn.Linear(wide.out_features, self.target_width))
+        if head_form == "unit_linear":
+            self.head: nn.Module = UnitLinear(student_width, self.target_width)
+        else:
+            wide = nn.Linear(student_width, 2 * student_width)
+            self.head = nn.Sequential(wide, nn.GELU(), nn.Linear(wide.out_features, self.target_width))
 
     def forward(self, student_tokens: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.head(_to_parameters(student_tokens, self.head)), self.target(tokens)

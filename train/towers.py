@@ -136,8 +136,17 @@ def train_clip(
     steps: int,
     seed: int,
     batch_size: int = 192,
+    tower: CLIPVisionModel | None = None,
+    keep_places: bool = False,
 ) -> CLIPVisionModel:
-    """Trains a small CLIP on pictures (uint8 [n, 3, 64, 64]) and captions, by contrast; returns its vision tower."""
+    """
+    Trains a small CLIP on pictures (uint8 [n, 3, 64, 64]) and captions, by contrast; returns its vision tower.
+
+    Args:
+        tower: To start from.
+        keep_places: Have each token that a projector would get tell, besides, which of the 16 cells it stands for.
+            Contrast alone makes networks this small forget it, which large ones do not.
+    """
     width = {"hidden_size": 128, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
     config = CLIPConfig(
         vision_config={**width, "intermediate_size": 384, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
@@ -154,7 +163,11 @@ def train_clip(
         projection_dim=128,
     )
     model = CLIPModel._from_config(config, attn_implementation="eager")
+    if tower is not None:
+        model.vision_model.load_state_dict(tower.state_dict())
     rng = np.random.default_rng([seed, 0])
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    place = nn.Linear(config.vision_config.hidden_size, side**2)
 
     def loss() -> Tensor:
         rows = rng.integers(len(scenes), size=batch_size)
@@ -162,9 +175,13 @@ def train_clip(
             [partial_caption(scenes[row], rng) + "</s>" for row in rows], padding=True, return_tensors="pt"
         )
         pixel_values = normalized(pixels[rows], CLIP_MEAN, CLIP_STD)
-        return model(pixel_values=pixel_values, **text, return_loss=True).loss
+        outputs = model(pixel_values=pixel_values, **text, return_loss=True, output_hidden_states=keep_places)
+        if not keep_places:
+            return outputs.loss
+        logits = place(outputs.vision_model_output.hidden_states[-2][:, 1:]).float()
+        return outputs.loss + cross_entropy(logits.flatten(0, 1), torch.arange(side**2).repeat(batch_size))
 
-    fit("clip", [model], loss, steps, 1e-3)
+    fit("clip", [model, place] if keep_places else [model], loss, steps, 1e-3)
     # Through a state dict, so that the folder is one of CLIPVisionModel and nothing else.
     tower = CLIPVisionModel(config.vision_config)
     tower.load_state_dict(model.vision_model.state_dict())

@@ -33,7 +33,7 @@ from benchmarks.replication.towers import build_towers
 OUTPUT = Path("outputs/replication")
 RESULTS = Path(__file__).parent / "results.jsonl"
 VALIDATION_SEED = 100
-QUICK_ARMS = ("frozen", "paper", "heads_whitened")
+QUICK_ARMS = ("frozen", "paper", "heads_unit")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
 from train.bad_rows import BadRows
 from train.build import build_student
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data import load_train_and_validation
 from train.demo import answer_questions
 from train.feature_cache import CacheArguments, cache_features
@@ -38,7 +38,7 @@ class Scale:
     finetune: int = 1000
     validation: int = 1200
     test: int = 2400
-    pretrain_steps: int = 250
+    pretrain_steps: int = 350
     finetune_steps: int = 350
     tower_effort: float = 1.0
     tower_pictures: int = 8000
@@ -70,12 +70,12 @@ def prepare(folder: Path, scale: Scale) -> None:
                 world.rows(split, getattr(scale, split), questions=questions).save_to_disk(Path(temporary) / split)
                 target.parent.mkdir(exist_ok=True)
                 shutil.move(Path(temporary) / split, target)
-    for stage in STAGES:
-        args = arguments(folder, scale, "paper", ARMS["paper"], stage, 0, folder / "unused", feature_cache=None)
-        args.feature_cache = str(folder / "features" / stage)
-        model_args = ModelArguments()
-        args.vision_model, args.language_model = towers(folder)["clip"], towers(folder)["language_model"]
-        cache_features(data_arguments(folder, stage), args, model_args, CacheArguments())
+    parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
+    # Their geometries of pixels differ
+    for name in ("paper", "released"):
+        for stage in STAGES:
+            args = arguments(folder, scale, ARMS[name], stage, 0, folder / "unused", **parts)
+            cache_features(data_arguments(folder, stage), args, ModelArguments(), CacheArguments())
     prepare_measures(folder, {name: towers(folder)[name] for name in ALL_TEACHERS})
 
 
@@ -88,9 +88,10 @@ def data_arguments(folder: Path, stage: str) -> DataArguments:
 
 
 def arguments(
-    folder: Path, scale: Scale, name: str, arm: Arm, stage: str, seed: int, output: Path, **settings: Any
+    folder: Path, scale: Scale, arm: Arm, stage: str, seed: int, output: Path, **settings: Any
 ) -> MoveKDSFTConfig:
     """The recipe that all arms share, with what this one changes."""
+    geometry = PRESETS[arm.settings.get("distillation_preset", "paper")]["geometry"]
     chosen: dict[str, Any] = {
         "stage": stage,
         "output_dir": str(output),
@@ -98,11 +99,12 @@ def arguments(
         "chat_template": "own",
         "distill": bool(arm.teachers),
         "teachers": [{"name": teacher, "model": towers(folder)[teacher]} for teacher in arm.teachers] or None,
-        "feature_cache": str(folder / "features" / stage) if arm.teachers else None,
+        "feature_cache": str(folder / "features" / geometry / stage) if arm.teachers else None,
         "feature_statistics_images": 512,
         "lora_rank": RANK,
         "lora_alpha": RANK,
         "max_steps": getattr(scale, f"{stage}_steps"),
+        # Of the projector, the heads and (in the second stage) the language model
         "learning_rate": 2e-3 if stage == "pretrain" else 5e-4,
         "per_device_train_batch_size": 16,
         "lr_scheduler_type": "cosine",
@@ -156,7 +158,7 @@ def train_arm(
     """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
     paths, settings = towers(folder), dict(job.settings)
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
-    args = arguments(folder, scale, job.arm, arm, "pretrain", job.seed, output / "pretrain", **parts | settings)
+    args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts | settings)
     told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
     kept, started = folder / "stage_1" / digest, time.perf_counter()
@@ -170,7 +172,6 @@ def train_arm(
     args = arguments(
         folder,
         scale,
-        job.arm,
         arm,
         "finetune",
         job.seed,
@@ -197,7 +198,7 @@ def train_side_by_side(
     }
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
-        args = arguments(folder, scale, job.arm, arm, stage, job.seed, output / stage, **parts | dict(job.settings))
+        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts | dict(job.settings))
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:

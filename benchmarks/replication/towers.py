@@ -137,7 +137,9 @@ def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float
             save_tower(model, with_short_template(tokenizer), unfinished)
             scores = language_model_scores(model, TextScenes(held_out, tokenizer, cell_words), FAMILIES, ask)
         elif name == "clip":
-            clip = train_clip(pictures_of("towers", scenes, seed, 64), scenes, tokenizer, steps, seed)
+            pixels = pictures_of("towers", scenes, seed, 64)
+            clip = train_clip(pixels, scenes, tokenizer, steps, seed)
+            clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True)
             save_tower(clip, image_processor_of(CLIPImageProcessor, 64, CLIP_MEAN, CLIP_STD), unfinished)
             features = student_features(clip, pictures_of("validation", held_out, seed, 64))
             scores = probe_scores(features, labels(held_out), trained=700)
@@ -166,6 +168,8 @@ def demo_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     for name, value in demo.state_dict().items():
         weights[name][: len(value)] = value
     model.load_state_dict(weights)
+    # What is built around it later, as a projector, is initialised by this: at the scale of its embeddings
+    model.config.initializer_range = 0.02
     return model
 
 
