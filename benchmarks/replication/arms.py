@@ -9,8 +9,12 @@ CLIP_ALONE = ("clip",)
 NO_TEACHERS = ()
 
 RANK = 8
-# Of the tower in the second stage; each family of arms takes the one that does best on validation
-TOWER_RATES = (5e-4, 1.5e-3, 5e-3)
+# Of the tower in the second stage, by the arm that is tried on validation; others take what it does best with
+TOWER_RATES = {
+    "unfrozen_tuned": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3),
+    "paper": (5e-4, 1.5e-3, 5e-3),
+    "heads_unit": (5e-4, 1.5e-3, 5e-3),
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication import runs, world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, UPPER
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, TOWER_RATES, UPPER
 from benchmarks.replication.measures import linear_cka, token_kinds
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
@@ -163,7 +163,7 @@ def test_arms_and_comparisons_name_each_other() -> None:
     named |= {arm.rates_of for arm in ARMS.values() if arm.rates_of}
     assert named <= set(ARMS)
     for owner in {arm.rates_of for arm in ARMS.values() if arm.rates_of}:
-        assert ARMS[owner].rates_of == owner
+        assert ARMS[owner].rates_of == owner and TOWER_RATES[owner]
     for arm in ARMS.values():
         for stage in runs.STAGES:
             args = runs.arguments(Path("nowhere"), TINY, arm, stage, 0, Path("nowhere"))

@@ -55,9 +55,9 @@ def test_adapter_and_weights_of_the_paper_written_out() -> None:
 
 
 def test_student_head_written_out() -> None:
-    distiller, student, features = make_distiller("student_heads"), make_student(), make_features()
+    distiller, student, features = make_distiller("student_heads", head_form="mlp"), make_student(), make_features()
     output = distiller(student, features)
-    weights = token_weights(features["clip"].cls_attention, "cls_attention")
+    weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
     for name in TEACHERS:
         wide, _, narrow = distiller[name].head
         assert (wide.in_features, wide.out_features, narrow.out_features) == (WIDTH, 2 * WIDTH, 8)
@@ -67,6 +67,28 @@ def test_student_head_written_out() -> None:
         )
         torch.testing.assert_close(output.teacher_losses[name], expected)
         torch.testing.assert_close(output.teacher_weights[name], torch.full((4,), 0.2 if name == "clip" else 0.4))
+
+
+def test_unit_heads_amplify_nothing() -> None:
+    distiller = make_distiller("student_heads", head_form="unit_linear")
+    student, features = make_student(), make_features()
+    before = distiller(student, features)
+    head = distiller["eva"].head
+    expected = student @ (head.weight / head.weight.norm(dim=1, keepdim=True)).T + head.bias
+    torch.testing.assert_close(distiller["eva"](student, features["eva"].tokens)[0], expected)
+    with torch.no_grad():
+        head.weight.mul_(5)
+    torch.testing.assert_close(distiller(student, features).loss, before.loss)
+    # What a unit head gives of faint tokens is as faint; a head with a hidden layer could make up for it
+    faint = 0.01 * student
+    spread = distiller["eva"](faint, features["eva"].tokens)[0].var(dim=(0, 1)).sqrt()
+    assert (spread <= faint.flatten(0, 1).T.cov().trace().sqrt()).all()
+    distiller(student, features).loss.sum().backward()
+    assert all(value.grad.any() for value in distiller.parameters())
+    # The gradient turns directions and does not lengthen them
+    assert (head.weight.grad * head.weight).sum(
+        dim=1
+    ).abs().max() < 1e-4 * head.weight.grad.norm() * head.weight.norm()
 
 
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
@@ -199,6 +221,8 @@ def test_clip_alone_has_all_the_weight(preset: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"head_side": "both"}, "`head_side` is 'both', expected one of"),
+        ({"head_form": "linear"}, "`head_form` is 'linear'"),
+        ({"head_form": "unit_linear"}, "adapters, which have no other form"),
         ({"feature_normalization": "zca"}, "`feature_normalization` is 'zca'"),
         ({"grid_matching": "crop"}, "`grid_matching` is 'crop'"),
         ({"token_weighting": "attention"}, "`token_weighting` is 'attention'"),
@@ -273,7 +297,7 @@ def test_keys_of_the_file(tmp_path: Path) -> None:
         "sam.channels",
         "sam.tokens",
     }
-    make_distiller("student_heads").save(path)
+    make_distiller("student_heads", head_form="mlp").save(path)
     shapes = {key: tuple(value.shape) for key, value in load_file(path).items() if key.startswith("eva.")}
     assert shapes == {
         "eva.head.0.weight": (32, 16),
