@@ -41,44 +41,45 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    # A test run is the arm's one and only, whatever rate validation gave it
-    rate = job.tower_rate if job.split == "validation" else None
-    return job.arm, job.seed, job.split, rate, job.settings if job.split == "validation" else ()
+    # A test run is the arm's one and only, whatever rates validation gave it
+    if job.split == "test":
+        return job.arm, job.seed, "test"
+    return job.arm, job.seed, job.split, job.pretrain_rate, job.tower_rate, job.settings
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     if line["split"] == "test":
-        return line["arm"], line["seed"], "test", None, ()
+        return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
-    rate = own.pop("vision_tower_learning_rate")
+    rates = own.pop("pretrain_vision_tower_learning_rate"), own.pop("vision_tower_learning_rate")
     changed = {name: value for name, value in own.items() if ARMS[line["arm"]].settings.get(name) != value}
-    return line["arm"], line["seed"], "validation", rate, tuple(sorted(changed.items()))
+    return line["arm"], line["seed"], line["split"], *rates, tuple(sorted(changed.items()))
 
 
 def rate_jobs(arms: Iterable[str]) -> list[Job]:
     """The runs that rates are chosen by, for the arms whose rates any of `arms` takes."""
     owners = dict.fromkeys(ARMS[arm].rates_of for arm in arms if ARMS[arm].rates_of)
-    return [Job(owner, VALIDATION_SEED, "validation", rate) for owner in owners for rate in TOWER_RATES[owner]]
+    return [Job(owner, VALIDATION_SEED, "validation", *rates) for owner in owners for rates in TOWER_RATES[owner]]
 
 
-def chosen_rate(arm: str, lines: Sequence[dict[str, Any]]) -> float | None:
+def chosen_rates(arm: str, lines: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
     """
-    The rate at which the arm that `arm` takes it from did best on validation, by the mean of all families.
+    The rates, of both stages, at which the arm that `arm` takes them from did best on validation, by the mean of all
+    families.
 
     Raises:
-        ValueError: if it was not tried yet.
+        ValueError: if none was tried yet.
     """
     owner = ARMS[arm].rates_of
     if owner is None:
-        return None
-    means: dict[float, list[float]] = {}
+        return None, None
+    means: dict[tuple[float | None, float | None], float] = {}
     for line in lines:
-        if line["arm"] == owner and line["split"] == "validation" and key_of(line)[4] == ():
-            rate = line["settings"]["vision_tower_learning_rate"]
-            means.setdefault(rate, []).append(fmean(line["accuracy"].values()))
+        if line["arm"] == owner and line["split"] == "validation" and not key_of(line)[-1]:
+            means[key_of(line)[3:5]] = fmean(line["accuracy"].values())
     if not means:
         raise ValueError(f"No rate of {owner} was tried on validation yet, which {arm} takes its own from.")
-    return max(means, key=lambda rate: fmean(means[rate]))
+    return max(means, key=lambda rates: means[rates])
 
 
 def run_all(
@@ -142,13 +143,13 @@ def main(given: Sequence[str] | None = None) -> None:
         lines = read(results)
         controls = [arm for arm in CONTROLS if arm in arms] if not left else []
         left += run_all(
-            [Job(arm, VALIDATION_SEED, "validation", chosen_rate(arm, lines)) for arm in controls], *common
+            [Job(arm, VALIDATION_SEED, "validation", *chosen_rates(arm, lines)) for arm in controls], *common
         )
     if chosen.part in (None, "test") and not left:
         lines = read(results)
         # Seed by seed, so that a run that is stopped has whole rounds of all arms
         jobs = [
-            Job(arm, seed, "test", chosen_rate(arm, lines))
+            Job(arm, seed, "test", *chosen_rates(arm, lines))
             for seed in range(max(seeds.values()))
             for arm in arms
             if seed < seeds[arm]

@@ -9,11 +9,12 @@ CLIP_ALONE = ("clip",)
 NO_TEACHERS = ()
 
 RANK = 8
-# Of the tower in the second stage, by the arm that is tried on validation; others take what it does best with
-TOWER_RATES = {
-    "unfrozen_tuned": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3),
-    "paper": (5e-4, 1.5e-3, 5e-3),
-    "heads_unit": (5e-4, 1.5e-3, 5e-3),
+# Of the tower in the first stage (`None`: as everything else) and in the second, by the arm that is tried on validation;
+# others take what it does best with. Without distillation a tower does not train in the first stage
+TOWER_RATES: dict[str, tuple[tuple[float | None, float], ...]] = {
+    "unfrozen_tuned": ((None, 5e-5), (None, 1.5e-4), (None, 5e-4), (None, 1.5e-3), (None, 5e-3)),
+    "paper": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (6e-3, 1.5e-3)),
+    "heads_unit": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (None, 1.5e-2), (6e-3, 5e-3)),
 }
 
 
@@ -25,7 +26,7 @@ class Arm:
         group: Heading that it stands under.
         teachers: Names of the teachers; none is training without distillation.
         settings: Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
-        rates_of: Name of the arm on whose validation the tower's learning rate is chosen for this one; `None` keeps
+        rates_of: Name of the arm on whose validation the tower's learning rates are chosen for this one; `None` keeps
             the recipe's.
         side_by_side: All encoders are kept at inference and nothing is distilled.
     """

@@ -51,11 +51,12 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `settings` override the arm's, in both stages; `tower_rate` is of the second stage."""
+    """One run. `settings` override the arm's, in both stages; the rates are the tower's learning rates."""
 
     arm: str
     seed: int
     split: str
+    pretrain_rate: float | None = None
     tower_rate: float | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -139,7 +140,9 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         "command": command,
         "commit": commit,
         "date": date.today().isoformat(),
-        "settings": arm.settings | {"vision_tower_learning_rate": job.tower_rate} | dict(job.settings),
+        "settings": arm.settings
+        | {"pretrain_vision_tower_learning_rate": job.pretrain_rate, "vision_tower_learning_rate": job.tower_rate}
+        | dict(job.settings),
         "accuracy": accuracy,
         "questions": questions,
         **measured,
@@ -157,7 +160,8 @@ def train_arm(
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
     """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
     paths, settings = towers(folder), dict(job.settings)
-    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
+    parts: dict[str, Any] = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
+    parts["vision_tower_learning_rate"] = job.pretrain_rate
     args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts | settings)
     told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]

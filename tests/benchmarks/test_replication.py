@@ -170,24 +170,29 @@ def test_arms_and_comparisons_name_each_other() -> None:
             assert args.distill == bool(arm.teachers)
 
 
-def line(arm: str, seed: int, split: str, rate: float | None, value: float, **settings: Any) -> dict[str, Any]:
-    chosen = ARMS[arm].settings | {"vision_tower_learning_rate": rate} | settings
-    return {"arm": arm, "seed": seed, "split": split, "settings": chosen, "accuracy": {"read": value}}
+def line(arm: str, split: str, rates: tuple[float | None, float], value: float, **settings: Any) -> dict[str, Any]:
+    told = {"pretrain_vision_tower_learning_rate": rates[0], "vision_tower_learning_rate": rates[1]}
+    chosen = ARMS[arm].settings | told | settings
+    return {"arm": arm, "seed": 100, "split": split, "settings": chosen, "accuracy": {"read": value}}
 
 
-def test_the_rate_is_chosen_on_validation_alone() -> None:
+def test_rates_are_chosen_on_validation_alone() -> None:
     lines = [
-        line("paper", 100, "validation", 1e-3, 0.4),
-        line("paper", 100, "validation", 3e-3, 0.5),
-        line("paper", 100, "validation", 1e-2, 0.9, lambda_kd=3.0),
-        line("paper", 0, "test", 1e-3, 0.9),
+        line("paper", "validation", (None, 1e-3), 0.4),
+        line("paper", "validation", (6e-3, 3e-3), 0.5),
+        line("paper", "validation", (None, 1e-2), 0.9, lambda_kd=3.0),
+        line("paper", "test", (None, 1e-3), 0.9),
     ]
-    assert replication.chosen_rate("clip_anchor", lines) == 3e-3
-    assert replication.chosen_rate("frozen", lines) is None
+    assert replication.chosen_rates("clip_anchor", lines) == (6e-3, 3e-3)
+    assert replication.chosen_rates("frozen", lines) == (None, None)
     with pytest.raises(ValueError, match="heads_unit"):
-        replication.chosen_rate("heads_raw", lines)
-    jobs = [Job("paper", 100, "validation", 1e-3), Job("paper", 0, "test", 3e-3)]
-    assert [replication.key(job) for job in jobs] == [replication.key_of(lines[0]), replication.key_of(lines[3])]
+        replication.chosen_rates("heads_raw", lines)
+    jobs = [Job("paper", 100, "validation", 6e-3, 3e-3), Job("paper", 100, "test", 6e-3, 3e-3)]
+    assert [replication.key(job) for job in jobs] == [replication.key_of(lines[1]), replication.key_of(lines[3])]
+    tried = replication.rate_jobs(["frozen", "adapters", "paper"])
+    assert [(job.arm, (job.pretrain_rate, job.tower_rate)) for job in tried] == [
+        ("paper", rates) for rates in TOWER_RATES["paper"]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +226,13 @@ def test_encoders_side_by_side_are_the_encoders(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["frozen", "released", "heads_unit_experts", "heads_unit_dense_lora", "encoders"])
 def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
-    found = runs.run(Job(arm, 0, "test", 1e-3 if ARMS[arm].rates_of else None), folder, TINY, "command", "commit")
+    found = runs.run(
+        Job(arm, 0, "test", 1e-3 if ARMS[arm].rates_of else None, 2e-3 if ARMS[arm].rates_of else None),
+        folder,
+        TINY,
+        "command",
+        "commit",
+    )
     assert set(found["accuracy"]) == set(world.FAMILIES) == set(found["questions"])
     assert set(found["cka"]) == set(ALL_TEACHERS)
     assert set(found["probe"]) == set(found["probe_at_start"]) == {"shape", "colour", "pattern", "size", "digit"}
