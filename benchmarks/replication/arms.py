@@ -42,7 +42,14 @@ class Arm:
 CONTROL, LADDER, RELEASED = "controls", "the paper's ladder", "released"
 STUDENT, MIXTURE, UPPER_GROUP = "student-side ladder", "mixture of experts", "upper reference"
 DENSE: dict[str, Any] = {"num_experts": 0}
-ONE_EXPERT = {"num_experts": 1, "lora_rank": 3 * RANK, "lora_alpha": 3 * RANK, "lambda_balance": 0.0}
+ONE_EXPERT: dict[str, Any] = {
+    "num_experts": 1,
+    "lora_rank": 3 * RANK,
+    "lora_alpha": 3 * RANK,
+    # A router with one expert has nothing to learn
+    "router_gradient": "none",
+    "lambda_balance": 0.0,
+}
 EQUAL = {"token_weighting": "none", "teacher_weighting": "equal"}
 # The weight of the distillation loss, the components and the form of the heads were tried on validation first
 STUDENT_SIDE: dict[str, Any] = {
