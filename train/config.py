@@ -48,11 +48,13 @@ PRESETS["released"] = PRESETS["paper"] | {
 }
 PRESETS["student_heads"] = PRESETS["paper"] | {
     "head_side": "student",
+    "head_form": "unit_linear",
     "feature_normalization": "whiten",
     "grid_matching": "resample",
+    "token_weighting": "none",
     "teacher_weighting": "equal",
     "clip_share": 0.2,
-    "lambda_kd": 1.0,
+    "lambda_kd": 4.0,
 }
 
 
@@ -153,7 +155,9 @@ class MoveKDSFTConfig(SFTConfig):
         load_in_4bit (`bool`, defaults to `False`): Keep the weights under LoRA in 4 bits (QLoRA).
         feature_statistics_images (`int`, defaults to 1024): Images in the first pass over the data that measures the
             teachers' statistics, where the preset normalises their features.
-        whitening_components (`int`, defaults to 64): Principal components kept of each teacher's features.
+        whitening_components (`int`, defaults to 64): Principal components kept of each teacher's features. Heads that
+            cannot amplify want a direction of the student's tokens for each: all teachers' together, not more than the
+            student has channels.
         group_by_modality_length (`bool`, defaults to `False`): Batches of one modality and similar length.
         global_batch_size (`int`, *optional*): Rows of one optimiser step over all processes. Sets
             `gradient_accumulation_steps`, so that a recipe means the same on any number of GPUs.

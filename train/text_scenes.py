@@ -4,6 +4,7 @@ In place of the image it is given, for each of the 16 cells, the sum of the embe
 cell. The conversation around it has the `vicuna_v1` form, or the `plain` form for captions.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from modeling_movekd.chat_templates import DEFAULT_SYSTEM_PROMPT, set_chat_template
+from modeling_movekd.processing import add_image_token
 from train.scenes import (
     CAPTION_REQUEST,
     COLOURS,
@@ -74,6 +77,26 @@ def build_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+def with_short_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """
+    A copy of the tokenizer with the template that the language model has learnt from: `vicuna_v1` without the system
+    prompt, which is half of a text here, and without a new line after the image.
+
+    Raises:
+        ValueError: if `vicuna_v1` has neither to leave out.
+    """
+    probe = copy.deepcopy(tokenizer)
+    add_image_token(probe)
+    template = set_chat_template(probe, "vicuna_v1").chat_template
+    for left_out, instead in ((DEFAULT_SYSTEM_PROMPT, ""), ("image_suffix + '\\n'", "''")):
+        if left_out not in template:
+            raise ValueError(f"The template vicuna_v1 has no {left_out!r} to leave out.")
+        template = template.replace(left_out, instead)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 class TextScenes:

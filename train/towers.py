@@ -72,7 +72,14 @@ from train.scenes import (
     sample_scene,
     scene_image,
 )
-from train.text_scenes import TextScenes, build_tokenizer, facts, language_model_scores, lesson
+from train.text_scenes import (
+    TextScenes,
+    build_tokenizer,
+    facts,
+    language_model_scores,
+    lesson,
+    with_short_template,
+)
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,6 +89,9 @@ HALF = (0.5, 0.5, 0.5)
 STEPS = {"language_model": 2400, "clip": 700, "detector": 900, "reader": 300}
 # The libraries' 0.02 is meant for networks ten times as wide.
 INITIALIZER_RANGE = 0.08
+# A finished language model's configuration initialises the projector: its tokens should come out as large as the
+# embeddings of words, and with 0.08 they are twenty times as large.
+PROJECTOR_RANGE = 0.02
 
 
 @dataclass
@@ -369,12 +379,14 @@ def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: floa
     if name == "language_model":
         language_model = small_llama(tokenizer)
         train_language_model(language_model, TextScenes(scenes, tokenizer), lesson, facts, steps, seed)
-        save_tower(language_model, tokenizer, folder)
+        language_model.config.initializer_range = PROJECTOR_RANGE
+        save_tower(language_model, with_short_template(tokenizer), folder)
         return language_model_scores(language_model, TextScenes(held_out, tokenizer))
     size = {"clip": 64, "detector": 96, "reader": 128}[name]
     pixels = _pixels("towers", pictures, seed, size)
     if name == "clip":
         clip = train_clip(pixels, scenes, tokenizer, steps, seed)
+        clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True)
         save_tower(clip, image_processor_of(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
         features = student_features(clip, _pixels("validation", len(held_out), seed, size))
         return probe_scores(features, cell_labels(held_out), trained=700)

@@ -58,7 +58,7 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def rate_jobs(arms: Iterable[str]) -> list[Job]:
     """The runs that rates are chosen by, for the arms whose rates any of `arms` takes."""
-    owners = dict.fromkeys(ARMS[arm].rates_of for arm in arms if ARMS[arm].rates_of)
+    owners = dict.fromkeys(owner for arm in arms if (owner := ARMS[arm].rates_of))
     return [Job(owner, VALIDATION_SEED, "validation", *rates) for owner in owners for rates in TOWER_RATES[owner]]
 
 

@@ -26,7 +26,8 @@ class SideBySideEncoders(nn.Module):
 
     def __init__(self, clip: MoveKDVisionModel, teachers: Mapping[str, FrozenTeacher]) -> None:
         super().__init__()
-        self.clip, self.teachers = clip, nn.ModuleDict(teachers)
+        self.clip, self.encoders = clip, nn.ModuleDict(teachers)
+        self.teachers = dict(teachers)
         self.image_size = clip.config.image_size
         side = self.image_size // clip.config.patch_size
         self.grid = (side, side)

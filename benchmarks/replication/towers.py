@@ -13,7 +13,6 @@ Trains the networks that the replication starts from, all on scenes of the split
 Each is an ordinary folder of `save_pretrained`, `scores.json` says how well it does on scenes it has not seen.
 """
 
-import copy
 import json
 import multiprocessing
 import shutil
@@ -52,8 +51,6 @@ from benchmarks.replication.world import (
     lesson,
     sample_scene,
 )
-from modeling_movekd.chat_templates import DEFAULT_SYSTEM_PROMPT, set_chat_template
-from modeling_movekd.processing import add_image_token
 from train.scene_labels import (
     CLIP_MEAN,
     CLIP_STD,
@@ -64,12 +61,13 @@ from train.scene_labels import (
     student_features,
 )
 from train.scenes import Scene, render
-from train.text_scenes import TextScenes, build_tokenizer, language_model_scores
+from train.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
 from train.towers import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
     INITIALIZER_RANGE,
+    PROJECTOR_RANGE,
     fit,
     image_processor_of,
     save_tower,
@@ -168,29 +166,8 @@ def demo_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     for name, value in demo.state_dict().items():
         weights[name][: len(value)] = value
     model.load_state_dict(weights)
-    # What is built around it later, as a projector, is initialised by this: at the scale of its embeddings
-    model.config.initializer_range = 0.02
+    model.config.initializer_range = PROJECTOR_RANGE
     return model
-
-
-def with_short_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """
-    A copy of the tokenizer with the template that the language model has learnt from: `vicuna_v1` without the system
-    prompt, which is half of a text here, and without a new line after the image.
-
-    Raises:
-        ValueError: if `vicuna_v1` has neither to leave out.
-    """
-    probe = copy.deepcopy(tokenizer)
-    add_image_token(probe)
-    template = set_chat_template(probe, "vicuna_v1").chat_template
-    for left_out, instead in ((DEFAULT_SYSTEM_PROMPT, ""), ("image_suffix + '\\n'", "''")):
-        if left_out not in template:
-            raise ValueError(f"The template vicuna_v1 has no {left_out!r} to leave out.")
-        template = template.replace(left_out, instead)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def pictures_of(split: str, scenes: list[Scene], seed: int, size: int) -> Tensor:

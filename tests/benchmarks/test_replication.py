@@ -20,13 +20,13 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROL
 from benchmarks.replication.measures import linear_cka, token_kinds
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
-from benchmarks.replication.towers import STEPS, TEACHERS, demo_language_model, with_short_template
+from benchmarks.replication.towers import STEPS, TEACHERS, demo_language_model
 from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.processing import add_image_token
 from train.scene_labels import CLIP_MEAN, CLIP_STD, normalized
 from train.scenes import Scene, caption, render
 from train.teachers import TeacherConfig, load_teacher
-from train.text_scenes import TextScenes, build_tokenizer
+from train.text_scenes import TextScenes, build_tokenizer, with_short_template
 
 
 SCENES = [world.sample_scene("test", index) for index in range(60)]

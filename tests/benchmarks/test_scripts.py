@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from benchmarks import efficiency, scaling
+from benchmarks import efficiency, quantization, scaling
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig
+from train.build import build_student
+from train.demo import RECIPES, parse_recipe
 
 
 TABLES = {
@@ -35,6 +37,17 @@ def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytes
     for row in table["rows"]:
         assert row["ours"] > 0 and row["rival"] > 0 and row["ratio"] > 0
         assert row["what"] in printed
+
+
+def test_quantized_weights_are_smaller_and_answer(tmp_path: Path) -> None:
+    _, args, model_args = parse_recipe(RECIPES[0])
+    for part in build_student(args, model_args):
+        part.save_pretrained(tmp_path / "student")
+    out = tmp_path / "table.json"
+    quantization.main([str(tmp_path / "student"), "--toy", "--threads", "1", "--device", "cpu", "--out", str(out)])
+    rows = json.loads(out.read_text())["Quantized weights over whole ones"]["rows"]
+    sizes = [row["ratio"] for row in rows if "weights" in row["what"]]
+    assert len(rows) == 4 and 1 > sizes[0] > sizes[1]
 
 
 def test_student_clip_and_teachers_as_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_recipes_are_two_stages_of_one_run(monkeypatch: pytest.MonkeyPatch) -> N
     (_, first, _), (_, second, model_args) = (parse_recipe(recipe) for recipe in RECIPES)
     assert (first.stage, second.stage) == ("pretrain", "finetune")
     assert model_args.model_name_or_path == first.output_dir
-    assert first.distillation_preset == second.distillation_preset == "paper"
+    assert first.distillation_preset == second.distillation_preset == "student_heads"
     assert first.teachers == second.teachers
 
 
@@ -87,7 +87,7 @@ def test_whole_demo(tmp_path: Path) -> None:
     output = tmp_path / "outputs" / "demo"
     results = json.loads((output / "results.json").read_text())
     assert results_table({name: results[name] for name in ("trained", "untrained", "chance")}) in done.stdout
-    for family in ("attribute", "presence", "count"):  # what the README says is learned
+    for family in ("attribute", "presence", "count", "read"):  # what the README says is learned
         assert results["trained"][family] > results["chance"][family] + 0.25, results
         assert results["trained"][family] > results["untrained"][family] + 0.25, results
     card = ModelCard.load(output / "README.md")

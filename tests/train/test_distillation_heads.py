@@ -72,7 +72,7 @@ def test_statistics_do_not_depend_on_batches_and_signs_are_fixed() -> None:
 def test_a_student_that_contains_its_teacher_has_no_loss() -> None:
     """gelu(x) - gelu(-x) = x, so a head can be any linear map."""
     teachers = {"clip": (WIDTH, GRID)}
-    distiller = make_distiller("student_heads", teachers)
+    distiller = make_distiller("student_heads", teachers, head_form="mlp")
     features = make_features(teachers=teachers)
     head, tokens = distiller["clip"], features["clip"].tokens
     scaled = head.components * head.variance.rsqrt()
@@ -182,7 +182,7 @@ def test_adapters_take_normalised_and_resampled_features_too(normalization: str,
 @pytest.mark.parametrize("normalization", ["none", "standardize"])
 def test_heads_without_whitening_predict_all_channels(normalization: str) -> None:
     distiller = make_distiller("student_heads", feature_normalization=normalization)
-    assert {name: distiller[name].head[2].out_features for name in TEACHERS} == {"clip": 16, "eva": 40, "sam": 24}
+    assert {name: distiller[name].head.out_features for name in TEACHERS} == {"clip": 16, "eva": 40, "sam": 24}
     assert distiller(make_student(), make_features()).loss.isfinite().all()
 
 
