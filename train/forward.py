@@ -27,7 +27,7 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
         teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient; or
             `(num_teachers, num_crops)`.
         balance (`torch.Tensor` of shape `(num_crops,)`): Router balance loss; for `pad` an image is one crop.
-        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Tokens each expert got.
+        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Patches each expert got.
     """
 
     kd: torch.Tensor | None = None
@@ -109,7 +109,8 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)
             balance = balance * crop_weights
             num_experts = vision.router_probabilities[0].shape[-1]
-            one_hot = nn.functional.one_hot(torch.stack(vision.expert_indices), num_experts)
+            # Patches alone: nothing reads the last layer's [CLS], so that an expert which got no more is not trained
+            one_hot = nn.functional.one_hot(torch.stack(vision.expert_indices)[..., 1:], num_experts)
             expert_tokens = (one_hot.sum(dim=2) * (crop_weights > 0).unsqueeze(-1)).sum(dim=1)
         return MoveKDTrainingOutput(
             **outputs, kd=kd, teacher_losses=teacher_losses, balance=balance, expert_tokens=expert_tokens

@@ -78,6 +78,20 @@ def test_expert_without_tokens_is_excused(train) -> None:
     assert "router" in str(error.value) and "expert 1]" not in str(error.value)
 
 
+def test_expert_that_got_nothing_but_cls_is_excused(train) -> None:
+    def only_cls(module: ExpertRouter, inputs: tuple, outputs: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+        probabilities, indices = outputs
+        indices = torch.zeros_like(indices)
+        indices[:, 0] = 1
+        return probabilities, indices
+
+    def change(model, teachers) -> None:
+        model.model.vision_tower.encoder.layers[-1].mlp.router.register_forward_hook(only_cls)
+
+    trainer = train(change, max_steps=STEPS_WATCHED)
+    assert trainer.gradient_guard.expert_tokens[-1].tolist()[1:] == [0, 0]
+
+
 def test_loss_that_is_not_finite(train) -> None:
     def change(model, teachers) -> None:
         teachers["vit"].model.layernorm.bias.fill_(torch.nan)
