@@ -236,7 +236,7 @@ def test_the_language_model_is_whole_in_its_folder():
 def test_the_folders_are_small_and_say_nothing_of_the_machine():
     files = [file for file in TOWERS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8e6
-    assert {file.suffix for file in files} <= {".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".jinja", ".json", ".safetensors"}
     for file in files:
         if file.suffix == ".json":
             assert not re.search(r"/(tmp|home|root|work|Users)/", file.read_text()), file
