@@ -6,6 +6,7 @@ The questions of the demo, answered by the checkpoint as it is, and with its lin
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
@@ -18,14 +19,9 @@ from train.scenes import scenes
 
 # The projector keeps its precision: what it gives has to meet the embeddings of words
 KEPT = ["multi_modal_projector", "lm_head"]
-PRECISIONS = {
-    "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT),
-    "4-bit (nf4)": BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=KEPT,
-    ),
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "4-bit (nf4)": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
 }
 
 
@@ -38,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     rows = scenes("test", 10 if chosen.toy else chosen.questions)
     processor = AutoProcessor.from_pretrained(chosen.checkpoint, trust_remote_code=False)
     found: dict[str, tuple[float, float]] = {}
-    for name, quantization in ({"as it is": None} | PRECISIONS).items():
+    for name, settings in ({"as it is": {}} | PRECISIONS).items():
         model = MoveKDForConditionalGeneration.from_pretrained(
             chosen.checkpoint,
             dtype=getattr(torch, chosen.dtype),
             device_map={"": chosen.device},
-            quantization_config=quantization,
+            quantization_config=BitsAndBytesConfig(**settings, llm_int8_skip_modules=KEPT) if settings else None,
         )
         accuracies = accuracy_by_family(answer_questions(model, processor, rows), rows)
         found[name] = 100 * statistics.fmean(accuracies.values()), model.get_memory_footprint() / 1e6

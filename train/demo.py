@@ -71,9 +71,9 @@ def question(turns: Sequence[dict[str, str]]) -> str:
     return turns[0]["value"].replace("<image>", "").strip()
 
 
-def accuracy_by_family(answers: Sequence[str], rows: Dataset) -> dict[str, float]:
+def accuracy_by_family(answers: Sequence[str], rows: Dataset, families: Sequence[str] = FAMILIES) -> dict[str, float]:
     """Share of exactly right answers for each family of questions."""
-    right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    right: dict[str, list[bool]] = {family: [] for family in families}
     for answer, turns, family in zip(answers, rows["conversations"], rows["family"], strict=True):
         right[family].append(answer == turns[1]["value"])
     return {family: sum(values) / len(values) for family, values in right.items()}

@@ -1,5 +1,6 @@
 """Scenes as tensors: pixels, labels of every cell, and how well a linear classifier finds the labels in features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,15 @@ class Labels:
     colour: Tensor
     digit: Tensor
     centre: Tensor
+
+    def by_kind(self) -> dict[str, Tensor]:
+        """Shape and colour of objects and the digits, each [n, 16], -1 in cells that have none."""
+        thing = self.colour > 0
+        return {
+            "shape": self.shape.where(thing, -1),
+            "colour": self.colour.where(thing, -1),
+            "digit": self.digit.where(self.digit < NO_DIGIT, -1),
+        }
 
 
 def cell_labels(scenes: list[Scene]) -> Labels:
@@ -88,21 +98,18 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
     return (classifier(x_test).argmax(-1) == y_test).float().mean().item()
 
 
-def probe_scores(features: Tensor, labels: Labels, trained: int) -> dict[str, float]:
-    """How well a linear classifier finds shape, colour and digit of a cell in the student's token of that cell.
+def probe_scores(features: Tensor, truth: Mapping[str, Tensor], trained: int) -> dict[str, float]:
+    """How well a linear classifier finds each kind of label of a cell in the student's token of that cell.
 
     Args:
         features: [n, 16, d] tokens of `n` scenes.
-        labels: their truth.
+        truth: by kind [n, 16], as [`Labels.by_kind`] gives it; -1 where there is nothing.
         trained: the first `trained` scenes fit the classifier, the others measure it.
     """
     scores = {}
-    for name, target, keep in (
-        ("shape", labels.shape, labels.colour > 0),
-        ("colour", labels.colour, labels.colour > 0),
-        ("digit", labels.digit, labels.digit < NO_DIGIT),
-    ):
-        scores[name] = linear_probe(
+    for kind, target in truth.items():
+        keep = target >= 0
+        scores[kind] = linear_probe(
             features[:trained][keep[:trained]],
             target[:trained][keep[:trained]],
             features[trained:][keep[trained:]],

@@ -14,8 +14,10 @@ never say which number is written, so that reading has to be learnt from a teach
 import io
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
     if family == "relation":
         return _pick(_relations(scene), rng)
     if family == "presence":
-        return _presence(scene, rng)
+        return ask_presence({(item.colour, item.shape) for item in scene.objects}, COLOURS, rng)
     if family == "count":
         return Question("count", "count", "How many objects are there?", COUNTS[len(scene.objects) - 1])
     if family == "read":
@@ -241,15 +243,29 @@ def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[
 
 def _row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
     scene = sample_scene(split, index, seed)
+    asked = draw_questions(scene, FAMILIES, ask, index, questions, _generator(split, index, seed, "questions"))
+    return llava_row(scene, render(scene, _generator(split, index, seed, "image")), asked) | {"scene": asdict(scene)}
+
+
+def draw_questions(
+    scene: Scene,
+    families: Sequence[str],
+    ask: Callable[[Scene, str, np.random.Generator], Question],
+    index: int,
+    questions: int,
+    rng: np.random.Generator,
+) -> list[Question]:
+    """One question of the family whose turn it is at `index`, or `questions` of different families in random order."""
+    chosen = rng.permutation(len(families))[:questions] if questions > 1 else [index % len(families)]
+    return [ask(scene, families[i], rng) for i in chosen] if questions else []
+
+
+def llava_row(scene: Scene, picture: PILImage.Image, asked: Sequence[Question]) -> dict[str, Any]:
+    """A row of LLaVA's form about a picture: its questions, or a caption where there are none."""
     buffer = io.BytesIO()
-    render(scene, _generator(split, index, seed, "image")).save(buffer, format="BMP")  # noise does not compress
-    rng = _generator(split, index, seed, "questions")
-    if questions == 0:
-        family, turns = "caption", [(CAPTION_REQUEST, caption(scene))]
-    else:
-        chosen = rng.permutation(len(FAMILIES))[:questions] if questions > 1 else [index % len(FAMILIES)]
-        asked = [ask(scene, FAMILIES[i], rng) for i in chosen]
-        family, turns = asked[0].family if questions == 1 else "several", [(q.text, q.answer) for q in asked]
+    picture.save(buffer, format="BMP")  # noise does not compress
+    turns = [(question.text, question.answer) for question in asked] or [(CAPTION_REQUEST, caption(scene))]
+    family = "several" if len(asked) > 1 else asked[0].family if asked else "caption"
     conversation: list[dict[str, str]] = []
     for text, answer in turns:
         prefix = "" if conversation else "<image>\n"
@@ -258,7 +274,6 @@ def _row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
         "image": {"bytes": buffer.getvalue(), "path": None},
         "conversations": conversation,
         "family": family,
-        "scene": asdict(scene),
     }
 
 
@@ -365,16 +380,21 @@ def _relations(scene: Scene) -> list[Question]:
     return questions
 
 
-def _presence(scene: Scene, rng: np.random.Generator) -> Question:
-    present = {(item.colour, item.shape) for item in scene.objects}
+def ask_presence(present: set[tuple[str, str]], adjectives: Iterable[str], rng: np.random.Generator) -> Question:
+    """Whether an adjective and a shape occur together: half yes, most others share one of them with a pair that does.
+
+    Args:
+        present: the pairs that occur.
+        adjectives: all there are; each goes with each shape.
+    """
     if rng.integers(2):
-        colour, shape = sorted(present)[rng.integers(len(present))]
+        adjective, shape = sorted(present)[rng.integers(len(present))]
         answer = "yes"
     else:
-        absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
+        absent = [pair for pair in product(adjectives, SHAPES) if pair not in present]
         if rng.random() < 0.8:
-            seen = {item.colour for item in scene.objects}, {item.shape for item in scene.objects}
-            absent = [(colour, shape) for colour, shape in absent if colour in seen[0] or shape in seen[1]]
-        colour, shape = absent[rng.integers(len(absent))]
+            seen = {adjective for adjective, _ in present}, {shape for _, shape in present}
+            absent = [pair for pair in absent if pair[0] in seen[0] or pair[1] in seen[1]]
+        adjective, shape = absent[rng.integers(len(absent))]
         answer = "no"
-    return Question("presence", "presence", f"Is there a {colour} {shape}?", answer)
+    return Question("presence", "presence", f"Is there a {adjective} {shape}?", answer)

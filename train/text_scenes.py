@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling_movekd.chat_templates import DEFAULT_SYSTEM_PROMPT, set_chat_template
+from modeling_movekd.chat_templates import DEFAULT_SYSTEM_PROMPT as SYSTEM_PROMPT
+from modeling_movekd.chat_templates import set_chat_template
 from modeling_movekd.processing import add_image_token
 from train.scenes import (
     CAPTION_REQUEST,
@@ -26,14 +27,11 @@ from train.scenes import (
     SHAPES,
     Question,
     Scene,
+    SceneObject,
     ask,
 )
 
 
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
 CELLS = GRID * GRID
 
 
@@ -90,7 +88,7 @@ def with_short_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
     probe = copy.deepcopy(tokenizer)
     add_image_token(probe)
     template = set_chat_template(probe, "vicuna_v1").chat_template
-    for left_out, instead in ((DEFAULT_SYSTEM_PROMPT, ""), ("image_suffix + '\\n'", "''")):
+    for left_out, instead in ((SYSTEM_PROMPT, ""), ("image_suffix + '\\n'", "''")):
         if left_out not in template:
             raise ValueError(f"The template vicuna_v1 has no {left_out!r} to leave out.")
         template = template.replace(left_out, instead)
@@ -106,10 +104,10 @@ class TextScenes:
         self,
         scenes: list[Scene],
         tokenizer: PreTrainedTokenizerFast,
-        cell_words: Callable[[Scene], list[list[str]]] | None = None,
+        object_words: Callable[[SceneObject], Sequence[str]] = lambda item: (item.colour, item.shape),
     ) -> None:
         self.scenes, self.tokenizer = scenes, tokenizer
-        words = [(cell_words or _cell_words)(scene) for scene in scenes]
+        words = [_cell_words(scene, object_words) for scene in scenes]
         ids = [[tokenizer.convert_tokens_to_ids(cell) for cell in cells] for cells in words]
         longest = max(len(cell) for cells in ids for cell in cells)
         self.words = torch.tensor([[cell + [-1] * (longest - len(cell)) for cell in cells] for cells in ids])
@@ -216,11 +214,11 @@ def language_model_scores(
     return scores
 
 
-def _cell_words(scene: Scene) -> list[list[str]]:
+def _cell_words(scene: Scene, object_words: Callable[[SceneObject], Sequence[str]]) -> list[list[str]]:
     """The tokens that describe each of the 16 cells: what is there, its column and its row."""
     words: list[list[str]] = [[] for _ in range(CELLS)]
     for item in scene.objects:
-        words[item.row * GRID + item.column] += [f"▁{item.colour}", f"▁{item.shape}"]
+        words[item.row * GRID + item.column] += [f"▁{word}" for word in object_words(item)]
     for offset in range(2):
         words[scene.number_row * GRID + scene.number_column + offset].append(scene.number[offset])
     places = [[f"▁{column}", f"▁{row}"] for row in ROWS for column in COLUMNS]

@@ -198,12 +198,8 @@ def train_clip(
     return tower.eval()
 
 
-def train_detector(
-    pixels: Tensor, labels: Labels, steps: int, batch_size: int = 48
-) -> tuple[Dinov2Model, dict[str, float]]:
-    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its colour, and
-    where its centre lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
-    side = 8
+def small_vit() -> Dinov2Model:
+    """An untrained vision transformer of three layers: 96 px, 8 x 8 tokens of width 96."""
     config = Dinov2Config(
         hidden_size=96,
         mlp_ratio=4,
@@ -213,7 +209,21 @@ def train_detector(
         patch_size=12,
         initializer_range=INITIALIZER_RANGE,
     )
-    model = Dinov2Model._from_config(config, attn_implementation="eager")
+    return Dinov2Model._from_config(config, attn_implementation="eager")
+
+
+def small_resnet() -> ResNetModel:
+    """An untrained convolutional network: 128 px, 16 x 16 tokens of width 96."""
+    return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 1], layer_type="basic"))
+
+
+def train_detector(
+    pixels: Tensor, labels: Labels, steps: int, batch_size: int = 48
+) -> tuple[Dinov2Model, dict[str, float]]:
+    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its colour, and
+    where its centre lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
+    side = 8
+    model = small_vit()
     heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOUR_CLASSES) + 2)
     shape, colour = labels_per_token(labels.shape, side), labels_per_token(labels.colour, side)
     middle = (torch.arange(side) + 0.5) * 16
@@ -253,8 +263,7 @@ def train_reader(
 ) -> tuple[ResNetModel, dict[str, float]]:
     """Dense training on pictures (uint8 [n, 3, 128, 128]): which digit, if any, each of the 16 x 16 tokens belongs to.
     Returns the network without its head, and its scores on the last tenth of the pictures."""
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 1], layer_type="basic")
-    model = ResNetModel(config)
+    model = small_resnet()
     head = nn.Linear(96, NO_DIGIT + 1)
     digit = labels_per_token(labels.digit, 16)
     weight = torch.tensor([1.0] * NO_DIGIT + [0.15])
@@ -389,7 +398,7 @@ def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: floa
         clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True)
         save_tower(clip, image_processor_of(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
         features = student_features(clip, _pixels("validation", len(held_out), seed, size))
-        return probe_scores(features, cell_labels(held_out), trained=700)
+        return probe_scores(features, cell_labels(held_out).by_kind(), trained=700)
     if name == "detector":
         model, scores = train_detector(pixels, cell_labels(scenes), steps)
         save_tower(model, image_processor_of(ViTImageProcessor, size, IMAGENET_MEAN, IMAGENET_STD), folder)

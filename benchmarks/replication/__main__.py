@@ -44,10 +44,11 @@ def key(job: Job) -> tuple[Any, ...]:
     # A test run is the arm's one and only, whatever rates validation gave it
     if job.split == "test":
         return job.arm, job.seed, "test"
-    return job.arm, job.seed, job.split, job.pretrain_rate, job.tower_rate, job.settings
+    return job.arm, job.seed, job.split, job.pretrain_rate, job.tower_rate, ()
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """The key of the job that made a line, which ends in the settings that the arm has otherwise by now."""
     if line["split"] == "test":
         return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
@@ -89,7 +90,7 @@ def run_all(
     done = {key_of(line) for line in read(results)}
     missing = [job for job in jobs if key(job) not in done]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    waiting, running = iter(missing), set[Future]()
+    waiting, running, left = iter(missing), set[Future](), len(missing)
     bar = tqdm(total=len(missing), desc=f"{missing[0].split} runs" if missing else "runs")
     # Importing everything takes some ten seconds, and what runs leave behind in memory is not much
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
@@ -103,12 +104,12 @@ def run_all(
                 line = future.result()
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+                left -= 1
                 bar.update()
                 average = 100 * fmean(line["accuracy"].values())
                 bar.set_postfix_str(f"{line['arm']} seed {line['seed']}: {average:.1f}")
     bar.close()
-    done = {key_of(line) for line in read(results)}
-    return sum(key(job) not in done for job in jobs)
+    return left
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -140,11 +141,11 @@ def main(given: Sequence[str] | None = None) -> None:
     left = 0
     if chosen.part in (None, "validation"):
         left += run_all(rate_jobs(arms), *common)
-        lines = read(results)
-        controls = [arm for arm in CONTROLS if arm in arms] if not left else []
-        left += run_all(
-            [Job(arm, VALIDATION_SEED, "validation", *chosen_rates(arm, lines)) for arm in controls], *common
-        )
+        if not left:
+            lines = read(results)
+            controls = [arm for arm in CONTROLS if arm in arms]
+            jobs = [Job(arm, VALIDATION_SEED, "validation", *chosen_rates(arm, lines)) for arm in controls]
+            left += run_all(jobs, *common)
     if chosen.part in (None, "test") and not left:
         lines = read(results)
         # Seed by seed, so that a run that is stopped has whole rounds of all arms

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.replication.side_by_side import SideBySideEncoders
-from benchmarks.replication.towers import pictures_of, probe_scores
+from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
 from train.config import save_json
 from train.distillation_heads import resample_grid
-from train.scene_labels import CLIP_MEAN, CLIP_STD, normalized, resized
+from train.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
 from train.scenes import GRID, IMAGE_SIZE, SHAPES
 from train.teachers import TeacherConfig, load_teacher
 
@@ -81,11 +81,13 @@ def encoder_measures(encoder: MoveKDVisionModel | SideBySideEncoders, clip: str,
         tokens = torch.cat([encoder(part).last_hidden_state[:, 1:] for part in pixels.split(100)])
     else:
         pixels = student_pixels(pictures)
-        tokens = tower_tokens(encoder, pixels)
+        outputs = encoder.eval()(pixels, output_hidden_states=True, output_expert_indices=True)
+        tokens = outputs.hidden_states[USED_LAYERS][:, 1:]
         start = tower_tokens(MoveKDVisionModel.from_clip(clip, num_experts=0), pixels)
         drift = ((tokens - start).square().sum() / start.square().sum()).item()
         if encoder.config.num_experts:
-            experts = expert_use(encoder, pixels, token_kinds(truth))
+            indices = torch.stack(outputs.expert_indices)[:USED_LAYERS, :, 1:]
+            experts = expert_use(indices, encoder.config.num_experts, token_kinds(truth))
     measured = tokens[FITTED:].flatten(0, 1)
     return {
         "probe": probe_scores(tokens, truth, FITTED),
@@ -111,11 +113,15 @@ def tower_tokens(tower: MoveKDVisionModel, pixels: Tensor) -> Tensor:
     return tower.eval()(pixels, output_hidden_states=True).hidden_states[USED_LAYERS][:, 1:]
 
 
-def expert_use(tower: MoveKDVisionModel, pixels: Tensor, kinds: Tensor) -> dict[str, Any]:
-    """Share of the tokens that each expert takes, by layer, of all cells and of each kind of cell."""
-    outputs = tower(pixels, output_expert_indices=True)
-    indices = torch.stack(outputs.expert_indices)[:USED_LAYERS, :, 1:]
-    choices = torch.nn.functional.one_hot(indices, tower.config.num_experts).float()
+def expert_use(indices: Tensor, num_experts: int, kinds: Tensor) -> dict[str, Any]:
+    """
+    Share of the tokens that each expert takes, by layer, of all cells and of each kind of cell.
+
+    Args:
+        indices: Of the expert that each cell takes, [layers, n, 16].
+        kinds: What each cell holds, [n, 16].
+    """
+    choices = torch.nn.functional.one_hot(indices, num_experts).float()
     return {
         "share": choices.mean(dim=(1, 2)).tolist(),
         "by_kind": {name: choices[:, kinds == index].mean(dim=1).tolist() for index, name in enumerate(KINDS)},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from benchmarks.replication import world
@@ -23,7 +23,7 @@ from train.bad_rows import BadRows
 from train.build import build_student
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data import load_train_and_validation
-from train.demo import answer_questions
+from train.demo import accuracy_by_family, answer_questions
 from train.feature_cache import CacheArguments, cache_features
 from train.sft import build_collator, train
 from train.teachers import TeacherConfig, load_teacher
@@ -51,14 +51,13 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `settings` override the arm's, in both stages; the rates are the tower's learning rates."""
+    """One run; the rates are the tower's learning rates in the first and in the second stage."""
 
     arm: str
     seed: int
     split: str
     pretrain_rate: float | None = None
     tower_rate: float | None = None
-    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def prepare(folder: Path, scale: Scale) -> None:
@@ -131,7 +130,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         model, processor, facts = trained(job, arm, folder, scale, Path(temporary))
         trained_seconds = time.perf_counter() - started - facts["reused_seconds"]
         rows = load_from_disk(str(folder / "data" / job.split))
-        accuracy, questions = accuracies(model, processor, rows)
+        answers = answer_questions(model, processor, rows, batch_size=100)
     measured = encoder_measures(model.model.vision_tower, towers(folder)["clip"], folder)
     return {
         "arm": job.arm,
@@ -141,10 +140,9 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         "commit": commit,
         "date": date.today().isoformat(),
         "settings": arm.settings
-        | {"pretrain_vision_tower_learning_rate": job.pretrain_rate, "vision_tower_learning_rate": job.tower_rate}
-        | dict(job.settings),
-        "accuracy": accuracy,
-        "questions": questions,
+        | {"pretrain_vision_tower_learning_rate": job.pretrain_rate, "vision_tower_learning_rate": job.tower_rate},
+        "accuracy": accuracy_by_family(answers, rows, world.FAMILIES),
+        "questions": {family: rows["family"].count(family) for family in world.FAMILIES},
         **measured,
         "losses": facts["losses"],
         "cost": {
@@ -159,10 +157,13 @@ def train_arm(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
     """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
-    paths, settings = towers(folder), dict(job.settings)
-    parts: dict[str, Any] = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
-    parts["vision_tower_learning_rate"] = job.pretrain_rate
-    args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts | settings)
+    paths = towers(folder)
+    parts = {
+        "vision_model": paths["clip"],
+        "language_model": paths["language_model"],
+        "vision_tower_learning_rate": job.pretrain_rate,
+    }
+    args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts)
     told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
     kept, started = folder / "stage_1" / digest, time.perf_counter()
@@ -181,7 +182,6 @@ def train_arm(
         job.seed,
         output / "finetune",
         vision_tower_learning_rate=job.tower_rate,
-        **settings,
     )
     trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
     facts = facts_of(trainer) | {"reused_seconds": reused}
@@ -202,7 +202,7 @@ def train_side_by_side(
     }
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
-        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts | dict(job.settings))
+        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts)
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:
@@ -229,17 +229,3 @@ def facts_of(trainer: MoveKDTrainer) -> dict[str, Any]:
     losses = {name: value for name, value in last.items() if name in ("text", "kd", "balance") or "kd/" in name}
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     return {"losses": losses, "trained_parameters": trained}
-
-
-def accuracies(
-    model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Share of exactly right answers by family, and how many questions there were."""
-    answers = answer_questions(model, processor, rows, batch_size=100)
-    right: dict[str, list[bool]] = {family: [] for family in world.FAMILIES}
-    for answer, turns, family in zip(answers, rows["conversations"], rows["family"], strict=True):
-        right[family].append(answer == turns[1]["value"])
-    return (
-        {family: sum(values) / len(values) for family, values in right.items()},
-        {family: len(values) for family, values in right.items()},
-    )

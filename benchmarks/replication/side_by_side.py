@@ -1,7 +1,7 @@
 """The upper reference: a vision-language model that keeps CLIP and all teachers at inference."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,8 +26,7 @@ class SideBySideEncoders(nn.Module):
 
     def __init__(self, clip: MoveKDVisionModel, teachers: Mapping[str, FrozenTeacher]) -> None:
         super().__init__()
-        self.clip, self.encoders = clip, nn.ModuleDict(teachers)
-        self.teachers = dict(teachers)
+        self.clip, self.teachers = clip, nn.ModuleDict(teachers)
         self.image_size = clip.config.image_size
         side = self.image_size // clip.config.patch_size
         self.grid = (side, side)
@@ -42,7 +41,7 @@ class SideBySideEncoders(nn.Module):
         image = pixel_values * std + mean
         tokens = [self.clip(self.pixels(image, self.image_size, CLIP_MEAN, CLIP_STD)).last_hidden_state[:, 1:]]
         for teacher in self.teachers.values():
-            size = teacher.preprocessor
+            size = cast(FrozenTeacher, teacher).preprocessor
             features = teacher(self.pixels(image, size.image_size, size.mean, size.std))
             tokens.append(resample_grid(features.tokens, features.grid, self.grid))
         # The classification token, which LLaVA cuts off, has no counterpart

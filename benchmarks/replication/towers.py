@@ -30,13 +30,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
     HfArgumentParser,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    ResNetConfig,
-    ResNetModel,
     ViTImageProcessor,
 )
 
@@ -44,19 +40,20 @@ from benchmarks.replication.world import (
     FAMILIES,
     WORDS,
     ask,
-    cell_words,
     facts,
     generator,
     labels,
     lesson,
+    object_words,
     sample_scene,
 )
+from train.config import save_json
 from train.scene_labels import (
     CLIP_MEAN,
     CLIP_STD,
     labels_per_token,
-    linear_probe,
     normalized,
+    probe_scores,
     resized,
     student_features,
 )
@@ -66,12 +63,13 @@ from train.towers import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    INITIALIZER_RANGE,
     PROJECTOR_RANGE,
     fit,
     image_processor_of,
     save_tower,
     small_llama,
+    small_resnet,
+    small_vit,
     train_clip,
     train_language_model,
 )
@@ -100,8 +98,8 @@ class TowersArguments:
 def build_towers(
     output_dir: str | Path, seed: int = 0, pictures: int = 8000, effort: float = 1.0, workers: int = 2
 ) -> dict[str, Any]:
-    """Trains all networks, two at a time, and writes their folders and `scores.json` to `output_dir`, all or nothing.
-    A network that was finished before is kept."""
+    """Trains the networks whose folders are not in `output_dir` yet, `workers` at a time, and writes `scores.json` of
+    all. A folder is there when its network is finished."""
     started, output_dir = time.time(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     missing = [name for name in STEPS if not (output_dir / name / "scores.json").is_file()]
@@ -110,11 +108,9 @@ def build_towers(
         for job in jobs:
             job.result()
     scores = {name: json.loads((output_dir / name / "scores.json").read_text()) for name in STEPS}
-    facts_ = {"scores": scores, "seconds": round(time.time() - started), "seed": seed, "pictures": pictures}
-    temporary = output_dir / ".scores.tmp"
-    temporary.write_text(json.dumps(facts_, indent=2) + "\n")
-    temporary.replace(output_dir / "scores.json")
-    return facts_
+    told = {"scores": scores, "seconds": round(time.time() - started), "seed": seed, "pictures": pictures}
+    save_json(told, output_dir / "scores.json")
+    return told
 
 
 def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float) -> dict[str, float]:
@@ -130,10 +126,10 @@ def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float
         unfinished = Path(temporary) / name
         if name == "language_model":
             model = demo_language_model(tokenizer)
-            told = TextScenes(scenes, tokenizer, cell_words)
+            told = TextScenes(scenes, tokenizer, object_words)
             train_language_model(model, told, lesson, facts, steps, seed, facts_first=0.15)
             save_tower(model, with_short_template(tokenizer), unfinished)
-            scores = language_model_scores(model, TextScenes(held_out, tokenizer, cell_words), FAMILIES, ask)
+            scores = language_model_scores(model, TextScenes(held_out, tokenizer, object_words), FAMILIES, ask)
         elif name == "clip":
             pixels = pictures_of("towers", scenes, seed, 64)
             clip = train_clip(pixels, scenes, tokenizer, steps, seed)
@@ -176,28 +172,13 @@ def pictures_of(split: str, scenes: list[Scene], seed: int, size: int) -> Tensor
     return resized(list(drawn), size)
 
 
-def new_teacher(name: str) -> nn.Module:
-    if name == "detector":
-        config = Dinov2Config(
-            hidden_size=96,
-            mlp_ratio=4,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=96,
-            patch_size=12,
-            initializer_range=INITIALIZER_RANGE,
-        )
-        return Dinov2Model._from_config(config, attn_implementation="eager")
-    return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[32, 96], depths=[1, 1], layer_type="basic"))
-
-
 def train_teacher(
     name: str, pixels: Tensor, truth: Mapping[str, Tensor], steps: int, batch_size: int = 32
 ) -> tuple[nn.Module, dict[str, float]]:
     """Dense training on uint8 pixels: each token predicts what its cell holds. Returns the network without its heads,
     and its accuracies on the last tenth of the pictures."""
     _, side, kinds, mean, std = TEACHERS[name]
-    model = new_teacher(name)
+    model = small_vit() if name == "detector" else small_resnet()
     # Class 0 is nothing
     targets = {kind: labels_per_token(truth[kind] + 1, side) for kind in kinds}
     heads = nn.ModuleDict({kind: nn.Linear(96, int(targets[kind].max()) + 1) for kind in kinds})
@@ -223,24 +204,6 @@ def train_teacher(
         logits = predict(slice(count, None))
     right = {kind: logits[kind].argmax(-1) == targets[kind][count:] for kind in kinds}
     return model, {kind: right[kind][targets[kind][count:] > 0].float().mean().item() for kind in kinds}
-
-
-def probe_scores(features: Tensor, truth: Mapping[str, Tensor], trained: int) -> dict[str, float]:
-    """
-    How well a linear classifier finds each kind of label of a cell in the student's token of that cell.
-
-    Args:
-        features: [n, 16, d] tokens of `n` scenes.
-        truth: By kind [n, 16], -1 where there is nothing.
-        trained: The first `trained` scenes fit the classifier, the others measure it.
-    """
-    scores = {}
-    for kind, target in truth.items():
-        keep = target >= 0
-        fitted = features[:trained][keep[:trained]], target[:trained][keep[:trained]]
-        measured = features[trained:][keep[trained:]], target[trained:][keep[trained:]]
-        scores[kind] = linear_probe(*fitted, *measured)
-    return scores
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ sizes and digits are known to the teachers alone, each to one. All six families 
 """
 
 import dataclasses
-import io
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +25,19 @@ from datasets import Dataset, Features, Image, Value
 
 from train.scene_labels import cell_labels
 from train.scenes import (
-    CAPTION_REQUEST,
     COLUMNS,
     COUNTS,
     GRID,
     ROWS,
-    SHAPES,
     SOLID,
     SPLITS,
     Question,
     Scene,
     SceneObject,
-    caption,
+    ask_presence,
+    draw_questions,
     draw_scene,
+    llava_row,
     render,
 )
 
@@ -95,7 +94,7 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
         item = scene.objects[rng.integers(len(scene.objects))]
         return Question("size", "size", f"Is the {item.name} small or big?", size_of(item))
     if family == "presence":
-        return presence(scene, rng)
+        return ask_presence({(item.pattern, item.shape) for item in scene.objects}, PATTERNS, rng)
     if family == "count":
         pattern = some_pattern(scene, rng, 0.75)
         count = sum(item.pattern == pattern for item in scene.objects)
@@ -120,21 +119,6 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Question:
         return Question("attribute", "colour", f"What colour is the {item.pattern} object?", item.colour)
     item = scene.objects[rng.integers(len(scene.objects))]
     return Question("attribute", "pattern", f"What pattern is the {item.name}?", item.pattern)
-
-
-def presence(scene: Scene, rng: np.random.Generator) -> Question:
-    present = sorted({(item.pattern, item.shape) for item in scene.objects})
-    if rng.integers(2):
-        pattern, shape = present[rng.integers(len(present))]
-        answer = "yes"
-    else:
-        absent = [(pattern, shape) for pattern in PATTERNS for shape in SHAPES if (pattern, shape) not in present]
-        if rng.random() < 0.8:
-            patterns, shapes = {pattern for pattern, _ in present}, {shape for _, shape in present}
-            absent = [pair for pair in absent if pair[0] in patterns or pair[1] in shapes]
-        pattern, shape = absent[rng.integers(len(absent))]
-        answer = "no"
-    return Question("presence", "presence", f"Is there a {pattern} {shape}?", answer)
 
 
 def relations(scene: Scene) -> list[Question]:
@@ -187,16 +171,9 @@ def facts(scene: Scene, rng: np.random.Generator, count: int = 9) -> str:
     return ", ".join(told)
 
 
-def cell_words(scene: Scene) -> list[list[str]]:
-    """The tokens that describe each of the 16 cells."""
-    words: list[list[str]] = [[] for _ in range(GRID * GRID)]
-    for item in scene.objects:
-        said = (item.colour, item.shape, item.pattern, size_of(item))
-        words[item.row * GRID + item.column] += [f"▁{word}" for word in said]
-    for offset in range(2):
-        words[scene.number_row * GRID + scene.number_column + offset].append(scene.number[offset])
-    places = [[f"▁{column}", f"▁{row}"] for row in ROWS for column in COLUMNS]
-    return [cell + place for cell, place in zip(words, places, strict=True)]
+def object_words(item: SceneObject) -> tuple[str, ...]:
+    """What a scene told in words says of an object."""
+    return item.colour, item.shape, item.pattern, size_of(item)
 
 
 def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
@@ -229,33 +206,7 @@ def rows(split: str, size: int, seed: int = 0, questions: int = len(FAMILIES)) -
     return Dataset.from_list([row(split, index, seed, questions) for index in range(size)], features=FEATURES)
 
 
-def row(split: str, index: int, seed: int, questions: int) -> dict[str, object]:
-    scene, rng = sample_scene(split, index, seed), generator(split, index, seed, "questions")
-    buffer = io.BytesIO()
-    render(scene, generator(split, index, seed, "image")).save(buffer, format="BMP")  # noise does not compress
-    turns: Sequence[tuple[str, str]] = [(CAPTION_REQUEST, caption(scene))]
-    family = "caption"
-    if questions:
-        chosen = rng.permutation(len(FAMILIES))[:questions] if questions > 1 else [index % len(FAMILIES)]
-        asked = [ask(scene, FAMILIES[i], rng) for i in chosen]
-        family, turns = asked[0].family if questions == 1 else "several", [(q.text, q.answer) for q in asked]
-    conversation: list[dict[str, str]] = []
-    for text, answer in turns:
-        conversation.append({"from": "human", "value": ("" if conversation else "<image>\n") + text})
-        conversation.append({"from": "gpt", "value": answer})
-    return {
-        "image": {"bytes": buffer.getvalue(), "path": None},
-        "conversations": conversation,
-        "family": family,
-    }
-
-
-def chance(split: str = "validation", size: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Share of each family's questions that the best constant answer to each wording gets right."""
-    answers: dict[str, dict[str, Counter[str]]] = {family: {} for family in FAMILIES}
-    for index in range(size):
-        scene, rng = sample_scene(split, index, seed), generator(split, index, seed, "questions")
-        for family in FAMILIES:
-            question = ask(scene, family, rng)
-            answers[family].setdefault(question.kind, Counter())[question.answer] += 1
-    return {family: sum(max(kind.values()) for kind in kinds.values()) / size for family, kinds in answers.items()}
+def row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
+    scene = sample_scene(split, index, seed)
+    asked = draw_questions(scene, FAMILIES, ask, index, questions, generator(split, index, seed, "questions"))
+    return llava_row(scene, render(scene, generator(split, index, seed, "image")), asked)

@@ -117,7 +117,7 @@ def test_rows_ask_what_they_are_meant_to() -> None:
 def test_the_language_model_sees_through_pictures_what_it_learnt_in_words() -> None:
     """The ids of a question behind an image are those of its training, and none is unknown."""
     tokenizer = with_short_template(build_tokenizer(world.WORDS))
-    told = TextScenes(SCENES[:1], tokenizer, world.cell_words)
+    told = TextScenes(SCENES[:1], tokenizer, world.object_words)
     turns = world.lesson(SCENES[0], np.random.default_rng(0))
     before, after, labels = told.chat(turns, system_prompt=False)
     add_image_token(tokenizer)

@@ -249,7 +249,7 @@ def test_the_clip_probe_is_as_good_as_the_scores_say():
     pictures = [world.scene_image("test", i) for i in range(500)]
     measured = probe_scores(
         student_features(AutoModel.from_pretrained(TOWERS / "clip").eval(), resized(pictures, 64)),
-        cell_labels(rows),
+        cell_labels(rows).by_kind(),
         trained=350,
     )
     for name, least in floor.items():
@@ -271,7 +271,7 @@ def test_a_teacher_knows_what_it_is_there_to_teach(name, keys):
         features = features[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
     # The mean over each of the 4 x 4 cells is enough for a linear probe to find what the scores promise.
     cells = torch.nn.functional.adaptive_avg_pool2d(features, 4).flatten(2).transpose(1, 2)
-    measured = probe_scores(cells, cell_labels([sample_scene("test", i) for i in range(240)]), trained=180)
+    measured = probe_scores(cells, cell_labels([sample_scene("test", i) for i in range(240)]).by_kind(), trained=180)
     assert all(measured[key] >= 0.85 for key in keys), measured
 
 
