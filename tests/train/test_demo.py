@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import ProcessorMixin
 
 from hub.run_facts import read_evaluation
+from modeling_movekd import MoveKDForConditionalGeneration
+from train.build import build_student
 from train.demo import (
     RECIPES,
     accuracy_by_family,
@@ -19,10 +23,13 @@ from train.demo import (
     draw_losses,
     evaluation,
     parse_recipe,
+    question,
     results_table,
     run_demo,
 )
-from train.scenes import FAMILIES, scenes
+from train.scene_labels import CLIP_MEAN, CLIP_STD, cell_labels, normalized, probe_scores, resized
+from train.scenes import FAMILIES, sample_scene, scene_image, scenes
+from train.text_scenes import TextScenes
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +42,51 @@ def test_recipes_are_two_stages_of_one_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert model_args.model_name_or_path == first.output_dir
     assert first.distillation_preset == second.distillation_preset == "student_heads"
     assert first.teachers == second.teachers
+
+
+@pytest.fixture(scope="module")
+def untrained() -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        _, args, model_args = parse_recipe(RECIPES[0])
+        return build_student(args, model_args)
+
+
+@pytest.fixture(scope="module")
+def tokens(untrained) -> torch.Tensor:
+    """What the projector gets before training, `(400, 16, 128)`."""
+    pictures = resized([scene_image("test", index) for index in range(400)], 64)
+    with torch.no_grad():
+        tower = untrained[0].model.vision_tower.eval()
+        return tower(normalized(pictures, CLIP_MEAN, CLIP_STD)).last_hidden_state[:, 1:]
+
+
+def test_tokens_of_objects_know_their_place(tokens: torch.Tensor) -> None:
+    """Relations ask for it, and contrast alone had made the small CLIP forget it."""
+    is_object = cell_labels([sample_scene("test", index) for index in range(400)]).colour > 0
+    place = torch.arange(16).expand(400, 16).masked_fill(~is_object, -1)
+    assert probe_scores(tokens, {"place": place}, trained=280)["place"] > 0.95
+
+
+def test_the_projector_begins_at_the_scale_of_words(untrained, tokens: torch.Tensor) -> None:
+    """Image tokens much larger than those that the language model has learnt from drown what it has learnt."""
+    model, processor = untrained
+    told = TextScenes([sample_scene("test", index) for index in range(50)], processor.tokenizer)
+    embedding = model.get_input_embeddings()
+    cells = (embedding(told.words.clamp(min=0)) * (told.words >= 0).unsqueeze(-1)).sum(2)
+    projected = model.model.multi_modal_projector(tokens)
+    assert 1 / 3 < projected.square().mean().sqrt() / cells.square().mean().sqrt() < 3
+
+
+def test_no_word_of_a_question_is_unknown(untrained) -> None:
+    _, processor = untrained
+    for row in scenes("test", 10):
+        asked = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question(row["conversations"])}]}
+        ]
+        text = processor.apply_chat_template(asked, add_generation_prompt=True)
+        ids = processor(text=text, images=row["image"])["input_ids"]
+        assert processor.tokenizer.unk_token_id not in ids[0]
 
 
 def test_outside_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
