@@ -90,7 +90,7 @@ STEPS = {"language_model": 2400, "clip": 700, "detector": 900, "reader": 300}
 # The libraries' 0.02 is meant for networks ten times as wide.
 INITIALIZER_RANGE = 0.08
 # A finished language model's configuration initialises the projector: its tokens should come out as large as the
-# embeddings of words, and with 0.08 they are twenty times as large.
+# embeddings of words, and with 0.08 they are eight times as large here.
 PROJECTOR_RANGE = 0.02
 
 
