@@ -99,6 +99,7 @@ STAGE_LABELS = {
     "bad_rows": "rows skipped as unusable",
     "learning_rate": "learning rate",
     "vision_tower_learning_rate": "learning rate of the tower",
+    "language_model_learning_rate": "learning rate of the language model",
     "seed": "seed",
     "device": "device",
     "processes": "processes",

@@ -145,6 +145,8 @@ class MoveKDSFTConfig(SFTConfig):
         num_experts, lora_rank, lora_alpha, lora_dropout: The mixture of LoRA experts. `num_experts=0` turns it off.
         freeze_vision_tower (`bool`, defaults to `False`): Keep the whole tower, experts included, as it is.
         vision_tower_learning_rate (`float`, *optional*): Learning rate of the tower; `learning_rate` by default.
+        language_model_learning_rate (`float`, *optional*): Learning rate of the language model, trained in full;
+            `learning_rate` by default. A lower one lets the projector find the words that the model knows already.
         language_lora_rank (`int`, defaults to 0): Rank of LoRA in the language model, which then is frozen under it,
             embedding and head included; everything else trains as ever. 0 trains the language model in full.
         language_lora_alpha (`int`, *optional*): LoRA is scaled by alpha / rank; twice the rank by default.
@@ -195,6 +197,9 @@ class MoveKDSFTConfig(SFTConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Keep the whole vision tower as it is."})
     vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the tower."})
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the language model, trained in full."}
+    )
     language_lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA in the language model; 0: no LoRA."})
     language_lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale, times its rank."})
     language_lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on LoRA's input."})
@@ -316,6 +321,12 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError(
                 f"`language_lora_rank` is {self.language_lora_rank}, but stage '{self.stage}' keeps the language "
                 "model frozen. Set it to 0, or `stage: finetune`."
+            )
+        if self.language_model_learning_rate is not None and (self.stage != "finetune" or self.language_lora_rank):
+            raise ValueError(
+                f"`language_model_learning_rate` is {self.language_model_learning_rate}, but under stage "
+                f"'{self.stage}' with `language_lora_rank` {self.language_lora_rank} the language model's own weights "
+                "do not train. Leave it out; LoRA has `language_lora_learning_rate`."
             )
         if self.load_in_4bit and not self.language_lora_rank:
             raise ValueError(

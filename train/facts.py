@@ -205,6 +205,7 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
         "bad_rows": len(trainer.bad_rows.reasons),
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
+        "language_model_learning_rate": args.language_model_learning_rate,
         "language_lora": language_lora_facts(trainer.model, args),
         "feature_cache": cache_facts(caches[0]) if caches else None,
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -211,11 +211,13 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in Trainer, with the vision tower and LoRA in groups of their own if they have rates of their own."""
+        """As in Trainer; tower, language model and LoRA are in groups of their own where they have own rates."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = {
             "vision_tower.": self.args.vision_tower_learning_rate,
+            "language_model.": self.args.language_model_learning_rate,
+            "lm_head.": self.args.language_model_learning_rate,
             ".lora_": self.args.language_lora_learning_rate,
         }
         for part, rate in rates.items():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,17 +146,27 @@ def test_plain_llava(arguments, stage: str, frozen: bool) -> None:
     assert not any(is_expert(name) for name in snapshot.before)
 
 
-def test_tower_has_its_own_learning_rate(arguments) -> None:
-    trainer = train(*arguments(vision_tower_learning_rate=5e-5, weight_decay=0.1, max_steps=1))
+def test_tower_and_language_model_have_their_own_learning_rates(arguments) -> None:
+    own = {"vision_tower_learning_rate": 5e-5, "language_model_learning_rate": 2e-4}
+    trainer = train(*arguments(**own, weight_decay=0.1, max_steps=1))
     names = {id(value): name for name, value in trainer.model.named_parameters()}
     rates = {
         names[id(value)]: group["initial_lr"] for group in trainer.optimizer.param_groups for value in group["params"]
     }
     assert len(rates) == len(names)
     for name, rate in rates.items():
-        assert rate == (5e-5 if "vision_tower" in name else 1e-3), name
-    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups if group["initial_lr"] == 5e-5}
-    assert decays == {0.0, 0.1}
+        is_language = "language_model" in name or "lm_head" in name
+        assert rate == (5e-5 if "vision_tower" in name else 2e-4 if is_language else 1e-3), name
+    assert set(rates.values()) == {5e-5, 2e-4, 1e-3}
+    for own_rate in own.values():
+        groups = [group for group in trainer.optimizer.param_groups if group["initial_lr"] == own_rate]
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+@pytest.mark.parametrize("settings", [{"stage": "pretrain"}, {"language_lora_rank": 4}])
+def test_a_rate_of_a_frozen_language_model_is_refused(arguments, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="own weights do not train"):
+        arguments(**settings, language_model_learning_rate=1e-4)
 
 
 def test_saved_folder(arguments, tmp_path: Path) -> None:
