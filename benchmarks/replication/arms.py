@@ -12,9 +12,9 @@ RANK = 8
 # Of the tower in the first stage (`None`: as everything else) and in the second, by the arm that is tried on
 # validation; others take what it does best with. Without distillation a tower does not train in the first stage
 TOWER_RATES: dict[str, tuple[tuple[float | None, float], ...]] = {
-    "unfrozen_tuned": ((None, 5e-5), (None, 1.5e-4), (None, 5e-4), (None, 1.5e-3), (None, 5e-3)),
-    "paper": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (6e-3, 1.5e-3)),
-    "heads_unit": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (None, 1.5e-2), (6e-3, 5e-3)),
+    "unfrozen_tuned": ((None, 1.5e-5), (None, 5e-5), (None, 1.5e-4), (None, 5e-4)),
+    "paper": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (6e-3, 5e-3)),
+    "heads_unit": ((None, 5e-3), (6e-3, 1.5e-3), (6e-3, 5e-3), (6e-3, 1.5e-2)),
 }
 
 
