@@ -28,7 +28,7 @@ from hub.run_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evalua
 
 
 # Of a checkpoint on the Hub
-FILES = ("*.json", "*.jinja", "model*.safetensors", "*.model")
+FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model"]
 
 
 def evaluate(

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     rows = scenes("test", 10 if chosen.toy else chosen.questions)
     processor = AutoProcessor.from_pretrained(chosen.checkpoint, trust_remote_code=False)
     found: dict[str, tuple[float, float]] = {}
-    for name, settings in ({"as it is": {}} | PRECISIONS).items():
+    every: dict[str, dict[str, Any]] = {"as it is": {}} | PRECISIONS
+    for name, settings in every.items():
         model = MoveKDForConditionalGeneration.from_pretrained(
             chosen.checkpoint,
             dtype=getattr(torch, chosen.dtype),
