@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -136,7 +137,8 @@ def cache_features(
 
     Raises:
         ValueError: if the recipe names no folder or no teacher, the folder holds the cache of something else (naming
-            the field and both values), the disk has too little space, or too many images cannot be decoded.
+            the field and both values) or another run is writing to it, the disk has too little space, or too many
+            images cannot be decoded.
     """
     if args.feature_cache is None or not args.distill:
         raise ValueError(
@@ -147,6 +149,27 @@ def cache_features(
     if launched != args.world_size:
         raise ValueError(f"{launched} processes were launched, {args.world_size} met; on CPUs add `--use_cpu true`.")
     folder, state = Path(args.feature_cache), PartialState()
+    if not state.is_main_process:
+        return _write_cache(folder, state, data_args, args, model_args, cache_args)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Released by the system when a process is killed; beside the folder, which a run that is refused does not make
+        with FileLock(folder.with_name(f".{folder.name}.lock"), blocking=False):
+            return _write_cache(folder, state, data_args, args, model_args, cache_args)
+    except Timeout as error:
+        raise ValueError(
+            f"Another run is writing the feature cache {folder}. Start again when it has ended."
+        ) from error
+
+
+def _write_cache(
+    folder: Path,
+    state: PartialState,
+    data_args: DataArguments,
+    args: MoveKDSFTConfig,
+    model_args: ModelArguments,
+    cache_args: CacheArguments,
+) -> dict[str, dict[str, float]]:
     bad_rows = BadRows(None, data_args.max_bad_row_share, data_args.max_bad_rows)
     loaded = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc

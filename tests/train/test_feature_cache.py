@@ -14,6 +14,7 @@ import torch
 from cached import TEXT_ONLY, write
 from colours import llava_rows
 from datasets import Dataset
+from filelock import FileLock
 from launched import DDP_CPU, ROOT, launch, write_settings
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -237,6 +238,19 @@ def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.Captu
         path.write_bytes(whole[path])
         for name, value in load_file(path).items():
             assert torch.equal(value, remade[name])
+
+
+def test_two_runs_do_not_write_one_cache_at_a_time(cached) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache)
+    lost = next(folder.rglob("*.safetensors"))
+    lost.unlink()
+    lock = folder.with_name(f".{folder.name}.lock")
+    with FileLock(lock), pytest.raises(ValueError, match="Another run is writing the feature cache"):
+        write(settings)
+    assert not lost.exists()
+    write(settings)
+    assert lost.exists()
 
 
 def test_two_processes_finish_what_a_killed_one_began(parts: dict[str, str], tmp_path: Path) -> None:
