@@ -4,10 +4,11 @@ The paper's ablation in a small world, with this project's own trainer, model an
     python -m benchmarks.replication            # everything that is missing, two runs at a time
     python -m benchmarks.replication --quick    # a few steps of a few arms, to see that it works
 
-Pictures, networks and features are made once, in `outputs/replication`. First the learning rates of the tower are
-chosen on the split `validation`, with a seed of its own, then the best control; then each arm answers the test split
-once for each seed. Each run appends a line to the results; those that are there are not run again, so that it can be
-stopped at any time (`--minutes` stops by itself). `python -m benchmarks.replication.report` makes the report of them.
+Pictures, networks and features are made once, in `outputs/replication`. First the learning rates of each family of
+arms are chosen on the split `validation`, with a seed of its own, then the best control; then each arm answers the
+test split once for each seed. Each run appends a line to the results; those that are there are not run again, so that
+it can be stopped at any time (`--minutes` stops by itself). `python -m benchmarks.replication.report` makes the report
+of them.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, TOWER_RATES
+from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, RATES, Rates
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
 
@@ -44,7 +45,7 @@ def key(job: Job) -> tuple[Any, ...]:
     # A test run is the arm's one and only, whatever rates validation gave it
     if job.split == "test":
         return job.arm, job.seed, "test"
-    return job.arm, job.seed, job.split, job.pretrain_rate, job.tower_rate, ()
+    return job.arm, job.seed, job.split, job.rates, ()
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -52,32 +53,29 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     if line["split"] == "test":
         return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
-    rates = own.pop("pretrain_vision_tower_learning_rate"), own.pop("vision_tower_learning_rate")
+    rates = Rates(**{name: own.pop(name) for name in Rates._fields})
     changed = {name: value for name, value in own.items() if ARMS[line["arm"]].settings.get(name) != value}
-    return line["arm"], line["seed"], line["split"], *rates, tuple(sorted(changed.items()))
+    return line["arm"], line["seed"], line["split"], rates, tuple(sorted(changed.items()))
 
 
 def rate_jobs(arms: Iterable[str]) -> list[Job]:
     """The runs that rates are chosen by, for the arms whose rates any of `arms` takes."""
-    owners = dict.fromkeys(owner for arm in arms if (owner := ARMS[arm].rates_of))
-    return [Job(owner, VALIDATION_SEED, "validation", *rates) for owner in owners for rates in TOWER_RATES[owner]]
+    owners = dict.fromkeys(ARMS[arm].rates_of for arm in arms)
+    return [Job(owner, VALIDATION_SEED, "validation", rates) for owner in owners for rates in RATES[owner]]
 
 
-def chosen_rates(arm: str, lines: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+def chosen_rates(arm: str, lines: Sequence[dict[str, Any]]) -> Rates:
     """
-    The rates, of both stages, at which the arm that `arm` takes them from did best on validation, by the mean of all
-    families.
+    The rates at which the arm that `arm` takes them from did best on validation, by the mean of all families.
 
     Raises:
         ValueError: if none was tried yet.
     """
     owner = ARMS[arm].rates_of
-    if owner is None:
-        return None, None
-    means: dict[tuple[float | None, float | None], float] = {}
+    means: dict[Rates, float] = {}
     for line in lines:
         if line["arm"] == owner and line["split"] == "validation" and not key_of(line)[-1]:
-            means[key_of(line)[3:5]] = fmean(line["accuracy"].values())
+            means[key_of(line)[3]] = fmean(line["accuracy"].values())
     if not means:
         raise ValueError(f"No rate of {owner} was tried on validation yet, which {arm} takes its own from.")
     return max(means, key=lambda rates: means[rates])
@@ -144,13 +142,13 @@ def main(given: Sequence[str] | None = None) -> None:
         if not left:
             lines = read(results)
             controls = [arm for arm in CONTROLS if arm in arms]
-            jobs = [Job(arm, VALIDATION_SEED, "validation", *chosen_rates(arm, lines)) for arm in controls]
+            jobs = [Job(arm, VALIDATION_SEED, "validation", chosen_rates(arm, lines)) for arm in controls]
             left += run_all(jobs, *common)
     if chosen.part in (None, "test") and not left:
         lines = read(results)
         # Seed by seed, so that a run that is stopped has whole rounds of all arms
         jobs = [
-            Job(arm, seed, "test", *chosen_rates(arm, lines))
+            Job(arm, seed, "test", chosen_rates(arm, lines))
             for seed in range(FIRST_SEED, FIRST_SEED + max(seeds.values()))
             for arm in arms
             if seed < FIRST_SEED + seeds[arm]

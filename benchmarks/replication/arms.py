@@ -1,7 +1,7 @@
 """The arms of the replication as data: what each one changes in the recipe that all share, and what is compared."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 ALL_TEACHERS = ("clip", "detector", "texture", "reader")
@@ -9,12 +9,51 @@ CLIP_ALONE = ("clip",)
 NO_TEACHERS = ()
 
 RANK = 8
-# Of the tower in the first stage (`None`: as everything else) and in the second, by the arm that is tried on
-# validation; others take what it does best with. Without distillation a tower does not train in the first stage
-TOWER_RATES: dict[str, tuple[tuple[float | None, float], ...]] = {
-    "unfrozen_tuned": ((None, 1.5e-5), (None, 5e-5), (None, 1.5e-4), (None, 5e-4)),
-    "paper": ((None, 5e-4), (None, 1.5e-3), (None, 5e-3), (6e-3, 5e-3)),
-    "heads_unit": ((None, 5e-3), (6e-3, 1.5e-3), (6e-3, 5e-3), (6e-3, 1.5e-2)),
+
+
+class Rates(NamedTuple):
+    """
+    Learning rates of a run, all others being the recipe's.
+
+    Args:
+        pretrain_vision_tower_learning_rate: The tower's in the first stage; `None` is that of projector and heads.
+            Without distillation a tower does not train then.
+        vision_tower_learning_rate: The tower's in the second stage; `None` as above.
+        learning_rate: Of projector and heads in the second stage.
+        language_model_learning_rate: The language model's in the second stage; `None` as above.
+    """
+
+    pretrain_vision_tower_learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None
+    learning_rate: float = 5e-4
+    language_model_learning_rate: float | None = None
+
+
+def _apart(pretrain: float | None = None, tower: float | None = None) -> Rates:
+    """The language model can answer everything in words, and stays near that while the projector finds the words."""
+    return Rates(pretrain, tower, 4e-3, 1e-4)
+
+
+# What is tried on validation, by the arm it is tried with; other arms take what that one does best with
+RATES: dict[str, tuple[Rates, ...]] = {
+    "frozen": (Rates(), _apart()),
+    "unfrozen": (Rates(), _apart()),
+    "unfrozen_tuned": (
+        *(Rates(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)),
+        *(_apart(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)),
+    ),
+    "paper": (
+        *(Rates(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
+        Rates(6e-3, 1.5e-3),
+        *(_apart(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
+        _apart(6e-3, 5e-3),
+    ),
+    "heads_unit": (
+        *(Rates(None, rate) for rate in (5e-4, 1.5e-3, 5e-3, 1.5e-2)),
+        Rates(6e-3, 5e-3),
+        _apart(None, 5e-3),
+        *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3, 1.5e-2)),
+    ),
 }
 
 
@@ -24,18 +63,17 @@ class Arm:
     Args:
         title: For the tables.
         group: Heading that it stands under.
+        rates_of: Name of the arm on whose validation the learning rates are chosen for this one.
         teachers: Names of the teachers; none is training without distillation.
         settings: Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
-        rates_of: Name of the arm on whose validation the tower's learning rates are chosen for this one; `None` keeps
-            the recipe's.
         side_by_side: All encoders are kept at inference and nothing is distilled.
     """
 
     title: str
     group: str
+    rates_of: str
     teachers: tuple[str, ...] = ALL_TEACHERS
     settings: dict[str, Any] = field(default_factory=dict)
-    rates_of: str | None = None
     side_by_side: bool = False
 
 
@@ -62,39 +100,33 @@ STUDENT_SIDE: dict[str, Any] = {
 UNIT = {"head_form": "unit_linear"}
 
 ARMS = {
-    "frozen": Arm("no KD, tower frozen", CONTROL, NO_TEACHERS, DENSE | {"freeze_vision_tower": True}),
-    "unfrozen": Arm("no KD, tower unfrozen", CONTROL, NO_TEACHERS, DENSE),
-    "unfrozen_tuned": Arm("no KD, tower at its own rate", CONTROL, NO_TEACHERS, DENSE, rates_of="unfrozen_tuned"),
-    "experts_without_kd": Arm("no KD, MoLE", CONTROL, NO_TEACHERS, {}, rates_of="unfrozen_tuned"),
-    "clip_anchor": Arm("KD with the CLIP anchor alone", CONTROL, CLIP_ALONE, DENSE | EQUAL, rates_of="paper"),
-    "adapters": Arm("+ adapters, all teachers", LADDER, settings=DENSE | EQUAL, rates_of="paper"),
-    "adapters_experts": Arm("+ MoLE", LADDER, settings=EQUAL, rates_of="paper"),
-    "adapters_experts_tokens": Arm(
-        "+ token weights", LADDER, settings={"teacher_weighting": "equal"}, rates_of="paper"
-    ),
-    "paper": Arm("+ teacher weights: `paper`", LADDER, rates_of="paper"),
-    "paper_without_experts": Arm("`paper` without MoLE", LADDER, settings=DENSE, rates_of="paper"),
-    "released": Arm("`released`", RELEASED, settings={"distillation_preset": "released"}, rates_of="paper"),
+    "frozen": Arm("no KD, tower frozen", CONTROL, "frozen", NO_TEACHERS, DENSE | {"freeze_vision_tower": True}),
+    "unfrozen": Arm("no KD, tower unfrozen", CONTROL, "unfrozen", NO_TEACHERS, DENSE),
+    "unfrozen_tuned": Arm("no KD, tower at its own rate", CONTROL, "unfrozen_tuned", NO_TEACHERS, DENSE),
+    "experts_without_kd": Arm("no KD, MoLE", CONTROL, "unfrozen_tuned", NO_TEACHERS, {}),
+    "clip_anchor": Arm("KD with the CLIP anchor alone", CONTROL, "paper", CLIP_ALONE, DENSE | EQUAL),
+    "adapters": Arm("+ adapters, all teachers", LADDER, "paper", settings=DENSE | EQUAL),
+    "adapters_experts": Arm("+ MoLE", LADDER, "paper", settings=EQUAL),
+    "adapters_experts_tokens": Arm("+ token weights", LADDER, "paper", settings={"teacher_weighting": "equal"}),
+    "paper": Arm("+ teacher weights: `paper`", LADDER, "paper"),
+    "paper_without_experts": Arm("`paper` without MoLE", LADDER, "paper", settings=DENSE),
+    "released": Arm("`released`", RELEASED, "paper", settings={"distillation_preset": "released"}),
     "heads_raw": Arm(
         "heads on the student's side, raw features",
         STUDENT,
+        "heads_unit",
         settings=STUDENT_SIDE | DENSE | {"feature_normalization": "none"},
-        rates_of="heads_unit",
     ),
-    "heads_whitened": Arm("+ whitened features", STUDENT, settings=STUDENT_SIDE | DENSE, rates_of="heads_unit"),
-    "heads_unit": Arm(
-        "+ heads that cannot amplify", STUDENT, settings=STUDENT_SIDE | DENSE | UNIT, rates_of="heads_unit"
-    ),
-    "heads_unit_experts": Arm(
-        "heads that cannot amplify, MoLE", MIXTURE, settings=STUDENT_SIDE | UNIT, rates_of="heads_unit"
-    ),
+    "heads_whitened": Arm("+ whitened features", STUDENT, "heads_unit", settings=STUDENT_SIDE | DENSE),
+    "heads_unit": Arm("+ heads that cannot amplify", STUDENT, "heads_unit", settings=STUDENT_SIDE | DENSE | UNIT),
+    "heads_unit_experts": Arm("heads that cannot amplify, MoLE", MIXTURE, "heads_unit", settings=STUDENT_SIDE | UNIT),
     "heads_unit_dense_lora": Arm(
         "heads that cannot amplify, one dense LoRA of MoLE's size",
         MIXTURE,
+        "heads_unit",
         settings=STUDENT_SIDE | UNIT | ONE_EXPERT,
-        rates_of="heads_unit",
     ),
-    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, NO_TEACHERS, DENSE, side_by_side=True),
+    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, "frozen", NO_TEACHERS, DENSE, side_by_side=True),
 }
 
 CONTROLS = ["frozen", "unfrozen", "unfrozen_tuned", "experts_without_kd", "clip_anchor"]

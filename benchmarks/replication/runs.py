@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from benchmarks.replication import world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Rates
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
@@ -53,13 +53,15 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Job:
-    """One run; the rates are the tower's learning rates in the first and in the second stage."""
-
     arm: str
     seed: int
     split: str
-    pretrain_rate: float | None = None
-    tower_rate: float | None = None
+    rates: Rates
+
+    def rates_in(self, stage: str) -> dict[str, float | None]:
+        told = self.rates._asdict()
+        tower = told.pop("pretrain_vision_tower_learning_rate")
+        return told if stage == "finetune" else {"vision_tower_learning_rate": tower, "learning_rate": 2e-3}
 
 
 def prepare(folder: Path, scale: Scale) -> None:
@@ -107,10 +109,6 @@ def arguments(
         "lora_rank": RANK,
         "lora_alpha": RANK,
         "max_steps": getattr(scale, f"{stage}_steps"),
-        # Of the projector and the heads. The language model, which can answer everything in words, is to stay near
-        # that while the projector finds the words: trained as fast, it forgets them first
-        "learning_rate": 2e-3 if stage == "pretrain" else 4e-3,
-        "language_model_learning_rate": None if stage == "pretrain" else 1e-4,
         "per_device_train_batch_size": 16,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
@@ -144,8 +142,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         "command": command,
         "commit": commit,
         "date": date.today().isoformat(),
-        "settings": arm.settings
-        | {"pretrain_vision_tower_learning_rate": job.pretrain_rate, "vision_tower_learning_rate": job.tower_rate},
+        "settings": arm.settings | job.rates._asdict(),
         "accuracy": accuracy_by_family(answers, rows, world.FAMILIES),
         "questions": {family: rows["family"].count(family) for family in world.FAMILIES},
         **measured,
@@ -163,11 +160,7 @@ def train_arm(
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
     """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
     paths = towers(folder)
-    parts = {
-        "vision_model": paths["clip"],
-        "language_model": paths["language_model"],
-        "vision_tower_learning_rate": job.pretrain_rate,
-    }
+    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], **job.rates_in("pretrain")}
     args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts)
     told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -179,15 +172,7 @@ def train_arm(
         if not kept.is_dir():
             shutil.move(output / "pretrain", kept)
     reused = time.perf_counter() - started
-    args = arguments(
-        folder,
-        scale,
-        arm,
-        "finetune",
-        job.seed,
-        output / "finetune",
-        vision_tower_learning_rate=job.tower_rate,
-    )
+    args = arguments(folder, scale, arm, "finetune", job.seed, output / "finetune", **job.rates_in("finetune"))
     trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
     facts = facts_of(trainer) | {"reused_seconds": reused}
     facts["stage_1_seconds"] = json.loads((kept / "cost.json").read_text())["seconds"]
@@ -207,7 +192,7 @@ def train_side_by_side(
     }
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
-        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts)
+        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts, **job.rates_in(stage))
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication import runs, world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, TOWER_RATES, UPPER
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, RATES, UPPER, Rates
 from benchmarks.replication.measures import linear_cka, token_kinds
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
@@ -160,38 +160,40 @@ def test_kinds_of_cells() -> None:
 
 def test_arms_and_comparisons_name_each_other() -> None:
     named = {*CONTROLS, *HEADLINE, UPPER, *(arm for pair in COMPARISONS for arm in pair[:2])}
-    named |= {arm.rates_of for arm in ARMS.values() if arm.rates_of}
     assert named <= set(ARMS)
-    for owner in {arm.rates_of for arm in ARMS.values() if arm.rates_of}:
-        assert ARMS[owner].rates_of == owner and TOWER_RATES[owner]
+    for owner in {arm.rates_of for arm in ARMS.values()}:
+        assert ARMS[owner].rates_of == owner and RATES[owner]
     for arm in ARMS.values():
         for stage in runs.STAGES:
-            args = runs.arguments(Path("nowhere"), TINY, arm, stage, 0, Path("nowhere"))
-            assert args.distill == bool(arm.teachers)
+            for rates in RATES[arm.rates_of]:
+                told = Job("", 0, "test", rates).rates_in(stage)
+                args = runs.arguments(Path("nowhere"), TINY, arm, stage, 0, Path("nowhere"), **told)
+                assert args.distill == bool(arm.teachers)
+                if stage == "finetune":
+                    assert {name: getattr(args, name) for name in rates._fields[1:]} == told
 
 
-def line(arm: str, split: str, rates: tuple[float | None, float], value: float, **settings: Any) -> dict[str, Any]:
-    told = {"pretrain_vision_tower_learning_rate": rates[0], "vision_tower_learning_rate": rates[1]}
-    chosen = ARMS[arm].settings | told | settings
+def line(arm: str, split: str, rates: Rates, value: float, **settings: Any) -> dict[str, Any]:
+    chosen = ARMS[arm].settings | rates._asdict() | settings
     return {"arm": arm, "seed": 100, "split": split, "settings": chosen, "accuracy": {"read": value}}
 
 
 def test_rates_are_chosen_on_validation_alone() -> None:
+    best = Rates(6e-3, 3e-3, 2e-3, 1e-4)
     lines = [
-        line("paper", "validation", (None, 1e-3), 0.4),
-        line("paper", "validation", (6e-3, 3e-3), 0.5),
-        line("paper", "validation", (None, 1e-2), 0.9, lambda_kd=3.0),
-        line("paper", "test", (None, 1e-3), 0.9),
+        line("paper", "validation", Rates(None, 1e-3), 0.4),
+        line("paper", "validation", best, 0.5),
+        line("paper", "validation", Rates(None, 1e-2), 0.9, lambda_kd=3.0),
+        line("paper", "test", Rates(None, 1e-3), 0.9),
     ]
-    assert replication.chosen_rates("clip_anchor", lines) == (6e-3, 3e-3)
-    assert replication.chosen_rates("frozen", lines) == (None, None)
+    assert replication.chosen_rates("clip_anchor", lines) == best
     with pytest.raises(ValueError, match="heads_unit"):
         replication.chosen_rates("heads_raw", lines)
-    jobs = [Job("paper", 100, "validation", 6e-3, 3e-3), Job("paper", 100, "test", 6e-3, 3e-3)]
+    jobs = [Job("paper", 100, "validation", best), Job("paper", 100, "test", best)]
     assert [replication.key(job) for job in jobs] == [replication.key_of(lines[1]), replication.key_of(lines[3])]
     tried = replication.rate_jobs(["frozen", "adapters", "paper"])
-    assert [(job.arm, (job.pretrain_rate, job.tower_rate)) for job in tried] == [
-        ("paper", rates) for rates in TOWER_RATES["paper"]
+    assert [(job.arm, job.rates) for job in tried] == [
+        (owner, rates) for owner in ("frozen", "paper") for rates in RATES[owner]
     ]
 
 
@@ -227,7 +229,7 @@ def test_encoders_side_by_side_are_the_encoders(folder: Path) -> None:
 @pytest.mark.parametrize("arm", ["frozen", "released", "heads_unit_experts", "heads_unit_dense_lora", "encoders"])
 def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
     found = runs.run(
-        Job(arm, 0, "test", 1e-3 if ARMS[arm].rates_of else None, 2e-3 if ARMS[arm].rates_of else None),
+        Job(arm, 0, "test", Rates(1e-3, 2e-3, 1e-3, 1e-4)),
         folder,
         TINY,
         "command",
@@ -246,7 +248,7 @@ def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
 @pytest.mark.slow
 def test_runs_that_are_there_are_not_run_again(folder: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    jobs = [Job("frozen", seed, "test") for seed in range(2)]
+    jobs = [Job("frozen", seed, "test", Rates()) for seed in range(2)]
     now = replication.time.time()
     assert replication.run_all(jobs, results, folder, TINY, 1, now - 1, "command") == 2
     assert replication.run_all(jobs[:1], results, folder, TINY, 1, now + 600, "command") == 0
