@@ -104,7 +104,8 @@ def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Block
         if words < 1000:
             gr.Markdown(
                 f"**A toy model is loaded.** It knows {words} words and pictures of coloured shapes like the "
-                "examples: ask it what colour or shape something is, whether there is one, or how many there are.",
+                "examples: ask it what colour or shape something is, whether there is one, how many there are, or "
+                "which number is written.",
                 elem_id="note",
             )
         settings: list[Any] = [

@@ -1,7 +1,7 @@
 """
 Takes the README's pictures of the Space from the running app:
 
-    python tests/take_screenshots.py [outputs/demo]
+    PYTHONPATH=. python tests/take_screenshots.py [outputs/demo]
 
 It writes assets/space_chat.png and assets/space_pictures.png.
 """
