@@ -16,6 +16,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -149,13 +150,16 @@ def cache_features(
     if launched != args.world_size:
         raise ValueError(f"{launched} processes were launched, {args.world_size} met; on CPUs add `--use_cpu true`.")
     folder, state = Path(args.feature_cache), PartialState()
-    if not state.is_main_process:
+    with _lock(folder) if state.is_main_process else nullcontext():
         return _write_cache(folder, state, data_args, args, model_args, cache_args)
+
+
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    """Held in a `with` statement; the system releases that of a killed process. Beside the folder, which a run that is
+    refused does not make."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Released by the system when a process is killed; beside the folder, which a run that is refused does not make
-        with FileLock(folder.with_name(f".{folder.name}.lock"), blocking=False):
-            return _write_cache(folder, state, data_args, args, model_args, cache_args)
+        return FileLock(folder.with_name(f".{folder.name}.lock")).acquire(blocking=False)
     except Timeout as error:
         raise ValueError(
             f"Another run is writing the feature cache {folder}. Start again when it has ended."

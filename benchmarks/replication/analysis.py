@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 
 
 SPLITS = ("test", "validation")
-RATE = "vision_tower_learning_rate"  # the setting that is tuned on the validation split
+RATE = "vision_tower_learning_rate"  # of the rates that are tuned on validation, the one that plots have as their axis
 COSTS = ("seconds", "tower_parameters", "trained_parameters")
 
 

@@ -17,7 +17,7 @@ class Rates(NamedTuple):
 
     Args:
         pretrain_vision_tower_learning_rate: The tower's in the first stage; `None` is that of projector and heads.
-            Without distillation a tower does not train then.
+            Without distillation only experts train then.
         vision_tower_learning_rate: The tower's in the second stage; `None` as above.
         learning_rate: Of projector and heads in the second stage.
         language_model_learning_rate: The language model's in the second stage; `None` as above.

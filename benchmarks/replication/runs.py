@@ -53,12 +53,15 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Job:
+    """One run."""
+
     arm: str
     seed: int
     split: str
     rates: Rates
 
     def rates_in(self, stage: str) -> dict[str, float | None]:
+        """As settings of a stage; the first trains projector and heads at one rate in all runs."""
         told = self.rates._asdict()
         tower = told.pop("pretrain_vision_tower_learning_rate")
         return told if stage == "finetune" else {"vision_tower_learning_rate": tower, "learning_rate": 2e-3}
