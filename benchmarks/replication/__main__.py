@@ -4,11 +4,11 @@ The paper's ablation in a small world, with this project's own trainer, model an
     python -m benchmarks.replication            # everything that is missing, two runs at a time
     python -m benchmarks.replication --quick    # a few steps of a few arms, to see that it works
 
-Pictures, networks and features are made once, in `outputs/replication`. First the learning rates of each family of
-arms are chosen on the split `validation`, with a seed of its own, then the best control; then each arm answers the
-test split once for each seed. Each run appends a line to the results; those that are there are not run again, so that
-it can be stopped at any time (`--minutes` stops by itself). `python -m benchmarks.replication.report` makes the report
-of them.
+Pictures, networks and features are made once, in `outputs/replication`. First the schedule (learning rates, steps of
+each stage) of each family of arms is chosen on the split `validation`, with a seed of its own, then the best control;
+then each arm answers the test split once for each seed. Each run appends a line to the results; those that are there
+are not run again, so that it can be stopped at any time (`--minutes` stops by itself).
+`python -m benchmarks.replication.report` makes the report of them.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, RATES, Rates
+from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, SCHEDULES, Schedule
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
 
 
 OUTPUT = Path("outputs/replication")
 RESULTS = Path(__file__).parent / "results.jsonl"
-VALIDATION_SEED, FIRST_SEED = 100, 10
+VALIDATION_SEED, FIRST_SEED = 100, 20
 QUICK_ARMS = ("frozen", "paper", "heads_unit")
 
 
@@ -42,10 +42,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    # A test run is the arm's one and only, whatever rates validation gave it
+    # A test run is the arm's one and only, whatever schedule validation gave it
     if job.split == "test":
         return job.arm, job.seed, "test"
-    return job.arm, job.seed, job.split, job.rates, ()
+    return job.arm, job.seed, job.split, job.schedule, ()
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -53,32 +53,32 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     if line["split"] == "test":
         return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
-    rates = Rates(**{name: own.pop(name) for name in Rates._fields})
+    schedule = Schedule(**{name: own.pop(name) for name in Schedule._fields})
     changed = {name: value for name, value in own.items() if ARMS[line["arm"]].settings.get(name) != value}
-    return line["arm"], line["seed"], line["split"], rates, tuple(sorted(changed.items()))
+    return line["arm"], line["seed"], line["split"], schedule, tuple(sorted(changed.items()))
 
 
-def rate_jobs(arms: Iterable[str]) -> list[Job]:
-    """The runs that rates are chosen by, for the arms whose rates any of `arms` takes."""
-    owners = dict.fromkeys(ARMS[arm].rates_of for arm in arms)
-    return [Job(owner, VALIDATION_SEED, "validation", rates) for owner in owners for rates in RATES[owner]]
+def schedule_jobs(arms: Iterable[str]) -> list[Job]:
+    """The runs that schedules are chosen by, for the arms whose schedule any of `arms` takes."""
+    owners = dict.fromkeys(ARMS[arm].schedule_of for arm in arms)
+    return [Job(owner, VALIDATION_SEED, "validation", tried) for owner in owners for tried in SCHEDULES[owner]]
 
 
-def chosen_rates(arm: str, lines: Sequence[dict[str, Any]]) -> Rates:
+def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
     """
-    The rates at which the arm that `arm` takes them from did best on validation, by the mean of all families.
+    The schedule with which the arm that `arm` takes it from did best on validation, by the mean of all families.
 
     Raises:
         ValueError: if none was tried yet.
     """
-    owner = ARMS[arm].rates_of
-    means: dict[Rates, float] = {}
+    owner = ARMS[arm].schedule_of
+    means: dict[Schedule, float] = {}
     for line in lines:
         if line["arm"] == owner and line["split"] == "validation" and not key_of(line)[-1]:
             means[key_of(line)[3]] = fmean(line["accuracy"].values())
     if not means:
-        raise ValueError(f"No rate of {owner} was tried on validation yet, which {arm} takes its own from.")
-    return max(means, key=lambda rates: means[rates])
+        raise ValueError(f"No schedule of {owner} was tried on validation yet, which {arm} takes its own from.")
+    return max(means, key=lambda schedule: means[schedule])
 
 
 def run_all(
@@ -138,17 +138,17 @@ def main(given: Sequence[str] | None = None) -> None:
     common = (results, folder, scale, chosen.workers, deadline, command.strip())
     left = 0
     if chosen.part in (None, "validation"):
-        left += run_all(rate_jobs(arms), *common)
+        left += run_all(schedule_jobs(arms), *common)
         if not left:
             lines = read(results)
             controls = [arm for arm in CONTROLS if arm in arms]
-            jobs = [Job(arm, VALIDATION_SEED, "validation", chosen_rates(arm, lines)) for arm in controls]
+            jobs = [Job(arm, VALIDATION_SEED, "validation", chosen_schedule(arm, lines)) for arm in controls]
             left += run_all(jobs, *common)
     if chosen.part in (None, "test") and not left:
         lines = read(results)
         # Seed by seed, so that a run that is stopped has whole rounds of all arms
         jobs = [
-            Job(arm, seed, "test", chosen_rates(arm, lines))
+            Job(arm, seed, "test", chosen_schedule(arm, lines))
             for seed in range(FIRST_SEED, FIRST_SEED + max(seeds.values()))
             for arm in arms
             if seed < FIRST_SEED + seeds[arm]

@@ -11,9 +11,9 @@ NO_TEACHERS = ()
 RANK = 8
 
 
-class Rates(NamedTuple):
+class Schedule(NamedTuple):
     """
-    Learning rates of a run, all others being the recipe's.
+    What is chosen on validation of how a run trains, all else being the recipe's.
 
     Args:
         pretrain_vision_tower_learning_rate: The tower's in the first stage; `None` is that of projector and heads.
@@ -21,39 +21,49 @@ class Rates(NamedTuple):
         vision_tower_learning_rate: The tower's in the second stage; `None` as above.
         learning_rate: Of projector and heads in the second stage.
         language_model_learning_rate: The language model's in the second stage; `None` as above.
+        pretrain_share: Of all steps, the first stage's. All runs have as many steps in both stages together.
     """
 
     pretrain_vision_tower_learning_rate: float | None = None
     vision_tower_learning_rate: float | None = None
     learning_rate: float = 5e-4
     language_model_learning_rate: float | None = None
+    pretrain_share: float = 0.5
 
 
-def _apart(pretrain: float | None = None, tower: float | None = None) -> Rates:
+def _apart(pretrain: float | None = None, tower: float | None = None, share: float = 0.5) -> Schedule:
     """The language model can answer everything in words, and stays near that while the projector finds the words."""
-    return Rates(pretrain, tower, 4e-3, 1e-4)
+    return Schedule(pretrain, tower, 4e-3, 1e-4, share)
 
 
 # What is tried on validation, by the arm it is tried with; other arms take what that one does best with
-RATES: dict[str, tuple[Rates, ...]] = {
-    "frozen": (Rates(), _apart()),
-    "unfrozen": (Rates(), _apart()),
+SCHEDULES: dict[str, tuple[Schedule, ...]] = {
+    "frozen": (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7))),
+    "unfrozen": (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7))),
     "unfrozen_tuned": (
-        *(Rates(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)),
+        *(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)),
         *(_apart(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)),
+        *(Schedule(None, 1.5e-5, pretrain_share=share) for share in (0.3, 0.7)),
     ),
     "paper": (
-        *(Rates(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
-        Rates(6e-3, 1.5e-3),
+        *(Schedule(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
+        Schedule(6e-3, 1.5e-3),
         *(_apart(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
         _apart(6e-3, 5e-3),
+        *(Schedule(None, 1.5e-3, pretrain_share=share) for share in (0.3, 0.7)),
     ),
     "heads_unit": (
-        *(Rates(None, rate) for rate in (5e-4, 1.5e-3, 5e-3, 1.5e-2)),
-        Rates(6e-3, 5e-3),
+        *(Schedule(None, rate) for rate in (5e-4, 1.5e-3, 5e-3, 1.5e-2)),
+        Schedule(6e-3, 5e-3),
         _apart(None, 5e-3),
         *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3, 1.5e-2)),
+        *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3)),
     ),
+    "heads_unit_experts": (
+        *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)),
+        _apart(6e-3, 1e-2, 0.3),
+    ),
+    "encoders": (Schedule(), _apart(), Schedule(pretrain_share=0.3), _apart(share=0.3)),
 }
 
 
@@ -63,7 +73,7 @@ class Arm:
     Args:
         title: For the tables.
         group: Heading that it stands under.
-        rates_of: Name of the arm on whose validation the learning rates are chosen for this one.
+        schedule_of: Name of the arm on whose validation the schedule is chosen for this one.
         teachers: Names of the teachers; none is training without distillation.
         settings: Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
         side_by_side: All encoders are kept at inference and nothing is distilled.
@@ -71,7 +81,7 @@ class Arm:
 
     title: str
     group: str
-    rates_of: str
+    schedule_of: str
     teachers: tuple[str, ...] = ALL_TEACHERS
     settings: dict[str, Any] = field(default_factory=dict)
     side_by_side: bool = False
@@ -119,14 +129,16 @@ ARMS = {
     ),
     "heads_whitened": Arm("+ whitened features", STUDENT, "heads_unit", settings=STUDENT_SIDE | DENSE),
     "heads_unit": Arm("+ heads that cannot amplify", STUDENT, "heads_unit", settings=STUDENT_SIDE | DENSE | UNIT),
-    "heads_unit_experts": Arm("heads that cannot amplify, MoLE", MIXTURE, "heads_unit", settings=STUDENT_SIDE | UNIT),
+    "heads_unit_experts": Arm(
+        "heads that cannot amplify, MoLE", MIXTURE, "heads_unit_experts", settings=STUDENT_SIDE | UNIT
+    ),
     "heads_unit_dense_lora": Arm(
         "heads that cannot amplify, one dense LoRA of MoLE's size",
         MIXTURE,
-        "heads_unit",
+        "heads_unit_experts",
         settings=STUDENT_SIDE | UNIT | ONE_EXPERT,
     ),
-    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, "frozen", NO_TEACHERS, DENSE, side_by_side=True),
+    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, "encoders", NO_TEACHERS, DENSE, side_by_side=True),
 }
 
 CONTROLS = ["frozen", "unfrozen", "unfrozen_tuned", "experts_without_kd", "clip_anchor"]

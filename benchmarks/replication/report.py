@@ -217,7 +217,10 @@ def alignment(results: Results) -> str:
         values = [mean_of(runs, name, key) for name, key in columns]
         cells = [NONE if math.isnan(value) else f"{value:.3f}" for value in values]
         rows.append([f"`{arm}`", f"{np.mean([run.drift for run in runs]):.3f}", *cells])
-    note = "Means over seeds: drift from CLIP's features, kernel alignment to each teacher, the losses at the end."
+    note = (
+        "Means over seeds: drift from CLIP's features, kernel alignment to each teacher, the losses at the end, and "
+        "that of text at the end of stage 1 (`pretrain/text`)."
+    )
     head = ["CKA: " + key if name == "cka" else "loss: " + key for name, key in columns]
     return "\n\n".join([note, table(["arm", "drift", *head], rows)])
 

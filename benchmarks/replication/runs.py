@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from benchmarks.replication import world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Rates
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
@@ -32,21 +32,20 @@ from train.trainer import MoveKDTrainer
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: pictures of each stage, questions of each evaluation, steps of each stage."""
+    """How much of everything: pictures of each stage, questions of each evaluation, steps of both stages together."""
 
     pretrain: int = 2000
     finetune: int = 1000
     validation: int = 1200
     test: int = 2400
-    pretrain_steps: int = 350
-    finetune_steps: int = 350
+    steps: int = 700
     tower_effort: float = 1.0
     tower_pictures: int = 8000
 
 
-QUICK = Scale(200, 200, 60, 120, 20, 30, 0.05, 500)
+QUICK = Scale(200, 200, 60, 120, 50, 0.05, 500)
 # Pictures of the split `test` that no earlier form of this was scored on
-PICTURES_SEED = {"test": 1}
+PICTURES_SEED = {"test": 2}
 FOLDERS = ("output_dir", "logging_dir", "run_name")
 STAGES = ("pretrain", "finetune")
 
@@ -58,13 +57,16 @@ class Job:
     arm: str
     seed: int
     split: str
-    rates: Rates
+    schedule: Schedule
 
-    def rates_in(self, stage: str) -> dict[str, float | None]:
-        """As settings of a stage; the first trains projector and heads at one rate in all runs."""
-        told = self.rates._asdict()
+    def settings_in(self, stage: str, steps: int) -> dict[str, Any]:
+        """As settings of a stage, of `steps` in both; the first trains projector and heads at one rate in all runs."""
+        told = self.schedule._asdict()
         tower = told.pop("pretrain_vision_tower_learning_rate")
-        return told if stage == "finetune" else {"vision_tower_learning_rate": tower, "learning_rate": 2e-3}
+        pretrain_steps = round(told.pop("pretrain_share") * steps)
+        if stage == "finetune":
+            return told | {"max_steps": steps - pretrain_steps}
+        return {"vision_tower_learning_rate": tower, "learning_rate": 2e-3, "max_steps": pretrain_steps}
 
 
 def prepare(folder: Path, scale: Scale) -> None:
@@ -111,7 +113,6 @@ def arguments(
         "feature_statistics_images": 512,
         "lora_rank": RANK,
         "lora_alpha": RANK,
-        "max_steps": getattr(scale, f"{stage}_steps"),
         "per_device_train_batch_size": 16,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
@@ -145,7 +146,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         "command": command,
         "commit": commit,
         "date": date.today().isoformat(),
-        "settings": arm.settings | job.rates._asdict(),
+        "settings": arm.settings | job.schedule._asdict(),
         "accuracy": accuracy_by_family(answers, rows, world.FAMILIES),
         "questions": {family: rows["family"].count(family) for family in world.FAMILIES},
         **measured,
@@ -163,7 +164,11 @@ def train_arm(
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
     """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
     paths = towers(folder)
-    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], **job.rates_in("pretrain")}
+    parts = {
+        "vision_model": paths["clip"],
+        "language_model": paths["language_model"],
+        **job.settings_in("pretrain", scale.steps),
+    }
     args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts)
     told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -175,10 +180,13 @@ def train_arm(
         if not kept.is_dir():
             shutil.move(output / "pretrain", kept)
     reused = time.perf_counter() - started
-    args = arguments(folder, scale, arm, "finetune", job.seed, output / "finetune", **job.rates_in("finetune"))
+    args = arguments(
+        folder, scale, arm, "finetune", job.seed, output / "finetune", **job.settings_in("finetune", scale.steps)
+    )
     trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
     facts = facts_of(trainer) | {"reused_seconds": reused}
     facts["stage_1_seconds"] = json.loads((kept / "cost.json").read_text())["seconds"]
+    facts["losses"]["pretrain/text"] = json.loads((kept / "training_facts.json").read_text())["losses"]["text"]
     trainer.end()
     model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
     processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
@@ -189,13 +197,15 @@ def train_side_by_side(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
     """Both stages of a model that keeps all encoders, which no checkpoint of ours describes: it stays in memory."""
-    paths, weights, facts = towers(folder), None, {}
+    paths, weights, facts = towers(folder), None, dict[str, dict[str, Any]]()
     teachers = {
         name: load_teacher(TeacherConfig(name=name, model=paths[name])) for name in ALL_TEACHERS if name != "clip"
     }
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
-        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts, **job.rates_in(stage))
+        args = arguments(
+            folder, scale, arm, stage, job.seed, output / stage, **parts, **job.settings_in(stage, scale.steps)
+        )
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:
@@ -211,9 +221,10 @@ def train_side_by_side(
             processing_class=processor,
         )
         trainer.train()
-        weights, facts = model.state_dict(), facts_of(trainer)
+        weights, facts[stage] = model.state_dict(), facts_of(trainer)
         trainer.end()
-    return model, processor, facts | {"reused_seconds": 0.0, "stage_1_seconds": 0.0}
+    facts["finetune"]["losses"]["pretrain/text"] = facts["pretrain"]["losses"]["text"]
+    return model, processor, facts["finetune"] | {"reused_seconds": 0.0, "stage_1_seconds": 0.0}
 
 
 def facts_of(trainer: MoveKDTrainer) -> dict[str, Any]:

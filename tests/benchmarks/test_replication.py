@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication import runs, world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, RATES, UPPER, Rates
+from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, SCHEDULES, UPPER, Schedule
 from benchmarks.replication.measures import linear_cka, token_kinds
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
@@ -30,7 +30,7 @@ from train.text_scenes import TextScenes, build_tokenizer, with_short_template
 
 
 SCENES = [world.sample_scene("test", index) for index in range(60)]
-TINY = Scale(8, 8, 6, 6, 2, 2, 0.0001, 20)
+TINY = Scale(8, 8, 6, 6, 4, 0.0001, 20)
 
 
 def questions(family: str) -> list[tuple[Scene, world.Question]]:
@@ -161,39 +161,42 @@ def test_kinds_of_cells() -> None:
 def test_arms_and_comparisons_name_each_other() -> None:
     named = {*CONTROLS, *HEADLINE, UPPER, *(arm for pair in COMPARISONS for arm in pair[:2])}
     assert named <= set(ARMS)
-    for owner in {arm.rates_of for arm in ARMS.values()}:
-        assert ARMS[owner].rates_of == owner and RATES[owner]
+    for owner in {arm.schedule_of for arm in ARMS.values()}:
+        assert ARMS[owner].schedule_of == owner and SCHEDULES[owner]
     for arm in ARMS.values():
-        for stage in runs.STAGES:
-            for rates in RATES[arm.rates_of]:
-                told = Job("", 0, "test", rates).rates_in(stage)
+        for schedule in SCHEDULES[arm.schedule_of]:
+            job, steps = Job("", 0, "test", schedule), 0
+            for stage in runs.STAGES:
+                told = job.settings_in(stage, TINY.steps)
                 args = runs.arguments(Path("nowhere"), TINY, arm, stage, 0, Path("nowhere"), **told)
                 assert args.distill == bool(arm.teachers)
-                if stage == "finetune":
-                    assert {name: getattr(args, name) for name in rates._fields[1:]} == told
+                assert {name: getattr(args, name) for name in told} == told
+                steps += args.max_steps
+            assert steps == TINY.steps
+            assert set(schedule._fields) - set(told) == {"pretrain_vision_tower_learning_rate", "pretrain_share"}
 
 
-def line(arm: str, split: str, rates: Rates, value: float, **settings: Any) -> dict[str, Any]:
-    chosen = ARMS[arm].settings | rates._asdict() | settings
+def line(arm: str, split: str, schedule: Schedule, value: float, **settings: Any) -> dict[str, Any]:
+    chosen = ARMS[arm].settings | schedule._asdict() | settings
     return {"arm": arm, "seed": 100, "split": split, "settings": chosen, "accuracy": {"read": value}}
 
 
-def test_rates_are_chosen_on_validation_alone() -> None:
-    best = Rates(6e-3, 3e-3, 2e-3, 1e-4)
+def test_schedules_are_chosen_on_validation_alone() -> None:
+    best = Schedule(6e-3, 3e-3, 2e-3, 1e-4, 0.3)
     lines = [
-        line("paper", "validation", Rates(None, 1e-3), 0.4),
+        line("paper", "validation", Schedule(None, 1e-3), 0.4),
         line("paper", "validation", best, 0.5),
-        line("paper", "validation", Rates(None, 1e-2), 0.9, lambda_kd=3.0),
-        line("paper", "test", Rates(None, 1e-3), 0.9),
+        line("paper", "validation", Schedule(None, 1e-2), 0.9, lambda_kd=3.0),
+        line("paper", "test", Schedule(None, 1e-3), 0.9),
     ]
-    assert replication.chosen_rates("clip_anchor", lines) == best
+    assert replication.chosen_schedule("clip_anchor", lines) == best
     with pytest.raises(ValueError, match="heads_unit"):
-        replication.chosen_rates("heads_raw", lines)
+        replication.chosen_schedule("heads_raw", lines)
     jobs = [Job("paper", 100, "validation", best), Job("paper", 100, "test", best)]
     assert [replication.key(job) for job in jobs] == [replication.key_of(lines[1]), replication.key_of(lines[3])]
-    tried = replication.rate_jobs(["frozen", "adapters", "paper"])
-    assert [(job.arm, job.rates) for job in tried] == [
-        (owner, rates) for owner in ("frozen", "paper") for rates in RATES[owner]
+    tried = replication.schedule_jobs(["frozen", "adapters", "paper"])
+    assert [(job.arm, job.schedule) for job in tried] == [
+        (owner, schedule) for owner in ("frozen", "paper") for schedule in SCHEDULES[owner]
     ]
 
 
@@ -229,7 +232,7 @@ def test_encoders_side_by_side_are_the_encoders(folder: Path) -> None:
 @pytest.mark.parametrize("arm", ["frozen", "released", "heads_unit_experts", "heads_unit_dense_lora", "encoders"])
 def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
     found = runs.run(
-        Job(arm, 0, "test", Rates(1e-3, 2e-3, 1e-3, 1e-4)),
+        Job(arm, 0, "test", Schedule(1e-3, 2e-3, 1e-3, 1e-4, 0.5)),
         folder,
         TINY,
         "command",
@@ -248,7 +251,7 @@ def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
 @pytest.mark.slow
 def test_runs_that_are_there_are_not_run_again(folder: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    jobs = [Job("frozen", seed, "test", Rates()) for seed in range(2)]
+    jobs = [Job("frozen", seed, "test", Schedule()) for seed in range(2)]
     now = replication.time.time()
     assert replication.run_all(jobs, results, folder, TINY, 1, now - 1, "command") == 2
     assert replication.run_all(jobs[:1], results, folder, TINY, 1, now + 600, "command") == 0
