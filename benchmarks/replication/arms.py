@@ -58,6 +58,7 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         _apart(None, 5e-3),
         *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3, 1.5e-2)),
         *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3)),
+        *(_apart(rate, 5e-3, 0.3) for rate in (1e-3, 2.5e-3)),
     ),
     "heads_unit_experts": (
         *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)),
@@ -146,11 +147,13 @@ CONTROLS = ["frozen", "unfrozen", "unfrozen_tuned", "experts_without_kd", "clip_
 HEADLINE = [
     "frozen",
     "unfrozen_tuned",
+    "experts_without_kd",
     "clip_anchor",
     "released",
     "paper",
     "heads_unit",
     "heads_unit_experts",
+    "heads_unit_dense_lora",
     "encoders",
 ]
 UPPER = "encoders"
@@ -170,6 +173,7 @@ COMPARISONS = [
     ("heads_unit", "heads_whitened", "Do heads that cannot amplify help?"),
     ("heads_unit_experts", "heads_unit", "Does MoLE help there?"),
     ("heads_unit_experts", "heads_unit_dense_lora", "Does MoLE beat a dense LoRA of its size?"),
-    ("heads_unit", "clip_anchor", "Does the student-side form beat the CLIP anchor?"),
-    ("heads_unit", "paper", "Does the student-side form beat `paper`?"),
+    ("heads_unit", "clip_anchor", "Does the student-side form without experts beat the CLIP anchor?"),
+    ("heads_unit_experts", "clip_anchor", "Does the student-side form with MoLE beat the CLIP anchor?"),
+    ("heads_unit_experts", "paper", "Does it beat `paper`?"),
 ]
