@@ -60,9 +60,10 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3)),
         *(_apart(rate, 5e-3, 0.3) for rate in (1e-3, 2.5e-3)),
     ),
-    "heads_unit_experts": (
-        *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)),
-        _apart(6e-3, 1e-2, 0.3),
+    # The two that are compared for what a mixture is worth: the same is tried with both
+    **dict.fromkeys(
+        ("heads_unit_experts", "heads_unit_dense_lora"),
+        (*(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)), _apart(6e-3, 1e-2, 0.3)),
     ),
     "encoders": (Schedule(), _apart(), Schedule(pretrain_share=0.3), _apart(share=0.3)),
 }
@@ -136,7 +137,7 @@ ARMS = {
     "heads_unit_dense_lora": Arm(
         "heads that cannot amplify, one dense LoRA of MoLE's size",
         MIXTURE,
-        "heads_unit_experts",
+        "heads_unit_dense_lora",
         settings=STUDENT_SIDE | UNIT | ONE_EXPERT,
     ),
     "encoders": Arm("all encoders kept at inference", UPPER_GROUP, "encoders", NO_TEACHERS, DENSE, side_by_side=True),
