@@ -38,8 +38,9 @@ def _apart(pretrain: float | None = None, tower: float | None = None, share: flo
 
 # What is tried on validation, by the arm it is tried with; other arms take what that one does best with
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
-    "frozen": (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7))),
-    "unfrozen": (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7))),
+    **dict.fromkeys(
+        ("frozen", "unfrozen"), (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7)))
+    ),
     "unfrozen_tuned": (
         *(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)),
         *(_apart(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)),
@@ -176,5 +177,5 @@ COMPARISONS = [
     ("heads_unit_experts", "heads_unit_dense_lora", "Does MoLE beat a dense LoRA of its size?"),
     ("heads_unit", "clip_anchor", "Does the student-side form without experts beat the CLIP anchor?"),
     ("heads_unit_experts", "clip_anchor", "Does the student-side form with MoLE beat the CLIP anchor?"),
-    ("heads_unit_experts", "paper", "Does it beat `paper`?"),
+    ("heads_unit_experts", "paper", "Does the student-side form with MoLE beat `paper`?"),
 ]

@@ -174,8 +174,10 @@ def train_arm(
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
     kept, started = folder / "stage_1" / digest, time.perf_counter()
     if not kept.is_dir():
-        train(data_arguments(folder, "pretrain"), args, ModelArguments()).end()
-        save_json({"seconds": time.perf_counter() - started}, output / "pretrain" / "cost.json")
+        trainer = train(data_arguments(folder, "pretrain"), args, ModelArguments())
+        text = facts_of(trainer)["losses"]["text"]
+        trainer.end()
+        save_json({"seconds": time.perf_counter() - started, "text": text}, output / "pretrain" / "stage_1.json")
         kept.parent.mkdir(exist_ok=True)
         if not kept.is_dir():
             shutil.move(output / "pretrain", kept)
@@ -185,8 +187,8 @@ def train_arm(
     )
     trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
     facts = facts_of(trainer) | {"reused_seconds": reused}
-    facts["stage_1_seconds"] = json.loads((kept / "cost.json").read_text())["seconds"]
-    facts["losses"]["pretrain/text"] = json.loads((kept / "training_facts.json").read_text())["losses"]["text"]
+    stage_1 = json.loads((kept / "stage_1.json").read_text())
+    facts["stage_1_seconds"], facts["losses"]["pretrain/text"] = stage_1["seconds"], stage_1["text"]
     trainer.end()
     model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
     processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
