@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 
 
 SPLITS = ("test", "validation")
-RATE = "vision_tower_learning_rate"  # of the rates that are tuned on validation, the one that plots have as their axis
+RATE, SHARE = "vision_tower_learning_rate", "pretrain_share"  # of what is tuned on validation, the axes of plots
 COSTS = ("seconds", "tower_parameters", "trained_parameters")
 
 
@@ -375,6 +375,18 @@ def tuned(runs: Sequence[Run]) -> list[Tuned]:
         best = max(averages, key=lambda choice: averages[choice].mean)
         for choice, of_choice in sorted(choices.items(), key=lambda item: item[1][0].settings.get(RATE) or 0.0):
             found.append(Tuned(arm, of_choice[0].settings, averages[choice], of_choice, choice == best))
+    return found
+
+
+def varied(choices: Sequence[Tuned]) -> dict[str, dict[str, list[Any]]]:
+    """By setting, and by arm that tried several values of it: these values, numbers first and rising."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for arm in dict.fromkeys(choice.arm for choice in choices):
+        tried = [choice.settings for choice in choices if choice.arm == arm]
+        for name in dict.fromkeys(name for settings in tried for name in settings):
+            values = {settings.get(name) for settings in tried}
+            if len(values) > 1:
+                found.setdefault(name, {})[arm] = sorted(values, key=lambda value: (value is None, value))
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.replication.analysis import RATE, Paired, Run, Tuned, interval
+from benchmarks.replication.analysis import RATE, SHARE, Paired, Run, Tuned, interval, varied
 
 
 Runs = Mapping[str, Sequence[Run]]
@@ -90,9 +90,10 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def _legend(figure: Figure, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+def _legend(figure: Figure, *axes) -> None:
+    found = [axis.get_legend_handles_labels() for axis in axes]
+    by_label = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(by_label.values(), by_label.keys(), loc="outside right upper", fontsize=8)
 
 
 def probe_against_accuracy(runs: Runs) -> Figure | None:
@@ -193,26 +194,31 @@ def cost(runs: Runs) -> Figure | None:
 
 
 def validation(choices: Sequence[Tuned]) -> Figure | None:
-    """Validation average over the tower's learning rate: a line for each arm that has one, a point for each seed."""
-    arms = list(dict.fromkeys(choice.arm for choice in choices if choice.settings.get(RATE)))
-    if not arms:
+    """Validation average over the tower's learning rate, and over the first stage's share: a line for each arm."""
+    tried = varied(choices)
+    axes_of = {RATE: "learning rate of the vision tower", SHARE: "share of the steps in the first stage"}
+    names = [name for name in axes_of if name in tried]
+    if not names:
         return None
-    figure = Figure(figsize=(8, max(4, 1 + 0.22 * len(arms))), layout="constrained")
-    axis = figure.subplots()
-    for arm, style in _styles(arms).items():
-        # The best of what else was tried at a rate
-        at_rate: dict[float, Tuned] = {}
-        for choice in sorted((choice for choice in choices if choice.arm == arm), key=lambda one: one.average.mean):
-            if choice.settings.get(RATE):
-                at_rate[choice.settings[RATE]] = choice
-        for rate, choice in at_rate.items():
-            values = [100 * run.average for run in choice.runs]
-            axis.plot([rate] * len(values), values, style["marker"], color=style["color"], alpha=0.3, markersize=4)
-        means = [100 * at_rate[rate].average.mean for rate in sorted(at_rate)]
-        axis.plot(sorted(at_rate), means, **style)
-    axis.set_xscale("log")
-    axis.set_xlabel("learning rate of the vision tower")
-    axis.set_ylabel("average on validation, %")
-    axis.grid(alpha=0.3)
-    _legend(figure, axis)
+    styles = _styles(list(dict.fromkeys(arm for name in names for arm in tried[name])))
+    figure = Figure(figsize=(1 + 5 * len(names), max(4, 1 + 0.22 * len(styles))), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for name, axis in zip(names, panels, strict=True):
+        for arm in tried[name]:
+            # The best of what else was tried with a value
+            best: dict[float, Tuned] = {}
+            for choice in sorted((choice for choice in choices if choice.arm == arm), key=lambda one: one.average.mean):
+                if choice.settings.get(name) is not None:
+                    best[choice.settings[name]] = choice
+            for value, choice in best.items():
+                seeds = [100 * run.average for run in choice.runs]
+                marker = {"marker": styles[arm]["marker"], "color": styles[arm]["color"]}
+                axis.plot([value] * len(seeds), seeds, linestyle="", alpha=0.3, markersize=4, **marker)
+            axis.plot(sorted(best), [100 * best[value].average.mean for value in sorted(best)], **styles[arm])
+        axis.set_xlabel(axes_of[name])
+        axis.grid(alpha=0.3)
+        if name == RATE:
+            axis.set_xscale("log")
+    panels[0].set_ylabel("average on validation, %")
+    _legend(figure, *panels)
     return figure

@@ -16,12 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.replication import analysis, plots
-from benchmarks.replication.analysis import RATE, Paired, Run
+from benchmarks.replication.analysis import Paired, Run
 from benchmarks.replication.wording import NONE, points, probability, ranges, sentence, spanned, table
 
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Replication in a small world"
+ALONE = 0.99  # share of the tokens above which an expert is alone
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1rem;color:#222;
 background:#fff}
 table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.85rem}
@@ -241,14 +242,17 @@ def expert_use(results: Results) -> str:
             bounds.append(math.log2(max(1, min(len(experts["by_kind"]), np.shape(experts["share"])[1]))))
         values = [np.mean(entropies), np.min(entropies), np.mean(shared), np.max(shared), max(bounds)]
         cells = [NONE if math.isnan(value) else f"{value:.3f}" for value in values]
-        rows.append([f"`{arm}`", str(len(runs)), *cells])
+        routers = [shares for run in runs for shares in (run.experts or {})["share"] if len(shares) > 1]
+        alone = sum(max(shares) > ALONE for shares in routers)
+        rows.append([f"`{arm}`", str(len(runs)), *cells, f"{alone} of {len(routers)}" if routers else NONE])
     note = (
         "Entropy over its maximum: 1 where the experts of a layer get equally many tokens, 0 where one gets all. "
         "Mutual information, in bits, between the kind of token and the expert, kinds weighing equally: 0 where "
         "routing does not look at the kind. Both of each seed and layer by itself, then averaged, since nothing makes "
-        "the first expert of one seed the first of another; the picture is of each arm's smallest seed."
+        "the first expert of one seed the first of another; the picture is of each arm's smallest seed. Alone: routers "
+        f"(of a seed and layer) that give one expert more than {ALONE:.0%} of all tokens."
     )
-    head = ["arm", "seeds", "entropy, mean", "least", "information, mean", "most", "possible"]
+    head = ["arm", "seeds", "entropy, mean", "least", "information, mean", "most", "possible", "alone"]
     return "\n\n".join([note, table(head, rows, "No arm with experts was run.")])
 
 
@@ -261,30 +265,28 @@ def costs(results: Results) -> str:
     return table(["arm", "seconds a run", "tower, M parameters", "trained, M parameters", "average"], rows)
 
 
-def rates(results: Results) -> str:
+def tuning(results: Results) -> str:
+    varied = analysis.varied(results.tuned)
     rows = []
     for choice in results.tuned:
-        rate = choice.settings.get(RATE)
-        others = ", ".join(f"{key}={value}" for key, value in choice.settings.items() if key != RATE)
+        own = {name: choice.settings.get(name) for name in varied}
+        edges = []
+        for name, value in own.items():
+            numbers = [tried for tried in varied[name].get(choice.arm, ()) if tried is not None]
+            if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
+                edges.append(f"`{name}`")
+        best = ("yes, at the edge of " + ", ".join(edges) if edges else "yes") if choice.best else ""
         tested = choice.arm in results.test and results.test[choice.arm][0].settings == choice.settings
-        tried = sorted({other.settings.get(RATE) or 0.0 for other in results.tuned if other.arm == choice.arm})
-        edge = len(tried) > 1 and rate in (tried[0], tried[-1])
-        marks = [("yes, at the edge" if edge else "yes") if choice.best else "", "yes" if tested else ""]
-        seeds = [spanned(choice.average), str(choice.average.count), *marks]
-        rows.append(
-            [
-                f"`{choice.arm}`",
-                f"{rate:g}" if rate else NONE,
-                others or NONE,
-                *seeds,
-                ranges([run.line for run in choice.runs]),
-            ]
-        )
+        cells = [NONE if value is None else f"{value:g}" for value in own.values()]
+        average = [spanned(choice.average), str(choice.average.count)]
+        lines = ranges([run.line for run in choice.runs])
+        rows.append([f"`{choice.arm}`", *cells, *average, best, "yes" if tested else "", lines])
     note = (
         "Every choice was made here; no line of test is in this table. At the edge: the best is the smallest or the "
-        "largest rate that was tried, and a better one may lie beyond. On test: test was run with these settings."
+        "largest value that was tried (of two, either is), and a better one may lie beyond. On test: test was run with "
+        "these settings. Where a learning rate is not set, it is the one of projector and heads."
     )
-    head = ["arm", "tower's learning rate", "other settings", "average", "seeds", "best", "on test", "lines"]
+    head = ["arm", *(f"`{name}`" for name in varied), "average", "seeds", "best", "on test", "lines"]
     return "\n\n".join([note, table(head, rows, "No validation lines.")])
 
 
@@ -322,7 +324,7 @@ SECTIONS: list[tuple[str, str, Callable[[Results], str]]] = [
     ("Alignment, drift and losses", "alignment", alignment),
     ("Use of the experts", "experts", expert_use),
     ("Cost", "cost", costs),
-    ("Tuned on validation", "validation", rates),
+    ("Tuned on validation", "validation", tuning),
     ("Where the numbers come from", "", sources),
 ]
 FIGURES = [name for _, name, _ in SECTIONS if name]

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.replication import analysis
-from benchmarks.replication.report import Design, Results, write_report
+from benchmarks.replication.report import Design, Results, expert_use, write_report
 from benchmarks.replication.wording import points, probability, ranges, sentence, spanned, table
 
 
@@ -177,6 +177,7 @@ def test_the_best_control_is_the_best_on_validation() -> None:
     assert told == [*at_rates, ("frozen", None, 0.5, True), ("ours", None, 0.8, True)]
     assert analysis.best_control(choices, ["frozen", "tuned"]) == "tuned"
     assert analysis.best_control(analysis.tuned(runs[:2]), ["frozen", "tuned"]) is None
+    assert analysis.varied(choices) == {rate: {"tuned": [1e-4, 1e-3]}}
 
 
 def test_entropy_and_information_by_hand() -> None:
@@ -354,16 +355,25 @@ def test_the_tables_hold_the_known_numbers(written: Path) -> None:
     assert "| `ours` | 4 | 90.0 (+10.0) | 70.0 (-5.0) |" in found["Linear probes"]
     assert "| `ours` | 0.125 | 0.900 | 0.600 | 0.500 | 0.750 |" in found["Alignment, drift and losses"]
     assert "| `encoders` | 0.125 | – | – | 0.500 | 0.750 |" in found["Alignment, drift and losses"]
-    assert "| `ours` | 4 | 0.811 | 0.811 | 0.311 | 0.311 | 1.000 |" in found["Use of the experts"]
+    assert "| `ours` | 4 | 0.811 | 0.811 | 0.311 | 0.311 | 1.000 | 0 of 4 |" in found["Use of the experts"]
     assert "| `tuned` | 55 | 0.67 | 1.70 | 36.3 |" in found["Cost"]
     tuned = found["Tuned on validation"]
-    assert "| `tuned` | 0.0003 | – | 25.0 (one seed) | 1 |  |  | 2 |\n" in tuned
-    assert "| `frozen` | – | – | 25.0 (one seed) | 1 | yes |  | 4 |" in tuned
-    assert "| `tuned` | 0.001 | – | 35.0 (one seed) | 1 | yes, at the edge | yes | 3 |" in tuned
+    assert "| arm | `vision_tower_learning_rate` | average |" in tuned
+    assert "| `tuned` | 0.0003 | 25.0 (one seed) | 1 |  |  | 2 |\n" in tuned
+    assert "| `frozen` | – | 25.0 (one seed) | 1 | yes |  | 4 |" in tuned
+    edge = "yes, at the edge of `vision_tower_learning_rate`"
+    assert f"| `tuned` | 0.001 | 35.0 (one seed) | 1 | {edge} | yes | 3 |" in tuned
     sources = found["Where the numbers come from"]
     for number, line in enumerate(lines_of_a_report(), 1):
         row = f"| {number} | `{line['arm']}` | {line['seed']} | {line['split']} | `{line['command']}` | abc1234 |"
         assert row in sources
+
+
+def test_a_router_that_gives_one_expert_all_is_counted() -> None:
+    shares = ([[0.999, 0.001], [0.5, 0.5]], [[0.6, 0.4], [0.3, 0.7]])
+    lines = [fields(seed=seed, experts={"share": share, "by_kind": {}}) for seed, share in enumerate(shares)]
+    text = expert_use(Results(runs_of(*lines), DESIGN))
+    assert text.splitlines()[-1].endswith("| 1 of 4 |")
 
 
 def test_the_page_needs_no_other_file(written: Path) -> None:
