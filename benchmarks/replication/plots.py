@@ -206,10 +206,8 @@ def validation(choices: Sequence[Tuned]) -> Figure | None:
     for name, axis in zip(names, panels, strict=True):
         for arm in tried[name]:
             # The best of what else was tried with a value
-            best: dict[float, Tuned] = {}
-            for choice in sorted((choice for choice in choices if choice.arm == arm), key=lambda one: one.average.mean):
-                if choice.settings.get(name) is not None:
-                    best[choice.settings[name]] = choice
+            own = [choice for choice in choices if choice.arm == arm and choice.settings.get(name) is not None]
+            best = {choice.settings[name]: choice for choice in sorted(own, key=lambda one: one.average.mean)}
             for value, choice in best.items():
                 seeds = [100 * run.average for run in choice.runs]
                 marker = {"marker": styles[arm]["marker"], "color": styles[arm]["color"]}

@@ -249,8 +249,8 @@ def expert_use(results: Results) -> str:
         "Entropy over its maximum: 1 where the experts of a layer get equally many tokens, 0 where one gets all. "
         "Mutual information, in bits, between the kind of token and the expert, kinds weighing equally: 0 where "
         "routing does not look at the kind. Both of each seed and layer by itself, then averaged, since nothing makes "
-        "the first expert of one seed the first of another; the picture is of each arm's smallest seed. Alone: routers "
-        f"(of a seed and layer) that give one expert more than {ALONE:.0%} of all tokens."
+        "the first expert of one seed the first of another; the picture is of each arm's smallest seed. Alone: "
+        f"routers (of a seed and layer) that give one expert more than {ALONE:.0%} of all tokens."
     )
     head = ["arm", "seeds", "entropy, mean", "least", "information, mean", "most", "possible", "alone"]
     return "\n\n".join([note, table(head, rows, "No arm with experts was run.")])
@@ -283,8 +283,8 @@ def tuning(results: Results) -> str:
         rows.append([f"`{choice.arm}`", *cells, *average, best, "yes" if tested else "", lines])
     note = (
         "Every choice was made here; no line of test is in this table. At the edge: the best is the smallest or the "
-        "largest value that was tried (of two, either is), and a better one may lie beyond. On test: test was run with "
-        "these settings. Where a learning rate is not set, it is the one of projector and heads."
+        "largest value that was tried (of two, either is), and a better one may lie beyond. On test: test was run "
+        "with these settings. Where a learning rate is not set, it is the one of projector and heads."
     )
     head = ["arm", *(f"`{name}`" for name in varied), "average", "seeds", "best", "on test", "lines"]
     return "\n\n".join([note, table(head, rows, "No validation lines.")])
