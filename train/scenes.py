@@ -228,17 +228,28 @@ def scenes(split: str, size: int, seed: int = 0, questions: int | None = None) -
 def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[str, float]:
     """What a model without eyes can reach: the share (0 to 1) of each family's questions that the best constant answer
     gets right, over `size` scenes of a split.
+    """
+    asked = []
+    for index in range(size):
+        scene, rng = sample_scene(split, index, seed), _generator(split, index, seed, "questions")
+        asked += [ask(scene, family, rng) for family in FAMILIES]
+    return best_constant(asked)
+
+
+def best_constant(questions: Iterable[Question]) -> dict[str, float]:
+    """By family, the share (0 to 1) of the questions that the best constant answer gets right.
 
     A wording counts as a question of its own, so that "what shape" is not answered with a colour; that makes the bar
     higher than the best answer for the family as a whole.
     """
-    answers: dict[str, dict[str, Counter[str]]] = {family: {} for family in FAMILIES}
-    for index in range(size):
-        scene, rng = sample_scene(split, index, seed), _generator(split, index, seed, "questions")
-        for family in FAMILIES:
-            question = ask(scene, family, rng)
-            answers[family].setdefault(question.kind, Counter())[question.answer] += 1
-    return {family: sum(max(c.values()) for c in kinds.values()) / size for family, kinds in answers.items()}
+    answers: dict[str, dict[str, Counter[str]]] = {}
+    for question in questions:
+        kinds = answers.setdefault(question.family, {})
+        kinds.setdefault(question.kind, Counter())[question.answer] += 1
+    return {
+        family: sum(max(c.values()) for c in kinds.values()) / sum(c.total() for c in kinds.values())
+        for family, kinds in answers.items()
+    }
 
 
 def _row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, SCHEDULES, Schedule
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
+from train.config import save_json
 
 
 OUTPUT = Path("outputs/replication")
@@ -49,13 +50,13 @@ def key(job: Job) -> tuple[Any, ...]:
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """The key of the job that made a line, which ends in the settings that the arm has otherwise by now."""
+    """The key of the job that made a line; it ends in the arm's settings where the arm has others by now."""
     if line["split"] == "test":
         return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
     schedule = Schedule(**{name: own.pop(name) for name in Schedule._fields})
-    changed = {name: value for name, value in own.items() if ARMS[line["arm"]].settings.get(name) != value}
-    return line["arm"], line["seed"], line["split"], schedule, tuple(sorted(changed.items()))
+    changed = () if own == ARMS[line["arm"]].settings else (json.dumps(own, sort_keys=True),)
+    return line["arm"], line["seed"], line["split"], schedule, changed
 
 
 def schedule_jobs(arms: Iterable[str]) -> list[Job]:
@@ -79,6 +80,24 @@ def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
     if not means:
         raise ValueError(f"No schedule of {owner} was tried on validation yet, which {arm} takes its own from.")
     return max(means, key=lambda schedule: means[schedule])
+
+
+def check_asked(arms: Collection[str], lines: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: if test was asked with other settings than one of `arms` has by now.
+    """
+    for number, line in enumerate(lines, 1):
+        if line["split"] != "test" or line["arm"] not in arms:
+            continue
+        own = ARMS[line["arm"]].settings | chosen_schedule(line["arm"], lines)._asdict()
+        names = [name for name in own | line["settings"] if own.get(name) != line["settings"].get(name)]
+        if names:
+            asked, now = ({name: settings.get(name) for name in names} for settings in (line["settings"], own))
+            raise ValueError(
+                f"Line {number}: test was asked with {asked}, and {line['arm']} has {now} by now. Take that back, or "
+                "begin a new round: fresh pictures (PICTURES_SEED), new seeds, and no test lines."
+            )
 
 
 def run_all(
@@ -132,7 +151,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if chosen.quick:
         seeds = dict.fromkeys(arms, 2)
     folder.mkdir(parents=True, exist_ok=True)
-    build_towers(folder / "towers", pictures=scale.tower_pictures, effort=scale.tower_effort, workers=chosen.workers)
+    effort = {"pictures": scale.tower_pictures, "effort": scale.tower_effort}
+    networks = build_towers(folder / "towers", **effort, workers=chosen.workers)
+    save_json(networks["scores"], results.with_name("networks.json"))
     prepare(folder, scale)
     command = "python -m benchmarks.replication " + " ".join(given if given is not None else sys.argv[1:])
     common = (results, folder, scale, chosen.workers, deadline, command.strip())
@@ -146,6 +167,7 @@ def main(given: Sequence[str] | None = None) -> None:
             left += run_all(jobs, *common)
     if chosen.part in (None, "test") and not left:
         lines = read(results)
+        check_asked(arms, lines)
         # Seed by seed, so that a run that is stopped has whole rounds of all arms
         jobs = [
             Job(arm, seed, "test", chosen_schedule(arm, lines))

@@ -53,6 +53,10 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         _apart(6e-3, 5e-3),
         *(Schedule(None, 1.5e-3, pretrain_share=share) for share in (0.3, 0.7)),
     ),
+    "adapters_weighted": (
+        *(Schedule(None, rate) for rate in (1.5e-3, 5e-3)),
+        *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3)),
+    ),
     "heads_unit": (
         *(Schedule(None, rate) for rate in (5e-4, 1.5e-3, 5e-3, 1.5e-2)),
         Schedule(6e-3, 5e-3),
@@ -102,7 +106,8 @@ ONE_EXPERT: dict[str, Any] = {
     "lambda_balance": 0.0,
 }
 EQUAL = {"token_weighting": "none", "teacher_weighting": "equal"}
-# The weight of the distillation loss, the components and the form of the heads were tried on validation first
+# The weight of the distillation loss, the components and the form of the heads were tried on pictures of the split
+# `validation` first, in runs that are not among the results
 STUDENT_SIDE: dict[str, Any] = {
     "distillation_preset": "student_heads",
     "token_weighting": "none",
@@ -124,6 +129,12 @@ ARMS = {
     "paper": Arm("+ teacher weights: `paper`", LADDER, "paper"),
     "paper_without_experts": Arm("`paper` without MoLE", LADDER, "paper", settings=DENSE),
     "released": Arm("`released`", RELEASED, "paper", settings={"distillation_preset": "released"}),
+    "adapters_weighted": Arm(
+        "adapters on the teachers' side, at the weights of what follows",
+        STUDENT,
+        "adapters_weighted",
+        settings=DENSE | EQUAL | {"lambda_kd": 4.0, "clip_share": 0.2},
+    ),
     "heads_raw": Arm(
         "heads on the student's side, raw features",
         STUDENT,
@@ -170,10 +181,12 @@ COMPARISONS = [
     ("paper", "paper_without_experts", "Does `paper` need MoLE?"),
     ("paper", "clip_anchor", "Does `paper` beat the CLIP anchor?"),
     ("released", "clip_anchor", "Does `released` beat the CLIP anchor?"),
-    ("heads_raw", "adapters", "Do heads on the student's side beat adapters on the teachers'?"),
+    ("adapters_weighted", "adapters", "Do 32 times the weight on the other teachers help the adapters?"),
+    ("heads_raw", "adapters_weighted", "Do heads on the student's side beat adapters of the same weights?"),
     ("heads_whitened", "heads_raw", "Does whitening the features help?"),
     ("heads_unit", "heads_whitened", "Do heads that cannot amplify help?"),
     ("heads_unit_experts", "heads_unit", "Does MoLE help there?"),
+    ("heads_unit_dense_lora", "heads_unit", "Does a dense LoRA help there?"),
     ("heads_unit_experts", "heads_unit_dense_lora", "Does MoLE beat a dense LoRA of its size?"),
     ("heads_unit", "clip_anchor", "Does the student-side form without experts beat the CLIP anchor?"),
     ("heads_unit_experts", "clip_anchor", "Does the student-side form with MoLE beat the CLIP anchor?"),

@@ -7,16 +7,16 @@ them.
 
 import argparse
 import base64
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from benchmarks.replication import analysis, plots
-from benchmarks.replication.analysis import Paired, Run
+from benchmarks.replication.analysis import Run
+from benchmarks.replication.design import Design, Results
 from benchmarks.replication.wording import NONE, points, probability, ranges, sentence, spanned, table
 
 
@@ -31,58 +31,6 @@ img{max-width:100%;height:auto}code{background:#f3f3f3;padding:0 .2em}
 h2{margin-top:2.5rem;border-bottom:2px solid #ddd}"""
 
 
-class Arm(Protocol):
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def group(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Design:
-    """What was planned: `arms` in the order of the tables; `comparisons` are (arm, rival, what it asks)."""
-
-    arms: Mapping[str, Arm]
-    headline: Sequence[str]
-    controls: Sequence[str]
-    upper: str
-    comparisons: Sequence[tuple[str, str, str]]
-
-    def __post_init__(self) -> None:
-        named = [*self.headline, *self.controls, self.upper]
-        named += [name for arm, rival, _ in self.comparisons for name in (arm, rival)]
-        if unknown := sorted(set(named) - set(self.arms)):
-            raise ValueError(f"Arms that are compared but not described: {', '.join(unknown)}. Add them to ARMS.")
-
-
-@dataclass
-class Results:
-    """The runs beside the design, sorted by arm, and what several sections need of them."""
-
-    runs: Sequence[Run]
-    design: Design
-    test: dict[str, list[Run]] = field(init=False)
-    averages: dict[str, dict[int, float]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("There are no runs to report: the results file is empty.")
-        for run in self.runs:
-            if run.arm not in self.design.arms:
-                raise ValueError(f"Line {run.line}: arm {run.arm!r} is not described. Add it to ARMS, or remove it.")
-        tested = [run for run in self.runs if run.split == "test"]
-        self.test = {arm: [run for run in tested if run.arm == arm] for arm in self.design.arms}
-        self.test = {arm: runs for arm, runs in self.test.items() if runs}
-        self.averages = {arm: analysis.scores(runs) for arm, runs in self.test.items()}
-        self.families = list(self.runs[0].accuracy)
-        self.tuned = analysis.tuned(self.runs)
-        self.control = analysis.best_control(self.tuned, self.design.controls)
-
-    def compare(self, arm: str, rival: str) -> Paired | None:
-        return analysis.compare(self.averages.get(arm, {}), self.averages.get(rival, {}))
-
-
 def mean_of(runs: Sequence[Run], name: str, key: str) -> float:
     """Over the runs that have the key; NaN where none has."""
     values = [getattr(run, name)[key] for run in runs if key in getattr(run, name)]
@@ -91,6 +39,11 @@ def mean_of(runs: Sequence[Run], name: str, key: str) -> float:
 
 def main_table(results: Results) -> str:
     rows, group = [], None
+    for name, levels in results.design.blind.items() if results.test else ():
+        shares = [points(levels.get(family, math.nan)) for family in results.families]
+        whole = set(levels) == set(results.families)
+        average = points(float(np.mean(list(levels.values())))) if whole else NONE
+        rows.append(["", name, "", *shares, average, ""])
     for arm, runs in results.test.items():
         described = results.design.arms[arm]
         if described.group != group:
@@ -256,6 +209,18 @@ def expert_use(results: Results) -> str:
     return "\n\n".join([note, table(head, rows, "No arm with experts was run.")])
 
 
+def networks(results: Results) -> str:
+    rows = []
+    for name, scores in results.networks.items():
+        told = ", ".join(f"{kind} {points(value)}" for kind, value in scores.items() if kind != "seconds")
+        rows.append([f"`{name}`", told, f"{scores['seconds']:.0f}"])
+    note = (
+        "All runs start from the same networks, trained once. Percent right on scenes that they were not trained on: "
+        "the language model's answers to scenes told in words, probes of CLIP's tokens, the teachers' own labels."
+    )
+    return "\n\n".join([note, table(["network", "scores", "seconds"], rows, "No networks are told of.")])
+
+
 def costs(results: Results) -> str:
     rows = []
     for arm, runs in results.test.items():
@@ -272,19 +237,19 @@ def tuning(results: Results) -> str:
         own = {name: choice.settings.get(name) for name in varied}
         edges = []
         for name, value in own.items():
-            numbers = [tried for tried in varied[name].get(choice.arm, ()) if tried is not None]
+            numbers = [tried for tried in varied[name].get(choice.arm, ()) if isinstance(tried, int | float)]
             if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
                 edges.append(f"`{name}`")
         best = ("yes, at the edge of " + ", ".join(edges) if edges else "yes") if choice.best else ""
         tested = choice.arm in results.test and results.test[choice.arm][0].settings == choice.settings
-        cells = [NONE if value is None else f"{value:g}" for value in own.values()]
+        cells = [NONE if value is None else str(value) for value in own.values()]
         average = [spanned(choice.average), str(choice.average.count)]
         lines = ranges([run.line for run in choice.runs])
         rows.append([f"`{choice.arm}`", *cells, *average, best, "yes" if tested else "", lines])
     note = (
-        "Every choice was made here; no line of test is in this table. At the edge: the best is the smallest or the "
-        "largest value that was tried (of two, either is), and a better one may lie beyond. On test: test was run "
-        "with these settings. Where a learning rate is not set, it is the one of projector and heads."
+        "Each arm's schedule was chosen here; no line of test is in this table. At the edge: the best is the smallest "
+        "or the largest value that was tried (of two, either is), and a better one may lie beyond. On test: test was "
+        "run with these settings. Where a learning rate is not set, it is the one of projector and heads."
     )
     head = ["arm", *(f"`{name}`" for name in varied), "average", "seeds", "best", "on test", "lines"]
     return "\n\n".join([note, table(head, rows, "No validation lines.")])
@@ -323,6 +288,7 @@ SECTIONS: list[tuple[str, str, Callable[[Results], str]]] = [
     ("Linear probes", "probes", probes),
     ("Alignment, drift and losses", "alignment", alignment),
     ("Use of the experts", "experts", expert_use),
+    ("Networks", "", networks),
     ("Cost", "cost", costs),
     ("Tuned on validation", "validation", tuning),
     ("Where the numbers come from", "", sources),
@@ -386,14 +352,18 @@ def write_report(results: Results, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.replication import arms
+    from benchmarks.replication.blind import blind_levels
+    from benchmarks.replication.runs import PICTURES_SEED, Scale
 
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--results", type=Path, default=FOLDER / "results.jsonl", help="JSON lines, one for each run")
     options.add_argument("--out", type=Path, default=FOLDER, help="folder that takes report.md, report.html, plots/")
     chosen = options.parse_args(arguments)
     try:
-        design = Design(arms.ARMS, arms.HEADLINE, arms.CONTROLS, arms.UPPER, arms.COMPARISONS)
-        write_report(Results(analysis.read_runs(chosen.results), design), chosen.out)
+        blind = blind_levels(Scale().test, PICTURES_SEED["test"])
+        design = Design(arms.ARMS, arms.HEADLINE, arms.CONTROLS, arms.UPPER, arms.COMPARISONS, blind)
+        networks = json.loads(chosen.results.with_name("networks.json").read_text())
+        write_report(Results(analysis.read_runs(chosen.results), design, networks), chosen.out)
     except (ValueError, FileNotFoundError) as error:
         options.exit(1, f"{error}\n")
     print(chosen.out / "report.md", chosen.out / "report.html", sep="\n")

@@ -10,7 +10,8 @@ sizes and digits are known to the teachers alone, each to one. All six families 
 - size: whether an object is small or big;
 - presence: whether a pattern and a shape occur together; half yes, most others share pattern or shape with an object;
 - count: how many objects have a pattern, zero to five;
-- relation: where the one object of a pattern is, seen from the number;
+- relation: where the one object of a pattern is, seen from the number. Mostly all objects are there, so that the
+  places alone, which CLIP knows, answer most of these (`blind.place_vote`);
 - read: the two-digit number.
 """
 
@@ -125,14 +126,23 @@ def relations(scene: Scene) -> list[Question]:
     """All questions for the side of the number on which the only object of a pattern is."""
     questions = []
     for item in single_patterns(scene):
-        about = f"Is the {item.pattern} object"
-        if item.row != scene.number_row:
-            answer = "above" if item.row < scene.number_row else "below"
-            questions.append(Question("relation", "vertical", f"{about} above or below the number?", answer))
-        if not scene.number_column <= item.column <= scene.number_column + 1:
-            answer = "left" if item.column < scene.number_column else "right"
-            questions.append(Question("relation", "horizontal", f"{about} left or right of the number?", answer))
+        for kind, asked in (
+            ("vertical", "above or below the number?"),
+            ("horizontal", "left or right of the number?"),
+        ):
+            if answer := side_of_number(scene, kind, item.row, item.column):
+                text = f"Is the {item.pattern} object {asked}"
+                questions.append(Question("relation", kind, text, answer))
     return questions
+
+
+def side_of_number(scene: Scene, kind: str, row: int, column: int) -> str | None:
+    """Where a cell is, seen from the number; `None` where it is neither, the number being two cells wide."""
+    if kind == "vertical":
+        return None if row == scene.number_row else "above" if row < scene.number_row else "below"
+    if scene.number_column <= column <= scene.number_column + 1:
+        return None
+    return "left" if column < scene.number_column else "right"
 
 
 def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:

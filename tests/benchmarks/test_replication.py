@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication import runs, world
 from benchmarks.replication.arms import ALL_TEACHERS, ARMS, COMPARISONS, CONTROLS, HEADLINE, SCHEDULES, UPPER, Schedule
+from benchmarks.replication.blind import blind_levels, place_vote
 from benchmarks.replication.measures import linear_cka, token_kinds
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
@@ -181,7 +182,7 @@ def line(arm: str, split: str, schedule: Schedule, value: float, **settings: Any
     return {"arm": arm, "seed": 100, "split": split, "settings": chosen, "accuracy": {"read": value}}
 
 
-def test_schedules_are_chosen_on_validation_alone() -> None:
+def test_schedules_are_chosen_on_validation_alone(monkeypatch) -> None:
     best = Schedule(6e-3, 3e-3, 2e-3, 1e-4, 0.3)
     lines = [
         line("paper", "validation", Schedule(None, 1e-3), 0.4),
@@ -194,10 +195,38 @@ def test_schedules_are_chosen_on_validation_alone() -> None:
         replication.chosen_schedule("heads_raw", lines)
     jobs = [Job("paper", 100, "validation", best), Job("paper", 100, "test", best)]
     assert [replication.key(job) for job in jobs] == [replication.key_of(lines[1]), replication.key_of(lines[3])]
+    # What was run before an arm got a setting is no run of it
+    earlier = line("paper", "validation", best, 0.5)
+    monkeypatch.setitem(ARMS, "paper", dataclasses.replace(ARMS["paper"], settings={"lambda_kd": 1.0}))
+    assert replication.key_of(earlier) != replication.key(jobs[0])
+    monkeypatch.undo()
     tried = replication.schedule_jobs(["frozen", "adapters", "paper"])
     assert [(job.arm, job.schedule) for job in tried] == [
         (owner, schedule) for owner in ("frozen", "paper") for schedule in SCHEDULES[owner]
     ]
+
+
+def test_arms_that_changed_since_test_was_asked_are_refused() -> None:
+    chosen, other = Schedule(None, 1e-3), Schedule(None, 5e-3)
+    lines = [line("paper", "validation", chosen, 0.5), line("paper", "test", chosen, 0.9)]
+    replication.check_asked(["paper"], lines)
+    replication.check_asked(["frozen"], [line("paper", "test", other, 0.9)])
+    with pytest.raises(ValueError, match="Line 3.*0.005.*paper has.*0.001.*fresh pictures"):
+        replication.check_asked(["paper"], [*lines, line("paper", "test", other, 0.9)])
+    with pytest.raises(ValueError, match="Line 3.*'lambda_kd': 3.0.*'lambda_kd': None"):
+        replication.check_asked(["paper"], [*lines, line("paper", "test", chosen, 0.9, lambda_kd=3.0)])
+
+
+def test_blind_answers() -> None:
+    levels = blind_levels(600, 0)
+    constant, vote = levels.values()
+    assert set(constant) == set(world.FAMILIES)
+    assert constant["size"] == pytest.approx(0.5, abs=0.1) and constant["read"] < 0.1
+    for scene, question in questions("relation"):
+        sides = {world.side_of_number(scene, question.kind, item.row, item.column) for item in scene.objects} - {None}
+        assert question.answer in sides
+        assert len(sides) > 1 or place_vote(scene, question) == question.answer
+    assert vote["relation"] > constant["relation"]
 
 
 @pytest.fixture(scope="module")

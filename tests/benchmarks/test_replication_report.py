@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.replication import analysis
-from benchmarks.replication.report import Design, Results, expert_use, write_report
+from benchmarks.replication.design import Design, Results
+from benchmarks.replication.report import expert_use, tuning, write_report
 from benchmarks.replication.wording import points, probability, ranges, sentence, spanned, table
 
 
@@ -297,7 +298,9 @@ ARMS = {
     "encoders": Arm("all encoders", "upper reference"),
 }
 ASKED = [("ours", "tuned", "Does KD help?"), ("tuned", "frozen", "Does training help?"), ("later", "ours", "More?")]
-DESIGN = Design(ARMS, headline=["tuned", "ours"], controls=["frozen", "tuned"], upper="encoders", comparisons=ASKED)
+BLIND = {"a constant": {"read": 0.125, "count": 0.25}, "half of it": {"count": 0.5}}
+DESIGN = Design(ARMS, ["tuned", "ours"], ["frozen", "tuned"], upper="encoders", comparisons=ASKED, blind=BLIND)
+NETWORKS = {"clip": {"shape": 0.984, "seconds": 812.9}}
 
 
 def lines_of_a_report() -> list[dict[str, Any]]:
@@ -325,7 +328,7 @@ def lines_of_a_report() -> list[dict[str, Any]]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     results = write_lines(folder / "results.jsonl", lines_of_a_report())
-    write_report(Results(analysis.read_runs(results), DESIGN), folder)
+    write_report(Results(analysis.read_runs(results), DESIGN, NETWORKS), folder)
     return folder
 
 
@@ -337,6 +340,9 @@ def test_the_tables_hold_the_known_numbers(written: Path) -> None:
     accuracy = (found := sections(written))["Accuracy"]
     # Of 0.3955, 0.4105, 0.4255, 0.4405: 3.182446 * 0.0193649 / 2 = 0.0308. An unescaped | would end the title's cell
     assert "| `ours` | KD \\| heads | 4 | 35.6 | 48.0 | 41.8 [38.7, 44.9] | 7, 11, 15, 19 |" in accuracy
+    assert "|  | a constant |  | 12.5 | 25.0 | 18.8 |  |" in accuracy
+    assert "|  | half of it |  | – | 50.0 | – |  |" in accuracy
+    assert "| `clip` | shape 98.4 | 813 |" in found["Networks"]
     assert "Not run on test: `later`." in accuracy and "| **controls** |" in accuracy
     compared = found["Comparisons"]
     # Half of read and count: 4, 5, 6, 7 points; 3.182446 * 1.290994 / 2 = 2.054
@@ -369,6 +375,15 @@ def test_the_tables_hold_the_known_numbers(written: Path) -> None:
         assert row in sources
 
 
+def test_a_choice_of_words_has_no_edge() -> None:
+    forms = [{"head_form": form, "lambda_kd": weight} for form, weight in (("mlp", 1.0), ("linear", 4.0), (None, 2.0))]
+    lines = [fields(seed=seed, split="validation", settings=form) for seed, form in enumerate(forms)]
+    lines[0]["accuracy"] = {"read": 0.5, "count": 0.8}
+    rows = tuning(Results(runs_of(*lines), DESIGN)).splitlines()[-3:]
+    assert rows[0].startswith("| `ours` | mlp | 1.0 |") and "| yes, at the edge of `lambda_kd` |" in rows[0]
+    assert rows[2].startswith("| `ours` | – | 2.0 |")
+
+
 def test_a_router_that_gives_one_expert_all_is_counted() -> None:
     shares = ([[0.999, 0.001], [0.5, 0.5]], [[0.6, 0.4], [0.3, 0.7]])
     lines = [fields(seed=seed, experts={"share": share, "by_kind": {}}) for seed, share in enumerate(shares)]
@@ -384,7 +399,7 @@ def test_the_page_needs_no_other_file(written: Path) -> None:
     )
     assert "http" not in page and "plots/" not in page and "viewport" in page
     assert page.count('src="data:image/png;base64,iVBOR') == len(pictures) == page.count("<img")
-    assert page.count("<table>") == 10 and "5.5 [3.4, 7.6] (4 seeds" in page
+    assert page.count("<table>") == 11 and "5.5 [3.4, 7.6] (4 seeds" in page
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert not list(written.rglob("*.tmp"))
 
