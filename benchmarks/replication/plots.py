@@ -184,9 +184,9 @@ def cost(runs: Runs) -> Figure | None:
     figure = Figure(figsize=(8, max(4, 1 + 0.22 * len(runs))), layout="constrained")
     axis = figure.subplots()
     for arm, style in _styles(list(runs)).items():
-        seconds = float(np.mean([run.cost["seconds"] for run in runs[arm]]))
+        seconds = float(np.median([run.cost["seconds"] for run in runs[arm]]))
         axis.scatter([seconds], [100 * float(np.mean([run.average for run in runs[arm]]))], s=40, **style)
-    axis.set_xlabel("seconds a run")
+    axis.set_xlabel("seconds a run, median")
     axis.set_ylabel("average, %")
     axis.grid(alpha=0.3)
     _legend(figure, axis)
