@@ -140,7 +140,8 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         does. Outputs stay the same up to rounding. `train()`, saving and loading weights unfold.
 
         Raises:
-            ValueError: in training mode, or where the tower is quantized or carries adapters.
+            ValueError: in training mode, or where the tower is quantized, carries adapters, has hooks at its MLPs'
+                layers or is offloaded.
         """
         for module in self.modules():
             if isinstance(module, MixtureOfLoraExpertsMLP):
