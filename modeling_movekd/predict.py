@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
 
-from .images import decode_image
+from .images import decode_image, path_in_folder
 from .inference import add_arguments, check_length, load_checkpoint, prepare, sampling, user_message
 from .modeling_movekd import MoveKDForConditionalGeneration
 
@@ -93,10 +93,7 @@ def load_image(folder: Path, name: str) -> Image.Image:
     Raises:
         ValueError: if the name leads out of the folder, or the image cannot be decoded.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"`image` {name!r} leads out of {folder}")
-    return decode_image(path)
+    return decode_image(path_in_folder(folder, name))
 
 
 def answered(path: Path, model_id: str, prompts: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -175,9 +172,11 @@ def predict(
         For each bad line, counted from 1, what is wrong with it.
 
     Raises:
-        ValueError: if more lines are bad than may be (they are listed then too), or if answers of another model or to
-            other questions are there already.
+        ValueError: if more lines are bad than may be (they are listed then too), if answers of another model or to
+            other questions are there already, or if the batch size is no positive number.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, expected a positive number.")
     questions, bad = read_questions(questions_path)
     partial = answers_path.with_name(f"{answers_path.name}.part")
     bad_path = answers_path.with_name(f"{answers_path.name}.bad_rows.jsonl")
@@ -242,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size is {options.batch_size}, expected a positive number")
 
     set_seed(options.seed)
     try:

@@ -203,6 +203,29 @@ def test_predict_lists_bad_questions(checkpoint, pictures, capsys):
     assert predict.main([str(checkpoint), str(pictures / "no.jsonl"), str(output)]) == 1
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_predict_takes_no_empty_batches(batch_size, tmp_path, capsys):
+    """Refused before anything is loaded or written over."""
+    (tmp_path / "answers.jsonl").write_text("earlier")
+    arguments = ["CHECKPOINT", "questions.jsonl", str(tmp_path / "answers.jsonl"), "--batch-size", str(batch_size)]
+    with pytest.raises(SystemExit):
+        predict.main(arguments)
+    assert f"--batch-size is {batch_size}, expected a positive number" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}, expected"):
+        predict.predict(None, None, Path("q"), tmp_path / "answers.jsonl", "id", tmp_path, batch_size)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_images_may_be_links_as_in_the_hubs_cache(pictures, tmp_path):
+    snapshot = tmp_path / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.png").symlink_to(Path("..", "..", "1.png"))
+    assert predict.load_image(snapshot, "a.png") == predict.load_image(pictures, "1.png")
+    for name in ("../../1.png", str(pictures / "1.png"), "../commit-2/1.png"):
+        with pytest.raises(ValueError, match="leads out of the image folder"):
+            predict.load_image(snapshot, name)
+
+
 def test_encoder_output_is_unchanged_by_folding(checkpoint, pixels):
     folded, _ = load_checkpoint(checkpoint)
     plain, _ = load_checkpoint(checkpoint, fold=False)
