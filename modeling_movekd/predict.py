@@ -51,7 +51,8 @@ def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
     questions: list[Question] = []
     bad: dict[int, str] = {}
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which ends lines at characters that JSON may hold as they are, such as U+2028
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -66,14 +67,15 @@ def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
     return questions, bad
 
 
-def parse_question(number: int, line: str) -> Question:
+def parse_question(number: int, line: bytes) -> Question:
     """
     Raises:
         ValueError: with the field that is missing or of a wrong type.
     """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()  # JSON may escape half a character, which no tokenizer takes
+    except (json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, got a {type(row).__name__}")

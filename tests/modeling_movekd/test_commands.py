@@ -173,6 +173,18 @@ def test_predict_goes_on_after_a_kill(checkpoint, pictures):
     assert partial.read_text() == again
 
 
+def test_questions_end_at_line_feeds_alone(tmp_path):
+    rows = [{"question_id": i, "text": f"a{character}b"} for i, character in enumerate("\u2028\u2029\u0085")]
+    path = tmp_path / "questions.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows] + [
+        b'{"question_id": 3, "text": "\xe2\x80"}'
+    ]
+    path.write_bytes(b"\r\n".join(lines))
+    questions, bad = predict.read_questions(path)
+    assert [question.text for question in questions] == [row["text"] for row in rows]
+    assert list(bad) == [4] and "no JSON ('utf-8' codec can't decode" in bad[4]
+
+
 def test_predict_lists_bad_questions(checkpoint, pictures, capsys):
     questions = write_questions(pictures)
     bad = ["{", '{"question_id": 0, "text": "twice"}', '{"question_id": 20, "text": " "}', '{"text": "no id"}']
