@@ -22,6 +22,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from .answers import Answers
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
 from .inference import check_length, load_checkpoint, prepare
@@ -79,7 +80,11 @@ class MoveKDEvaluation(lmms):
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         identity = identity or f"{pretrained}@{revision or 'main'}"
-        self.answers = None if answers is None else Answers(Path(answers), identity, self._rank)
+        self.answers: Answers | None = None
+        if answers is not None:
+            path = Path(answers)
+            own = path.with_name(f"{path.stem}.{self.rank}{path.suffix}")
+            self.answers = Answers(own, identity, path.parent.glob(f"{path.stem}.*{path.suffix}"))
         self.model, self.processor = load_checkpoint(pretrained, revision, self.device, dtype)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -91,7 +96,8 @@ class MoveKDEvaluation(lmms):
                 for index, text, key in zip(indices, texts, keys, strict=True):
                     answers[index] = text
                     if self.answers is not None:
-                        self.answers.add(key, requests[index], text)
+                        request = requests[index]
+                        self.answers.add(key, text, task=request.task_name, doc_id=request.doc_id)
                 progress.update(len(indices))
         return [answers[index] for index in range(len(requests))]
 
@@ -165,54 +171,6 @@ class MoveKDEvaluation(lmms):
             NotImplementedError: always.
         """
         raise NotImplementedError("Tasks of several rounds cannot be run; choose one with a single answer.")
-
-
-class Answers:
-    """
-    Answers on disk, one JSON line each, written as they are given.
-
-    Raises:
-        ValueError: if those there are another model's.
-    """
-
-    def __init__(self, path: Path, identity: str, rank: int = 0) -> None:
-        self.identity = identity
-        self._texts: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f"{path.stem}.{rank}{path.suffix}")
-        for part in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")):
-            complete = self._read(part)
-            if part == own and complete < part.stat().st_size:
-                os.truncate(part, complete)  # a line that an interruption has cut short
-        self._path = own
-
-    def _read(self, path: Path) -> int:
-        """Bytes up to the end of the last complete line."""
-        complete = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                row = json.loads(line)
-                if row["identity"] != self.identity:
-                    raise ValueError(
-                        f"{path}, line {number}, is an answer of {row['identity']}; asked is {self.identity}. Remove "
-                        "the file to begin anew, or choose another folder."
-                    )
-                self._texts[row["key"]] = row["answer"]
-                complete += len(line)
-        return complete
-
-    def get(self, key: str) -> str | None:
-        """The answer to the request of that [`request_key`], if there is one."""
-        return self._texts.get(key)
-
-    def add(self, key: str, request: Instance, answer: str) -> None:
-        """Note an answer; it is on disk when this returns."""
-        row = {"identity": self.identity, "key": key, "task": request.task_name, "doc_id": request.doc_id}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n")
-        self._texts[key] = answer
 
 
 def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -92,6 +92,13 @@ def test_a_stranger_loads_it_by_its_tag_online_and_off(hub: Hub, pushed: str, tm
     assert online == offline == pytest.approx(expected, abs=1e-3)
 
 
+def test_answers_are_known_by_the_commit_that_gave_them(hub: Hub, pushed: str, owner: Client) -> None:
+    code = "from transformers.utils import resolve_revision\nfrom modeling_movekd import predict\n"
+    code += "result = [predict.identify('org/model', resolve_revision('org/model', name)) for name in (None, tag)]"
+    commit = hub.repository("org/model").refs["refs/heads/main"]
+    assert owner.run(code, tag=f"v{__version__}") == [f"org/model@{commit}"] * 2
+
+
 @pytest.mark.slow
 def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint: Path) -> None:
     uploads = dict(hub.uploads)
