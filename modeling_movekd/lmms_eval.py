@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .answers import Answers
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
-from .inference import check_length, load_checkpoint, prepare
+from .inference import check_length, load_checkpoint, longest_context, prepare
 
 
 # LLaVA's, for tasks that state none
@@ -136,16 +136,24 @@ class MoveKDEvaluation(lmms):
         Answers to conversations, as one batch.
 
         Args:
-            settings: The task's `generation_kwargs`; without a temperature above 0 the likeliest token is taken.
+            settings: The task's `generation_kwargs`; without a temperature above 0 the likeliest token is taken. An
+                answer ends where the language model's positions do, if `max_new_tokens` reaches beyond.
+
+        Raises:
+            ValueError: if there is no room for an answer beside the longest of the prompts.
         """
         generation = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings}
+        generation.pop("image_aspect_ratio", None)  # the checkpoint's own holds, as in lmms-eval's LLaVA
         until = generation.pop("until", None) or []
         temperature, top_p = generation.pop("temperature", None) or 0.0, generation.pop("top_p", None)
         generation["do_sample"] = temperature > 0 and generation.get("do_sample") is not False
         if generation["do_sample"]:
             generation |= {"temperature": temperature} | ({"top_p": top_p} if top_p else {})
         inputs = prepare(self.processor, conversations, self.model.device)
-        check_length(self.model, inputs, generation["max_new_tokens"])
+        check_length(self.model, inputs, 1)
+        if (longest := longest_context(self.model)) is not None:
+            room = longest - inputs["input_ids"].shape[1]
+            generation["max_new_tokens"] = min(generation["max_new_tokens"], room)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         output = self.model.generate(**inputs, **generation)
