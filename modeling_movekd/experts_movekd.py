@@ -241,7 +241,12 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
 
     def _is_wrapped(self) -> bool:
         """Adapters and quantized weights put a module of their own in a linear layer's place."""
-        return type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear
+        return type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear or self._is_hooked()
+
+    def _is_hooked(self) -> bool:
+        """What the folded form passes by, accelerate's `_hf_hook` brings offloaded weights among it."""
+        layers = (self.fc1, self.fc1_experts, self.activation_fn, self.fc2, self.fc2_experts)
+        return any(layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook") for layer in layers)
 
     def fold(self) -> None:
         """
@@ -250,13 +255,14 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         and [`LoraExperts.stack_onto`].
 
         Raises:
-            ValueError: while training, or where the layers are quantized or carry adapters.
+            ValueError: while training, or where the layers are quantized, carry adapters or hooks, or are offloaded.
         """
         if self.training or self._is_wrapped():
+            layers = f"{type(self.fc1).__name__} and {type(self.fc2).__name__}{' with hooks' * self._is_hooked()}"
             raise ValueError(
-                f"Experts are folded for inference into plain linear layers; these are {type(self.fc1).__name__} and "
-                f"{type(self.fc2).__name__} in {'training' if self.training else 'evaluation'} mode. Call `eval()`, "
-                "fold before adapters are added, and leave quantized weights as they are."
+                f"Experts are folded for inference into plain linear layers without hooks; these are {layers} in "
+                f"{'training' if self.training else 'evaluation'} mode. Call `eval()`, fold before adapters are added "
+                "or hooks registered, and leave quantized and offloaded weights as they are."
             )
         self.unfold()
         self.folded = (self.fc1_experts.fold_into(self.fc1), *self.fc2_experts.stack_onto(self.fc2))

@@ -67,6 +67,21 @@ def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX
         raise ValueError(f"{name}an image that cannot be decoded ({type(error).__name__}: {error})") from error
 
 
+def path_in_folder(folder: str | os.PathLike, name: str) -> str:
+    """
+    The path of an image by the name that a data set gives it. Links are not resolved: those in the folder lead where
+    whoever made it wants them to, as a snapshot's in the Hub's cache do.
+
+    Raises:
+        ValueError: if the name leads out of the folder.
+    """
+    folder = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(folder, name))
+    if os.path.commonpath([folder, path]) != folder:
+        raise ValueError(f"the image path {name!r} leads out of the image folder {folder!r}")
+    return path
+
+
 def _readable() -> list[str]:
     """Those of `FORMATS` that this build of Pillow has."""
     PILImage.init()

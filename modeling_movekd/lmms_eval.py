@@ -22,9 +22,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from .answers import Answers
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
-from .inference import check_length, load_checkpoint, prepare
+from .inference import check_length, load_checkpoint, longest_context, prepare
 
 
 # LLaVA's, for tasks that state none
@@ -79,7 +80,11 @@ class MoveKDEvaluation(lmms):
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         identity = identity or f"{pretrained}@{revision or 'main'}"
-        self.answers = None if answers is None else Answers(Path(answers), identity, self._rank)
+        self.answers: Answers | None = None
+        if answers is not None:
+            path = Path(answers)
+            own = path.with_name(f"{path.stem}.{self.rank}{path.suffix}")
+            self.answers = Answers(own, identity, path.parent.glob(f"{path.stem}.*{path.suffix}"))
         self.model, self.processor = load_checkpoint(pretrained, revision, self.device, dtype)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -91,7 +96,8 @@ class MoveKDEvaluation(lmms):
                 for index, text, key in zip(indices, texts, keys, strict=True):
                     answers[index] = text
                     if self.answers is not None:
-                        self.answers.add(key, requests[index], text)
+                        request = requests[index]
+                        self.answers.add(key, text, task=request.task_name, doc_id=request.doc_id)
                 progress.update(len(indices))
         return [answers[index] for index in range(len(requests))]
 
@@ -130,16 +136,24 @@ class MoveKDEvaluation(lmms):
         Answers to conversations, as one batch.
 
         Args:
-            settings: The task's `generation_kwargs`; without a temperature above 0 the likeliest token is taken.
+            settings: The task's `generation_kwargs`; without a temperature above 0 the likeliest token is taken. An
+                answer ends where the language model's positions do, if `max_new_tokens` reaches beyond.
+
+        Raises:
+            ValueError: if there is no room for an answer beside the longest of the prompts.
         """
         generation = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings}
+        generation.pop("image_aspect_ratio", None)  # the checkpoint's own holds, as in lmms-eval's LLaVA
         until = generation.pop("until", None) or []
         temperature, top_p = generation.pop("temperature", None) or 0.0, generation.pop("top_p", None)
         generation["do_sample"] = temperature > 0 and generation.get("do_sample") is not False
         if generation["do_sample"]:
             generation |= {"temperature": temperature} | ({"top_p": top_p} if top_p else {})
         inputs = prepare(self.processor, conversations, self.model.device)
-        check_length(self.model, inputs, generation["max_new_tokens"])
+        check_length(self.model, inputs, 1)
+        if (longest := longest_context(self.model)) is not None:
+            room = longest - inputs["input_ids"].shape[1]
+            generation["max_new_tokens"] = min(generation["max_new_tokens"], room)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         output = self.model.generate(**inputs, **generation)
@@ -165,54 +179,6 @@ class MoveKDEvaluation(lmms):
             NotImplementedError: always.
         """
         raise NotImplementedError("Tasks of several rounds cannot be run; choose one with a single answer.")
-
-
-class Answers:
-    """
-    Answers on disk, one JSON line each, written as they are given.
-
-    Raises:
-        ValueError: if those there are another model's.
-    """
-
-    def __init__(self, path: Path, identity: str, rank: int = 0) -> None:
-        self.identity = identity
-        self._texts: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f"{path.stem}.{rank}{path.suffix}")
-        for part in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")):
-            complete = self._read(part)
-            if part == own and complete < part.stat().st_size:
-                os.truncate(part, complete)  # a line that an interruption has cut short
-        self._path = own
-
-    def _read(self, path: Path) -> int:
-        """Bytes up to the end of the last complete line."""
-        complete = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                row = json.loads(line)
-                if row["identity"] != self.identity:
-                    raise ValueError(
-                        f"{path}, line {number}, is an answer of {row['identity']}; asked is {self.identity}. Remove "
-                        "the file to begin anew, or choose another folder."
-                    )
-                self._texts[row["key"]] = row["answer"]
-                complete += len(line)
-        return complete
-
-    def get(self, key: str) -> str | None:
-        """The answer to the request of that [`request_key`], if there is one."""
-        return self._texts.get(key)
-
-    def add(self, key: str, request: Instance, answer: str) -> None:
-        """Note an answer; it is on disk when this returns."""
-        row = {"identity": self.identity, "key": key, "task": request.task_name, "doc_id": request.doc_id}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n")
-        self._texts[key] = answer
 
 
 def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -206,7 +206,8 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         they are shared, not copied, except where the data type or the vocabulary changes.
 
         Args:
-            vision: The tower, as from [`MoveKDVisionModel.from_clip`]; cast to the language model's dtype.
+            vision: The tower, as from [`MoveKDVisionModel.from_clip`]; cast to the language model's dtype and
+                unfolded.
             language: Any causal language model of transformers, loaded.
             image_token_id (`int`, *optional*): Id of `<image>`; by default the first after the vocabulary. An id
                 outside the vocabulary enlarges the embeddings, the new rows drawn by transformers' resize.
@@ -246,6 +247,7 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
             model = cls._from_config(config, dtype=language.dtype)
         head = next(name for name, module in language.named_modules() if module is language.get_output_embeddings())
         places = {f"{language.base_model_prefix}.": "model.language_model.", f"{head}.": "lm_head."}
+        vision.unfold_experts()  # folded, several weights are views of one memory
         state_dict = {
             f"model.vision_tower.{key}": value for key, value in vision.to(language.dtype).state_dict().items()
         }

@@ -11,6 +11,7 @@ Needs fastapi, uvicorn and openai: `pip install "movekd[serve]"`.
 import asyncio
 import base64
 import copy
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,13 +32,16 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import GenerationConfig, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import GenerationState, set_torch_seed
+from transformers.cli.serving.utils import GenerationState, _GenerationCancelled, set_torch_seed
 
 from .images import decode_image
 from .inference import check_length, longest_context, prepare
 from .modeling_movekd import MoveKDForConditionalGeneration
 
 
+logger = logging.getLogger(__name__)
+
+FAILED = "The server failed to answer; its log says why."
 MAX_REQUEST_BYTES = 32 * 2**20
 MAX_PARTS = 1000  # messages of a request, and parts of a message
 DOWNLOAD_SECONDS = 10
@@ -174,6 +178,28 @@ class Abandoned(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+class Streamed:
+    """The model as a stream asks it, where the library logs no failure and sends the failure's text as it is."""
+
+    def __init__(self, model: MoveKDForConditionalGeneration) -> None:
+        self.model, self.config = model, model.config
+
+    def generate(self, **kwargs: Any) -> torch.Tensor:
+        """
+        As the model's.
+
+        Raises:
+            RuntimeError: with a sentence that gives nothing away, for a failure, which is logged.
+        """
+        try:
+            return self.model.generate(**kwargs)
+        except (_GenerationCancelled, HTTPException):
+            raise
+        except Exception:
+            logger.exception("An answer has failed while it was streamed.")
+            raise RuntimeError(FAILED) from None
+
+
 class ChatHandler(ChatCompletionHandler):
     """
     Answers the requests for one model.
@@ -222,7 +248,8 @@ class ChatHandler(ChatCompletionHandler):
         # What goes to `generate` besides its configuration goes with the inputs
         abandoned = Abandoned(self)
         inputs["stopping_criteria"] = StoppingCriteriaList([abandoned])
-        arguments = (request_id, self.model, self.processor, self.name, inputs, generation)
+        model = Streamed(self.model) if request.stream else self.model
+        arguments = (request_id, model, self.processor, self.name, inputs, generation)
         if request.stream:  # which the library ends when the client leaves
             return self._streaming(*arguments, gen_manager=manager)
         watch = asyncio.create_task(_wait_until_left(connection, abandoned.left))
@@ -328,7 +355,7 @@ def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> Fa
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
-        return refusal(500, "The server failed to answer; its log says why.")
+        return refusal(500, FAILED)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, connection: Request) -> Response:

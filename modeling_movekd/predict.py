@@ -5,7 +5,8 @@ Answer a file of questions, in LLaVA's form:
 
 A question is a line {"question_id": 1, "image": "1.jpg", "text": "What is this?"}; `image` may be missing (text alone)
 or a list. An answer is {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}. Started again after an
-interruption it goes on where it stopped. Questions that cannot be asked are skipped, counted and listed with their
+interruption it goes on where it stopped, from ANSWERS.jsonl.part, if that is of the same checkpoint and settings.
+Questions that cannot be asked are skipped, counted and listed with their
 line in ANSWERS.jsonl.bad_rows.jsonl.
 """
 
@@ -13,17 +14,20 @@ import argparse
 import json
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ResolvedRevision
 from PIL import Image
 from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
+from transformers.utils import resolve_revision
 
-from .images import decode_image
+from .answers import Answers
+from .images import decode_image, path_in_folder
 from .inference import add_arguments, check_length, load_checkpoint, prepare, sampling, user_message
 from .modeling_movekd import MoveKDForConditionalGeneration
 
@@ -36,6 +40,11 @@ class Question:
     question_id: Any
     text: str
     images: list[str]
+
+    @property
+    def key(self) -> str:
+        """What its answer is noted under."""
+        return json.dumps([self.question_id, self.text, self.images])
 
 
 def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
@@ -51,7 +60,8 @@ def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
     questions: list[Question] = []
     bad: dict[int, str] = {}
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which ends lines at characters that JSON may hold as they are, such as U+2028
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -66,14 +76,15 @@ def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
     return questions, bad
 
 
-def parse_question(number: int, line: str) -> Question:
+def parse_question(number: int, line: bytes) -> Question:
     """
     Raises:
         ValueError: with the field that is missing or of a wrong type.
     """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()  # JSON may escape half a character, which no tokenizer takes
+    except (json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, got a {type(row).__name__}")
@@ -93,38 +104,15 @@ def load_image(folder: Path, name: str) -> Image.Image:
     Raises:
         ValueError: if the name leads out of the folder, or the image cannot be decoded.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"`image` {name!r} leads out of {folder}")
-    return decode_image(path)
+    return decode_image(path_in_folder(folder, name))
 
 
-def answered(path: Path, model_id: str, prompts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """
-    The answers that an interrupted run has left, without a line cut short.
-
-    Args:
-        prompts: Each question's prompt, by its id as JSON.
-
-    Raises:
-        ValueError: if another model gave them, or to other questions.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    for row in rows:
-        prompt = prompts.get(json.dumps(row["question_id"]))
-        if row["model_id"] != model_id or row["prompt"] != prompt:
-            raise ValueError(
-                f"{path} holds an answer of {row['model_id']} to {row['prompt']!r}; asked is {model_id}, {prompt!r}. "
-                "Remove it to begin anew."
-            )
-    return rows
+def identify(checkpoint: str, revision: str | None = None) -> str:
+    """What tells a checkpoint from others: its commit on the Hub, or its folder and when its weights were saved."""
+    if not (folder := Path(checkpoint)).is_dir():
+        return f"{checkpoint}@{revision.resolved if isinstance(revision, ResolvedRevision) else revision}"
+    saved = max((path.stat().st_mtime_ns for path in folder.glob("model*.safetensors")), default=0)
+    return f"{folder.resolve()}@{saved}"
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -134,16 +122,34 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
+def prepare_fitting(
+    model: MoveKDForConditionalGeneration,
+    processor: ProcessorMixin,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    new_tokens: int,
+) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """A batch of those conversations that the language model has room for; of the others, by index, what they need."""
+    inputs = prepare(processor, conversations, model.device)
+    problems = {}
+    for index, (tokens, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+        try:
+            check_length(model, {"input_ids": tokens[mask.bool()][None]}, new_tokens)
+        except ValueError as error:
+            problems[index] = str(error)
+    if problems:
+        fitting = [conversation for index, conversation in enumerate(conversations) if index not in problems]
+        inputs = prepare(processor, fitting, model.device) if fitting else {}
+    return inputs, problems
+
+
 @torch.inference_mode()
 def answer_batch(
     model: MoveKDForConditionalGeneration,
     processor: ProcessorMixin,
-    batch: Sequence[tuple[str, Sequence[Image.Image]]],
+    inputs: dict[str, torch.Tensor],
     **generation: Any,
 ) -> list[str]:
-    """Answers to questions with their images, as one batch."""
-    inputs = prepare(processor, [[user_message(text, images)] for text, images in batch], model.device)
-    check_length(model, inputs, generation.get("max_new_tokens", 0))
+    """Answers to a batch of [`prepare`]'s."""
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     output = model.generate(**inputs, **generation)
@@ -161,6 +167,7 @@ def predict(
     batch_size: int = 8,
     max_bad_share: float = 0.01,
     prompt_suffix: str = "",
+    identity: str | None = None,
     **generation: Any,
 ) -> dict[int, str]:
     """
@@ -169,24 +176,25 @@ def predict(
     Args:
         max_bad_share: Largest share of the lines that may be bad, between 0 and 1.
         prompt_suffix: Text after each question, such as LLaVA's request for a single word.
+        identity: What tells this model from others, see [`identify`]; by default `model_id`.
         generation: Arguments of `generate`.
 
     Returns:
         For each bad line, counted from 1, what is wrong with it.
 
     Raises:
-        ValueError: if more lines are bad than may be (they are listed then too), or if answers of another model or to
-            other questions are there already.
+        ValueError: if more lines are bad than may be (they are listed then too), if an interrupted run has left
+            answers of another checkpoint or with other settings, or if the batch size is no positive number.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, expected a positive number.")
     questions, bad = read_questions(questions_path)
+    questions = [replace(question, text=question.text + prompt_suffix) for question in questions]
     partial = answers_path.with_name(f"{answers_path.name}.part")
     bad_path = answers_path.with_name(f"{answers_path.name}.bad_rows.jsonl")
     total = len(questions) + len(bad)
-    prompts = {json.dumps(question.question_id): f"{question.text}{prompt_suffix}" for question in questions}
-    rows = answered(partial, model_id, prompts)
-    done = {json.dumps(row["question_id"]) for row in rows}
-    answers_path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(partial, rows)
+    settings = {"model": identity or model_id, "dtype": model.dtype, "image_folder": image_folder.resolve()}
+    answers = Answers(partial, json.dumps(settings | generation, default=str))
 
     def note(new: dict[int, str]) -> None:
         bad.update(new)
@@ -201,27 +209,44 @@ def predict(
 
     bad_path.unlink(missing_ok=True)
     note({})
-    open_questions = [question for question in questions if json.dumps(question.question_id) not in done]
-    with partial.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done)) as progress:
-        for start in range(0, len(open_questions), batch_size):
-            batch, inputs, found = [], [], {}
-            for question in open_questions[start : start + batch_size]:
+    unanswered = [question for question in questions if answers.get(question.key) is None]
+    with tqdm(total=len(questions), initial=len(questions) - len(unanswered)) as progress:
+        for start in range(0, len(unanswered), batch_size):
+            batch: list[Question] = []
+            conversations: list[list[dict[str, Any]]] = []
+            found: dict[int, str] = {}
+            for question in unanswered[start : start + batch_size]:
                 try:
                     images = [load_image(image_folder, name) for name in question.images]
                 except ValueError as error:
                     found[question.line] = str(error)
                     continue
                 batch.append(question)
-                inputs.append((prompts[json.dumps(question.question_id)], images))
+                conversations.append([user_message(question.text, images)])
+            if batch:
+                new_tokens = generation.get("max_new_tokens", 0)
+                inputs, problems = prepare_fitting(model, processor, conversations, new_tokens)
+                found |= {batch[index].line: problem for index, problem in problems.items()}
+                batch = [question for index, question in enumerate(batch) if index not in problems]
             note(found)
-            answers = answer_batch(model, processor, inputs, **generation) if batch else []
-            for question, (prompt, _), answer in zip(batch, inputs, answers, strict=True):
-                row = {"question_id": question.question_id, "prompt": prompt, "text": answer}
-                row |= {"answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            texts = answer_batch(model, processor, inputs, **generation) if batch else []
+            for question, answer in zip(batch, texts, strict=True):
+                answers.add(question.key, answer)
             progress.update(len(batch) + len(found))
-    partial.replace(answers_path)
+    rows = [
+        {
+            "question_id": question.question_id,
+            "prompt": question.text,
+            "text": text,
+            "answer_id": uuid.uuid4().hex,
+            "model_id": model_id,
+            "metadata": {},
+        }
+        for question in questions
+        if (text := answers.get(question.key)) is not None
+    ]
+    write_lines(answers_path, rows)
+    partial.unlink(missing_ok=True)
     return bad
 
 
@@ -242,10 +267,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size is {options.batch_size}, expected a positive number")
 
     set_seed(options.seed)
     try:
-        model, processor = load_checkpoint(options.checkpoint, options.revision, options.device, options.dtype)
+        # One commit, whose answers are known as its own when a branch has moved on
+        revision = resolve_revision(options.checkpoint, options.revision)
+        model, processor = load_checkpoint(options.checkpoint, revision, options.device, options.dtype)
         bad = predict(
             model,
             processor,
@@ -256,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
             max_bad_share=options.max_bad_share,
             prompt_suffix=options.prompt_suffix,
+            identity=identify(options.checkpoint, revision),
             max_new_tokens=options.max_new_tokens,
             num_beams=options.num_beams,
             **sampling(options),

@@ -27,6 +27,7 @@ from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 
 # What a whole CLIP checkpoint has beside its vision tower
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+SHARD_SIZE = "5GB"
 
 
 def load_strictly(
@@ -105,7 +106,7 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         Raises:
             ValueError: if weights are empty here because they are spread over processes, naming them.
         """
-        kwargs.setdefault("max_shard_size", "5GB")
+        kwargs.setdefault("max_shard_size", SHARD_SIZE)
         self.unfold_experts()
         is_main_process = kwargs.get("is_main_process", True)
         weights = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
@@ -117,9 +118,21 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
         if is_main_process:
-            # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
-            code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
-            custom_object_save(code, save_directory)
+            self._save_code(save_directory)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them."""
+        return super().push_to_hub(*args, **({"max_shard_size": SHARD_SIZE} | kwargs))
+
+    def _save_code(self, folder: str | os.PathLike) -> None:
+        # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
+        code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
+        custom_object_save(code, folder)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        # `save_pretrained(push_to_hub=True)` uploads from within, and only what has changed since it began
+        self._save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def fold_experts(self) -> None:
         """
@@ -127,7 +140,8 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         does. Outputs stay the same up to rounding. `train()`, saving and loading weights unfold.
 
         Raises:
-            ValueError: in training mode, or where the tower is quantized or carries adapters.
+            ValueError: in training mode, or where the tower is quantized, carries adapters, has hooks at its MLPs'
+                layers or is offloaded.
         """
         for module in self.modules():
             if isinstance(module, MixtureOfLoraExpertsMLP):

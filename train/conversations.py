@@ -1,6 +1,5 @@
 """One row of LLaVA's `conversations` or of TRL's `messages` or `prompt`/`completion` as messages and images."""
 
-import os
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
 
+from modeling_movekd.images import path_in_folder
 from train.sources import parse_line
 
 
@@ -114,10 +114,10 @@ def _image(image: Any, field: str, source: str, folder: str | None) -> Any:
         _check_text(image, field)
         if folder is None:
             raise ValueError(f"{_capital(source)} names the image file {image!r}: give the image_folder it lies in.")
-        path = os.path.normpath(os.path.join(folder, image))
-        if os.path.commonpath([folder, path]) != folder:
-            raise ValueError(f"{_capital(source)}: the image path {image!r} leads out of the image folder {folder!r}.")
-        return {"bytes": None, "path": path}
+        try:
+            return {"bytes": None, "path": path_in_folder(folder, image)}
+        except ValueError as error:
+            raise ValueError(f"{_capital(source)}: {error}.") from None
     if isinstance(image, PILImage.Image):
         return image
     raise _BadRow(f"{field} is an image of type {type(image).__name__}, expected a path, a picture or a mapping")

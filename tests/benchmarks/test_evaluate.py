@@ -268,6 +268,20 @@ def test_what_cannot_be_asked_is_refused(in_data, tmp_path, monkeypatch):
 
 
 @slow
+def test_settings_of_tasks_for_other_models_are_answered(in_data, tmp_path):
+    """What SEED-Bench asks of LLaVA's images, and LLaVA-in-the-Wild's room for an answer."""
+    from modeling_movekd.lmms_eval import MoveKDEvaluation
+
+    model = MoveKDEvaluation(str(save_checkpoint(tmp_path / "student", seed=3)))
+    model.model.generation_config.eos_token_id = None
+    question = [user_message("word " * 200)]
+    (expected,) = model.answer([question], {"max_new_tokens": 16})
+    assert model.answer([question], {"max_new_tokens": 16, "image_aspect_ratio": "original"}) == [expected]
+    (longest,) = model.answer([question], {"max_new_tokens": 4096})
+    assert longest.startswith(expected) and len(longest) > len(expected)
+
+
+@slow
 def test_a_checkpoint_on_the_hub(in_data, tmp_path):
     pytest.importorskip("fastapi")
     from hub_client import client

@@ -92,6 +92,13 @@ def test_a_stranger_loads_it_by_its_tag_online_and_off(hub: Hub, pushed: str, tm
     assert online == offline == pytest.approx(expected, abs=1e-3)
 
 
+def test_answers_are_known_by_the_commit_that_gave_them(hub: Hub, pushed: str, owner: Client) -> None:
+    code = "from transformers.utils import resolve_revision\nfrom modeling_movekd import predict\n"
+    code += "result = [predict.identify('org/model', resolve_revision('org/model', name)) for name in (None, tag)]"
+    commit = hub.repository("org/model").refs["refs/heads/main"]
+    assert owner.run(code, tag=f"v{__version__}") == [f"org/model@{commit}"] * 2
+
+
 @pytest.mark.slow
 def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint: Path) -> None:
     uploads = dict(hub.uploads)
@@ -159,3 +166,33 @@ def test_a_dry_run_by_the_command_lists_all_and_sends_nothing(hub: Hub, checkpoi
     assert "  model.safetensors" in done.stdout and "nothing was sent" in done.stdout and "README.md" in done.stdout
     assert len(hub.requests) == requests
     assert sorted(path.name for path in checkpoint.parent.rglob("*")) == before
+
+
+PUSHES = {
+    "org/pushed": "model.push_to_hub(name)",
+    "org/saved": "model.save_pretrained(folder + '/saved', push_to_hub=True, repo_id=name)",
+}
+PUSHER = """
+from modeling_movekd import MoveKDForConditionalGeneration, vision_movekd
+vision_movekd.SHARD_SIZE = 20_000
+model = MoveKDForConditionalGeneration.from_pretrained(checkpoint)
+"""
+LOADER = """
+import sys
+sys.path[:] = [path for path in sys.path if path != root]
+from transformers import AutoModel
+result = type(AutoModel.from_pretrained(name, trust_remote_code=True)).__module__
+"""
+
+
+@pytest.mark.parametrize("name", PUSHES)
+def test_pushed_by_transformers_it_has_its_code_and_our_shards(
+    hub: Hub, checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    with client(hub, tmp_path, OWNER_TOKEN) as process:
+        process.run(PUSHER + PUSHES[name], checkpoint=str(checkpoint), folder=str(tmp_path), name=name)
+    files = hub.repository(name).files()
+    assert set(files) >= CODE | {"model.safetensors.index.json"}
+    with client(hub, tmp_path, OWNER_TOKEN) as process:
+        module = process.run(LOADER, root=str(Path(__file__).parents[2]), name=name)
+    assert module.startswith("transformers_modules.")

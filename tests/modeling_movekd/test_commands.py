@@ -1,6 +1,8 @@
 """The command lines over a checkpoint: chat and predict, on a tiny model saved to a folder."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,16 +163,75 @@ def test_predict_goes_on_after_a_kill(checkpoint, pictures):
     partial = pictures / "a.jsonl.part"
     first = partial.read_text()
     assert first.count("\n") == 4 and not (pictures / "a.jsonl").is_file()
-    partial.write_text(first + first[:20])  # a line cut short
+    rows = [json.loads(line) for line in first.splitlines()]
+    rows[0]["answer"] = kept = "kept\u2028it\u0085 is"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    partial.write_bytes(lines + lines[: lines.index("\u2028".encode()) + 1])  # a line cut short, within a character
     assert predict.main(arguments) == 0
-    again = (pictures / "a.jsonl").read_text()
-    assert again.startswith(first), "answers that were there are kept, with their ids"
-    assert list(answers(pictures / "a.jsonl")) == list(range(7)) and not partial.exists()
-    # Answers of another model, or to other questions, are not mixed in
-    partial.write_text(again)
-    questions.write_text(questions.read_text().replace("What is ", "Who is "))
-    assert predict.main(arguments) == 1
-    assert partial.read_text() == again
+    found = [json.loads(line) for line in (pictures / "a.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [row["question_id"] for row in found] == list(range(7)) and not partial.exists()
+    noted = {json.loads(row["key"])[0]: row["answer"] for row in rows}
+    assert {row["question_id"]: row["text"] for row in found}.items() >= noted.items() and kept in noted.values()
+
+
+@pytest.mark.parametrize("checkpoint", ["pad"], indirect=True)
+def test_predict_mixes_no_answers(checkpoint, pictures, capsys):
+    """Of another checkpoint with the same name, other weights in the folder, or other settings."""
+    checkpoint = Path(shutil.copytree(checkpoint, pictures / checkpoint.name))
+    questions, partial = write_questions(pictures), pictures / "a.jsonl.part"
+    arguments = [str(questions), str(pictures / "a.jsonl"), "--image-folder", str(pictures), "--batch-size", "2"]
+    arguments += ["--max-new-tokens", "4"]
+    result = subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), *arguments], check=False)
+    assert result.returncode == -signal.SIGKILL
+    left = partial.read_bytes()
+    other = shutil.copytree(checkpoint, pictures / "other" / checkpoint.name)
+    assert predict.main([str(other), *arguments]) == 1
+    assert str(checkpoint.resolve()) in (error := capsys.readouterr().err) and str(other.resolve()) in error
+    for changed in (["--max-new-tokens", "5"], ["--num-beams", "2"], ["--dtype", "bfloat16"], ["--image-folder", "."]):
+        assert predict.main([str(checkpoint), *arguments, *changed]) == 1
+        assert "Remove the file to begin anew" in capsys.readouterr().err
+    written = (weights := checkpoint / "model.safetensors").stat().st_mtime_ns
+    os.utime(weights, ns=(0, written + 1))
+    assert predict.main([str(checkpoint), *arguments]) == 1
+    os.utime(weights, ns=(0, written))
+    assert partial.read_bytes() == left and not (pictures / "a.jsonl").exists()
+    # Another question of the same number is asked
+    questions.write_text(questions.read_text().replace("What is ?", "Who is ?"))
+    assert predict.main([str(checkpoint), *arguments]) == 0
+    first = json.loads((pictures / "a.jsonl").read_text().split("\n")[0])
+    assert first["prompt"] == "Who is ?"
+    assert first["text"] == plain_answer(
+        checkpoint, [user_message("Who is ?", [predict.load_image(pictures, "0.png")])], 4
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["pad"], indirect=True)
+def test_predict_skips_a_question_that_is_too_long(checkpoint, pictures):
+    questions = write_questions(pictures)
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    rows[1]["text"] = "x" * 1300
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(checkpoint), str(questions), str(pictures / "a.jsonl"), "--image-folder", str(pictures)]
+    arguments += ["--max-new-tokens", "6", "--batch-size", "2", "--max-bad-share", "0.2"]
+    assert predict.main(arguments) == 0
+    (bad,) = [json.loads(line) for line in (pictures / "a.jsonl.bad_rows.jsonl").read_text().splitlines()]
+    assert bad["line"] == 2 and "the language model takes 1200" in bad["reason"]
+    got = answers(pictures / "a.jsonl")
+    assert list(got) == [0, 2, 3, 4, 5, 6]
+    images = [predict.load_image(pictures, "0.png")]
+    assert got[0] == plain_answer(checkpoint, [user_message("What is ?", images)]), "which stood beside it"
+
+
+def test_questions_end_at_line_feeds_alone(tmp_path):
+    rows = [{"question_id": i, "text": f"a{character}b"} for i, character in enumerate("\u2028\u2029\u0085")]
+    path = tmp_path / "questions.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows] + [
+        b'{"question_id": 3, "text": "\xe2\x80"}'
+    ]
+    path.write_bytes(b"\r\n".join(lines))
+    questions, bad = predict.read_questions(path)
+    assert [question.text for question in questions] == [row["text"] for row in rows]
+    assert list(bad) == [4] and "no JSON ('utf-8' codec can't decode" in bad[4]
 
 
 def test_predict_lists_bad_questions(checkpoint, pictures, capsys):
@@ -201,6 +262,29 @@ def test_predict_lists_bad_questions(checkpoint, pictures, capsys):
     for row, reason in zip(rows, reasons, strict=True):
         assert reason in row["reason"], row
     assert predict.main([str(checkpoint), str(pictures / "no.jsonl"), str(output)]) == 1
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_predict_takes_no_empty_batches(batch_size, tmp_path, capsys):
+    """Refused before anything is loaded or written over."""
+    (tmp_path / "answers.jsonl").write_text("earlier")
+    arguments = ["CHECKPOINT", "questions.jsonl", str(tmp_path / "answers.jsonl"), "--batch-size", str(batch_size)]
+    with pytest.raises(SystemExit):
+        predict.main(arguments)
+    assert f"--batch-size is {batch_size}, expected a positive number" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}, expected"):
+        predict.predict(None, None, Path("q"), tmp_path / "answers.jsonl", "id", tmp_path, batch_size)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_images_may_be_links_as_in_the_hubs_cache(pictures, tmp_path):
+    snapshot = tmp_path / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.png").symlink_to(Path("..", "..", "1.png"))
+    assert predict.load_image(snapshot, "a.png") == predict.load_image(pictures, "1.png")
+    for name in ("../../1.png", str(pictures / "1.png"), "../commit-2/1.png"):
+        with pytest.raises(ValueError, match="leads out of the image folder"):
+            predict.load_image(snapshot, name)
 
 
 def test_encoder_output_is_unchanged_by_folding(checkpoint, pixels):

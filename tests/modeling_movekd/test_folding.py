@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from modeling_movekd import MoveKDVisionModel
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
 FORMS = [{}, {"expert_bias": True}, {"dense_routing": True, "expert_bias": True}, {"num_experts": 1}]
@@ -116,6 +117,42 @@ def test_saving(make_model, tmp_path, pixels):
     assert_same_weights(again, before)
     again.fold_experts()
     assert all(mlp.folded is not None for mlp in mlps(again.model.vision_tower))
+
+
+def test_a_folded_tower_becomes_part_of_a_model(make_tower, make_language, tmp_path):
+    tower = make_tower()
+    before = weights(tower)
+    tower.fold_experts()
+    model = MoveKDForConditionalGeneration.from_parts(tower, make_language())
+    model.save_pretrained(tmp_path)
+    assert_same_weights(MoveKDForConditionalGeneration.from_pretrained(tmp_path).model.vision_tower, before)
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2", "fc2_experts", "activation_fn"])
+@torch.no_grad()
+def test_layers_with_hooks_are_run_themselves(make_tower, pixels, name):
+    tower, calls = make_tower(), []
+    expected = tower(pixels).last_hidden_state
+    tower.fold_experts()
+    handle = mlps(tower)[0].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(tower(pixels).last_hidden_state, expected, atol=2e-5, rtol=1e-5)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="Linear and Linear with hooks"):
+        tower.fold_experts()
+    handle.remove()
+    tower.fold_experts()
+    tower(pixels)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_not_folded(make_tower, pixels):
+    tower = make_tower()
+    expected = tower(pixels).last_hidden_state
+    cpu_offload(tower, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded weights as they are"):
+        tower.fold_experts()
+    torch.testing.assert_close(tower(pixels).last_hidden_state, expected)
 
 
 def test_what_cannot_be_folded(make_tower, pixels):

@@ -123,6 +123,20 @@ def test_a_failure_is_told_without_its_details(endless):
     assert call.answer() == (500, {"error": failure("The server failed to answer; its log says why.")})
 
 
+def test_a_failure_of_a_stream_is_logged_and_told_without_its_details(endless, caplog):
+    torch.nn.init.constant_(endless.model.lm_head.weight, float("nan"))
+    call = Call(build_app(endless), temperature=1, stream=True)
+    asyncio.run(call.run)
+    first, last, rest = b"".join(message.get("body", b"") for message in call.sent).decode().split("\n\n")
+    assert "assistant" in first and rest == ""
+    assert json.loads(last.removeprefix("data: ")) == {"error": "The server failed to answer; its log says why."}
+    assert "probability tensor contains either" in caplog.text and "nan" in caplog.text
+    endless.stopping = lambda: True
+    call = Call(build_app(endless), stream=True)
+    asyncio.run(call.run)
+    assert b"The server is being stopped." in call.sent[-2]["body"] and len(caplog.records) == 1
+
+
 def test_a_request_too_large_is_not_read(endless):
     call = Call(build_app(endless), messages="x" * MAX_REQUEST_BYTES)
     asyncio.run(call.run)
