@@ -6,8 +6,7 @@ Answer a file of questions, in LLaVA's form:
 A question is a line {"question_id": 1, "image": "1.jpg", "text": "What is this?"}; `image` may be missing (text alone)
 or a list. An answer is {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}. Started again after an
 interruption it goes on where it stopped, from ANSWERS.jsonl.part, if that is of the same checkpoint and settings.
-Questions that cannot be asked are skipped, counted and listed with their
-line in ANSWERS.jsonl.bad_rows.jsonl.
+Questions that cannot be asked are skipped, counted and listed with their line in ANSWERS.jsonl.bad_rows.jsonl.
 """
 
 import argparse
