@@ -104,7 +104,7 @@ def push(
         if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
             folder = export(folder, Path(temporary) / "encoder", "encoder")
         stage, left = _stage(folder, Path(temporary) / "checkpoint", token, max_shard_size)
-        _write_card(folder, stage, encoder_only, repo_id, tag_name)
+        _write_card(folder, stage, encoder_only, repo_id, tag_name or revision)
         loaded = validate(stage)
         print(f"Loaded in a process of its own: {loaded['model']}, {loaded['parameters']:,} parameters.")
         _show(stage, left, repo_id)
@@ -179,12 +179,12 @@ def _under(key: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensors[0]}
 
 
-def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, tag: str | None) -> None:
-    """The card of the folder if its owner wrote one, else one from its facts."""
+def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, revision: str | None) -> None:
+    """The card of the folder if its owner wrote one, else one from its facts that loads this tag or branch."""
     card = stage / CARD_NAME
     if not card.exists() or is_generated(card):
         card.unlink(missing_ok=True)
-        write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=tag, dest=stage)
+        write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=revision, dest=stage)
     check_card(card)
 
 
