@@ -151,6 +151,9 @@ def render_card(
     remote_code = _has_remote_code(config)
     pinned = python_string(revision or "main")
     new_weights = mapping(facts.get("conversion")).get("new_weights")
+    new_weights = new_weights if isinstance(new_weights, list) else []
+    if encoder_only:
+        new_weights = [key for key in new_weights if str(key).startswith("model.vision_tower.")]
     listed = any(entry.get("license") for entry in entries_of(stages, "teachers"))
     licenses = "Those of the teachers are listed with them." if listed else ""
     title = inline(name.split("/")[-1], code=False)
@@ -175,7 +178,7 @@ def render_card(
         ),
         stages=[stage_view(stage) for stage in stages],
         results=table([asdict(result) for result in results], RESULT_COLUMNS),
-        new_weights=len(new_weights) if isinstance(new_weights, list) else 0,
+        new_weights=len(new_weights),
         limits=limits(config, encoder_only),
         license_text=f"{inline(derived)}, {reason}. {licenses}"
         if derived

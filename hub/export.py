@@ -59,6 +59,7 @@ from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_exp
 from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
 from hub.merge_experts import features, merge_experts
+from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -358,9 +359,7 @@ def write_export(
         whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
         if not whole_model:
             load_image_processor(folder, config).save_pretrained(temporary)
-        # What a card says of the run; what was evaluated was the whole model, so its numbers go with its like alone
-        kept = ["training_facts.json"] + ["evaluation.json"] * (form == "llava")
-        for name in kept:
+        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # what a card says of the run, or of the source
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
     return [*lines, f"Wrote {dest}."]

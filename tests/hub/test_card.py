@@ -98,12 +98,14 @@ def test_facts_of_before(tmp_path: Path) -> None:
 
 def test_converted_and_not_trained(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "converted")
-    conversion = {"source": "liuhaotian/llava-v1.5-7b", "revision": COMMIT, "new_weights": ["a", "b"]}
+    new_weights = ["model.vision_tower.router", "model.multi_modal_projector.linear_1.weight"]
+    conversion = {"source": "liuhaotian/llava-v1.5-7b", "revision": COMMIT, "new_weights": new_weights}
     (folder / "conversion.json").write_text(json.dumps(conversion))
     path = write_card(folder)
     assert metadata(path)["base_model"] == ["liuhaotian/llava-v1.5-7b"] and metadata(path)["license"] == "llama2"
     assert f"| whole model | `liuhaotian/llava-v1.5-7b` | `{COMMIT}` | `llama2` |" in path.read_text()
     assert "Not trained: 2 of its weights are new" in path.read_text()
+    assert "Not trained: 1 of its weights are new" in write_card(folder, encoder_only=True).read_text()
 
 
 def test_results(tmp_path: Path) -> None:

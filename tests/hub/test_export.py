@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import COMMIT, metadata
+from conversions import edit_json
 from exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,6 +25,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from hub.card import write_card
 from hub.export import check_equal, export, main, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
@@ -100,6 +104,15 @@ def test_encoder_holds_the_tower_and_nothing_else(folders, tmp_path):
     # An encoder is exported again as it is
     again = export(dest, tmp_path / "again", "encoder")
     assert (again / "config.json").read_text() == (dest / "config.json").read_text()
+
+
+def test_encoder_of_a_converted_checkpoint_says_where_it_is_from(converted, tmp_path):
+    folder = Path(shutil.copytree(converted, tmp_path / "converted"))
+    edit_json(folder / "conversion.json", source="owner/source", revision=COMMIT, license="cc-by-nc-4.0")
+    card = write_card(export(folder, tmp_path / "encoder", "encoder"))
+    found = metadata(card)
+    assert "owner/source" in found["base_model"] and found["license"] == "cc-by-nc-4.0"
+    assert f"| whole model | `owner/source` | `{COMMIT}` |" in card.read_text()
 
 
 def test_encoder_of_a_whole_tower_keeps_its_feature_layer(folders, tmp_path):
