@@ -19,6 +19,9 @@ Forms:
 - `merged`: the same kind of checkpoint, `num_experts` 0. Which expert serves a token depends on the token, so top-1
   experts cannot be merged exactly into a plain MLP; this is the best approximation that the images given allow
   (`hub/merge_experts.py` says how), and `merge_report.json` its error beside that of dropping the experts.
+
+What a benchmark measured (`evaluation.json`) goes along with `llava` in the type that the weights are stored in: the
+one form that is the whole model and computes the same. Any other is to be evaluated itself.
 """
 
 import argparse
@@ -59,7 +62,7 @@ from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_exp
 from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
 from hub.merge_experts import features, merge_experts
-from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME
+from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -323,8 +326,8 @@ def export(
         `dest`.
 
     Raises:
-        ValueError: if the checkpoint cannot take the form, weights are missing or left over, or `dest` holds
-            something.
+        ValueError: if the checkpoint cannot take the form, weights are missing or left over, `dest` holds
+            something, or an `evaluation.json` that would go along is of other weights.
         ImportError: if the form needs a package that is not installed, naming it.
     """
     for line in write_export(checkpoint, Path(dest), form, dtype, images, rank, revision):
@@ -362,6 +365,8 @@ def write_export(
         for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # what a card says of the run, or of the source
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
+        if form == "llava" and dtype in (None, config.dtype):
+            copy_evaluation(folder, temporary)
     return [*lines, f"Wrote {dest}."]
 
 

@@ -45,7 +45,7 @@ from hub.publish import (
     publish_space,
 )
 from hub.publishable import PICKLES, checkpoint_files, space_files
-from hub.run_facts import public_name
+from hub.run_facts import EVALUATION_NAME, copy_evaluation, public_name
 from hub.validate import validate
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 
@@ -150,7 +150,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     stage.mkdir()
     weights = weight_files(folder)
     is_split = max(path.stat().st_size for path in weights) > max_shard_size
-    split = {path.name for path in weights} | {"model.safetensors.index.json"} if is_split else set()
+    split = {path.name for path in weights} | {"model.safetensors.index.json", EVALUATION_NAME} if is_split else set()
     for name in chosen:
         if name not in split:
             (stage / name).symlink_to((folder / name).resolve())
@@ -162,6 +162,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
         files = WeightFiles(weights)
         pieces = [Piece([(files, key)], partial(_under, key)) for key in files.tensors]
         write_weights(pieces, stage, max_shard_size)
+        copy_evaluation(folder, stage)
     return stage, left
 
 

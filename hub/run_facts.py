@@ -205,6 +205,22 @@ def read_evaluation(folder: Path) -> list[EvaluationResult]:
     return results
 
 
+def copy_evaluation(folder: Path, dest: Path) -> None:
+    """
+    Take `evaluation.json`, if there is one, along to the same weights in other files, under their fingerprint.
+
+    Raises:
+        ValueError: as [`read_evaluation`] of `folder`.
+    """
+    content = read_json(folder / EVALUATION_NAME)
+    if content is None:
+        return
+    read_evaluation(folder)  # else results of other weights would get the fingerprint of these
+    if "weights" in content:
+        content["weights"] = weights_fingerprint(dest)
+    save_json(content, dest / EVALUATION_NAME)
+
+
 def weights_fingerprint(folder: Path) -> str:
     """
     Tells one checkpoint's weights from another's without reading all of them: a SHA-256 of the names, sizes, and

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cards import COMMIT, metadata
+from cards import COMMIT, RESULT, metadata
 from conversions import edit_json
 from exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 from PIL import Image
@@ -294,11 +294,23 @@ def test_llava(folders, tmp_path, kind):
     assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
     config = json.loads((dest / "config.json").read_text())
     assert "auto_map" not in config and config["vision_config"]["model_type"] == "clip_vision_model"
-    assert (dest / "evaluation.json").is_file()
+    # The same model: what was measured holds for it, and its card says so
+    assert metadata(write_card(dest))["model-index"][0]["results"][0]["metrics"][0]["value"] == RESULT["value"]
     # The layout of transformers 4
     parts = {".".join(key.split(".")[:2]) for key in load_file(dest / "model.safetensors")}
     parts -= {"image_newline", "language_model.lm_head"}
     assert {part for part in parts if "projector" not in part} == {"vision_tower.vision_model", "language_model.model"}
+
+
+def test_llava_of_another_type_is_to_be_evaluated_itself(folders, tmp_path):
+    """Its weights are rounded. Results of other weights than the folder's do not get those of the export either."""
+    dest = export(folders["plain"], tmp_path / "rounded", "llava", dtype="bfloat16")
+    assert not (dest / "evaluation.json").exists()
+    folder = Path(shutil.copytree(folders["plain"], tmp_path / "plain"))
+    edit_json(folder / "evaluation.json", weights="0123456789abcdef")
+    with pytest.raises(ValueError, match="is of the weights '0123456789abcdef', but the folder holds"):
+        export(folder, tmp_path / "llava", "llava")
+    assert not (tmp_path / "llava").exists()
 
 
 def test_llava_that_differs_is_refused(folders):
