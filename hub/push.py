@@ -76,7 +76,8 @@ def push(
         repo_id: Repository of the Hub, made if it does not exist.
         encoder_only: Publish the vision encoder alone.
         space: Publish the demo Space too, bound to the pushed commit.
-        private: Make the repository private.
+        private: Make what is new private (`True`) or public (`False`); by default the Hub decides for a model, and a
+            Space is private if its model is. One that is public and would have to be private is refused.
         create_pr: Open a pull request instead of writing to the branch.
         revision: The branch, made from `main` if it does not exist.
         tag: Tag the commit: `True` for v and this package's version, or a name.
@@ -227,7 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder of the checkpoint")
     parser.add_argument("repo_id", metavar="repo", help="repository on the Hub: owner/name, or a name of your own")
     parser.add_argument("--encoder-only", action="store_true", help="publish the vision encoder alone")
-    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    private_help = "make what is new private; a Space is so anyway if its model is, unless it is --no-private"
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help=private_help)
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--revision", help="branch, made if it does not exist; main by default")
     tag_help = "tag the commit, with v and this package's version if no name follows"
