@@ -39,7 +39,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     BaseImageProcessor,
@@ -64,6 +63,7 @@ from hub.files import new_folder, resolve_source
 from hub.merge_experts import features, merge_experts
 from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.images import decode_image
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -89,12 +89,13 @@ def image_files(images: Sequence[str | Path]) -> list[Path]:
 
 
 def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
-    """Per image `(3, image_size, image_size)`, float32."""
-    pixels = []
-    for file in files:
-        with Image.open(file) as image:
-            pixels.append(processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0])
-    return pixels
+    """
+    Per image `(3, image_size, image_size)`, float32.
+
+    Raises:
+        ValueError: as [`decode_image`].
+    """
+    return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from errors import NOT_ANSWERED
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -24,10 +25,11 @@ KEPT_SECONDS = 3600
 
 def decode(path: str | None, name: str = "The image") -> Image.Image:
     """
-    One image as RGB, upright, no side above `KEPT_SIDE`.
+    One image as RGB, upright, no side above `KEPT_SIDE`; of 16 bits the upper 8, as in training.
 
     Raises:
-        ValueError: a sentence for whoever sent it: no image, broken, or too large.
+        ValueError: a sentence for whoever sent it: no image, broken, too large, or of values without a known range
+            (integers of 32 bits, as which Pillow reads a PGM of 16 bits too, and floats).
     """
     if not path:
         raise ValueError(f"{name} is missing: choose one first.")
@@ -36,9 +38,12 @@ def decode(path: str | None, name: str = "The image") -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
             with Image.open(path, formats=_readable()) as opened:
                 _check_size(opened, name)
+                if opened.mode in ("I", "F"):
+                    raise _Refused(f"{name} has values without a known range. Send it with 8 bits per channel.")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16"):
-                    image = image.point(lambda value: value / 256).convert("L")  # `convert` alone would clip at 255
+                    # `convert` alone would clip at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: at most {MAX_MEGAPIXELS} megapixels are taken.") from error

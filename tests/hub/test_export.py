@@ -24,9 +24,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from hub.card import write_card
-from hub.export import check_equal, export, main, stock_llava
+from hub.export import check_equal, export, image_files, main, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
@@ -47,6 +48,25 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_images_to_measure_on_are_decoded_like_any_other(tmp_path):
+    """Of 16 bits the upper 8, which Pillow alone clips to white; upright; none whose values have no known range."""
+    values = torch.arange(24 * 40).view(24, 40) // 4
+    plain, deep = (
+        Image.fromarray((values * factor).numpy().astype(f"uint{bits}")) for factor, bits in ((1, 8), (257, 16))
+    )
+    plain.save(tmp_path / "0.png")
+    deep.save(tmp_path / "1.png")
+    exif = plain.getexif()
+    exif[274] = 6
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "2.png", exif=exif)
+    processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIZE}, crop_size=SIZE)
+    expected, *others = read_pixels(image_files([tmp_path]), processor)
+    assert len(expected.unique()) > 100 and len(others) == 2 and all(torch.equal(it, expected) for it in others)
+    Image.new("F", (8, 8)).save(tmp_path / "3.tif")
+    with pytest.raises(ValueError, match="3.tif: an image of mode 'F', whose values have no known range"):
+        read_pixels([tmp_path / "3.tif"], processor)
 
 
 # --- The encoder -----------------------------------------------------------------------------------------------------

@@ -167,8 +167,24 @@ def test_large_pictures_are_reduced_and_turned_upright(modules, tmp_path):
     exif[274] = 6
     picture.save(tmp_path / "photo.jpg", exif=exif)
     assert modules["uploads"].decode(str(tmp_path / "photo.jpg")).size == (1024, 2048)
-    Image.fromarray(torch.full((8, 8), 40_000, dtype=torch.int32).numpy().astype("uint16")).save(tmp_path / "deep.png")
-    assert modules["uploads"].decode(str(tmp_path / "deep.png")).getpixel((0, 0)) == (156, 156, 156)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_keep_the_upper_eight(modules, tmp_path, mode, ending):
+    values = torch.arange(48 * 32).view(48, 32) * 40
+    picture = Image.frombytes(mode, (32, 48), values.numpy().astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+    picture.save(path := tmp_path / f"deep.{ending}")
+    seen = torch.frombuffer(bytearray(modules["uploads"].decode(str(path)).tobytes()), dtype=torch.uint8)
+    assert torch.equal(seen.view(48, 32, 3), (values // 256)[..., None].expand(-1, -1, 3).byte())
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("I", "tif"), ("F", "tif"), ("I;16", "pgm")])
+def test_values_without_a_known_range_are_refused(modules, tmp_path, mode, ending):
+    """They would all be clipped to black or white, and that would be answered."""
+    Image.new(mode, (8, 8), 1).save(path := tmp_path / f"deep.{ending}")
+    with pytest.raises(ValueError, match="The image has values without a known range. Send it with 8 bits"):
+        modules["uploads"].decode(str(path))
 
 
 def test_old_files_are_deleted(modules, tmp_path):
