@@ -247,6 +247,18 @@ def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path)
     assert features.shape == (1, 64, 96), "96 pixels a side in patches of 12, without [CLS]"
 
 
+@pytest.mark.parametrize("pads", [True, False])
+@pytest.mark.parametrize("size", [(128, 64), (64, 192), (64, 64)])
+def test_other_encoders_get_what_the_student_sees(modules, checkpoint, size, pads):
+    """Of a checkpoint that pads, and of one that was converted from a model that cuts its images to squares."""
+    student = modules["student"].load_student(str(checkpoint), None)
+    images = student.processor.image_processor
+    images.do_pad, images.do_center_crop = pads, not pads  # as `hub/convert.py` leaves them
+    clip = modules["encoders"].Encoder("clip", str(ROOT / "train" / "demo_towers" / "clip"), None, student, True)
+    picture = Image.open(FIRST).convert("RGB").resize(size)
+    torch.testing.assert_close(clip.pixels(picture), images(picture, return_tensors="pt")["pixel_values"])
+
+
 def test_the_folder_is_a_space():
     text = (SPACE / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
