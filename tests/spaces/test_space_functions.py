@@ -169,6 +169,13 @@ def test_large_pictures_are_reduced_and_turned_upright(modules, tmp_path):
     assert modules["uploads"].decode(str(tmp_path / "photo.jpg")).size == (1024, 2048)
 
 
+def test_files_above_the_bound_are_refused(modules, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(FIRST.read_bytes().ljust(20 * 2**20 + 1))
+    with pytest.raises(ValueError, match=r"The image has 20,971,521 bytes; at most 20,971,520 \(20 MB\) are taken"):
+        modules["uploads"].decode(str(path))
+
+
 @pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_sixteen_bits_keep_the_upper_eight(modules, tmp_path, mode, ending):
