@@ -163,7 +163,9 @@ def config_from_original(
     return settings
 
 
-def config_to_authors(config: MoveKDConfig, vision_model: str, distilled: bool, vocab_size: int) -> dict[str, Any]:
+def config_to_authors(
+    config: MoveKDConfig, vision_model: str, distilled: bool, vocab_size: int, pads: bool
+) -> dict[str, Any]:
     """
     The authors' configuration of a model with all layers of its tower.
 
@@ -171,6 +173,7 @@ def config_to_authors(config: MoveKDConfig, vision_model: str, distilled: bool, 
         vision_model: What their `mm_vision_tower` names, the CLIP checkpoint that the tower was made from.
         distilled: Whether the checkpoint holds adapters.
         vocab_size: Rows of the embeddings without `<image>`.
+        pads: Whether images are padded to squares; else they are cut to them.
 
     Raises:
         ValueError: for a model that their code cannot run.
@@ -188,7 +191,7 @@ def config_to_authors(config: MoveKDConfig, vision_model: str, distilled: bool, 
     if vision.num_experts and not vision.expert_bias:
         raise ValueError("The experts have no biases; the authors' have. Train with `expert_bias: true`.")
     if config.image_aspect_ratio != "pad":
-        raise ValueError(f"`image_aspect_ratio` is {config.image_aspect_ratio!r}; the authors' is 'pad'.")
+        raise ValueError(f"`image_aspect_ratio` is {config.image_aspect_ratio!r}; theirs are 'pad' or 'square'.")
     rope = dict(text.rope_parameters or {})
     theta, rope_type = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
     dropped = {*IDENTITY_FIELDS, "rope_parameters", "dtype", "vocab_size", "tie_word_embeddings"}
@@ -203,7 +206,7 @@ def config_to_authors(config: MoveKDConfig, vision_model: str, distilled: bool, 
         "rope_theta": theta,
         "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope},
         "torch_dtype": str(config.dtype or text.dtype or "float32").removeprefix("torch."),
-        "image_aspect_ratio": config.image_aspect_ratio,
+        "image_aspect_ratio": "pad" if pads else "square",
         "kd": {"kd_mode": distilled},
         "mm_hidden_size": vision.hidden_size,
         "mm_patch_merge_type": "flat",

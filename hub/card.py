@@ -39,7 +39,7 @@ from hub.card_text import (
     tower_of,
 )
 from hub.licenses import HUB_LICENSES, check_license, derive_license, model_license
-from hub.run_facts import EvaluationResult, hub_id, read_evaluation, read_json, read_training_facts
+from hub.run_facts import EvaluationResult, hub_id, note_license, read_evaluation, read_json, read_training_facts
 
 
 CARD_NAME = "README.md"
@@ -151,6 +151,9 @@ def render_card(
     remote_code = _has_remote_code(config)
     pinned = python_string(revision or "main")
     new_weights = mapping(facts.get("conversion")).get("new_weights")
+    new_weights = new_weights if isinstance(new_weights, list) else []
+    if encoder_only:
+        new_weights = [key for key in new_weights if str(key).startswith("model.vision_tower.")]
     listed = any(entry.get("license") for entry in entries_of(stages, "teachers"))
     licenses = "Those of the teachers are listed with them." if listed else ""
     title = inline(name.split("/")[-1], code=False)
@@ -175,7 +178,7 @@ def render_card(
         ),
         stages=[stage_view(stage) for stage in stages],
         results=table([asdict(result) for result in results], RESULT_COLUMNS),
-        new_weights=len(new_weights) if isinstance(new_weights, list) else 0,
+        new_weights=len(new_weights),
         limits=limits(config, encoder_only),
         license_text=f"{inline(derived)}, {reason}. {licenses}"
         if derived
@@ -206,7 +209,8 @@ def write_card(
         encoder_only: Whether the card is of the vision encoder alone (found out from a `config.json` that is one's).
         repo_id: Where it will be published, `owner/name`.
         revision: Tag, branch or commit that the card loads; `main` if `None`.
-        license: Identifier of its licence, instead of the one noted in training or derived from the base models.
+        license: Identifier of its licence, instead of the one noted in training or derived from the base models. It is
+            noted among the checkpoint's facts, so that later cards state it too.
         evaluated: Whether `evaluation.json` counts.
         overwrite: Whether to replace a card that was not written here.
         dest: Folder that the card is written to, if not the checkpoint's own.
@@ -226,6 +230,8 @@ def write_card(
     try:
         card.save(temporary)
         check_card(temporary)
+        if license is not None:
+            note_license(Path(folder), check_license(license))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -286,7 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder-only", action="store_true", help="The card is of the vision encoder alone.")
     parser.add_argument("--repo-id", help="Where it will be published (owner/name).")
     parser.add_argument("--revision", help="Tag, branch or commit that the card loads.")
-    parser.add_argument("--license", help="Identifier of the licence, instead of the derived one.")
+    parser.add_argument(
+        "--license", help="Identifier of the licence, instead of the derived one; noted for later cards."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace a card that was not written here.")
     given = parser.parse_args(arguments)
     try:

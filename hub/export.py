@@ -19,6 +19,9 @@ Forms:
 - `merged`: the same kind of checkpoint, `num_experts` 0. Which expert serves a token depends on the token, so top-1
   experts cannot be merged exactly into a plain MLP; this is the best approximation that the images given allow
   (`hub/merge_experts.py` says how), and `merge_report.json` its error beside that of dropping the experts.
+
+What a benchmark measured (`evaluation.json`) goes along with `llava` in the type that the weights are stored in: the
+one form that is the whole model and computes the same. Any other is to be evaluated itself.
 """
 
 import argparse
@@ -36,7 +39,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     BaseImageProcessor,
@@ -59,7 +61,9 @@ from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_exp
 from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
 from hub.merge_experts import features, merge_experts
+from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.images import decode_image
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -85,12 +89,13 @@ def image_files(images: Sequence[str | Path]) -> list[Path]:
 
 
 def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
-    """Per image `(3, image_size, image_size)`, float32."""
-    pixels = []
-    for file in files:
-        with Image.open(file) as image:
-            pixels.append(processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0])
-    return pixels
+    """
+    Per image `(3, image_size, image_size)`, float32.
+
+    Raises:
+        ValueError: as [`decode_image`].
+    """
+    return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
 
 
 @torch.no_grad()
@@ -322,8 +327,8 @@ def export(
         `dest`.
 
     Raises:
-        ValueError: if the checkpoint cannot take the form, weights are missing or left over, or `dest` holds
-            something.
+        ValueError: if the checkpoint cannot take the form, weights are missing or left over, `dest` holds
+            something, or an `evaluation.json` that would go along is of other weights.
         ImportError: if the form needs a package that is not installed, naming it.
     """
     for line in write_export(checkpoint, Path(dest), form, dtype, images, rank, revision):
@@ -358,11 +363,11 @@ def write_export(
         whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
         if not whole_model:
             load_image_processor(folder, config).save_pretrained(temporary)
-        # What a card says of the run; what was evaluated was the whole model, so its numbers go with its like alone
-        kept = ["training_facts.json"] + ["evaluation.json"] * (form == "llava")
-        for name in kept:
+        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # what a card says of the run, or of the source
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
+        if form == "llava" and dtype in (None, config.dtype):
+            copy_evaluation(folder, temporary)
     return [*lines, f"Wrote {dest}."]
 
 

@@ -26,7 +26,8 @@ class SpaceSettings:
 
     Args:
         folder: A folder that is a Space as it stands; the front matter of its README.md says which SDK runs it.
-        repo_id: Where it goes; the checkpoint's name by default (Spaces have names of their own).
+        repo_id: Where it goes; the checkpoint's name by default (Spaces have names of their own). A Space of a private
+            checkpoint is private unless something else is asked for.
         hardware: Asked for after the upload; what the Space has by default.
         secrets, variables: Set before the upload. `MODEL_ID` and `MODEL_REVISION` are among the variables in any case.
     """
@@ -48,7 +49,10 @@ def create_repository(
     """Make the repository if need be; its full name."""
     repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk).repo_id
     if private and not api.repo_info(repo_id, repo_type=kind).private:
-        raise ValueError(f"{repo_id} is public, and stays so when it is pushed to. Make it private in its settings.")
+        raise ValueError(
+            f"{repo_id} is public, and stays so when it is pushed to. Make it private in its settings, or say that it "
+            "may be public (`hub/push.py --no-private`)."
+        )
     return repo_id
 
 
@@ -151,6 +155,9 @@ def publish_space(
     sdk = RepoCard.load(stage / CARD_NAME).data.get("sdk")
     if sdk is None:
         raise ValueError(f"The front matter of {settings.folder / CARD_NAME} names no `sdk`.")
+    model_is_private = api.repo_info(model_id).private
+    if private is None and model_is_private:
+        private = True  # else everybody could ask the model
     repo_id = create_repository(api, settings.repo_id or model_id, private, "space", sdk)
     # Before the files, with which the Space is built
     for key, value in {**settings.variables, "MODEL_ID": model_id, "MODEL_REVISION": commit}.items():
@@ -161,7 +168,7 @@ def publish_space(
     pushed = _commit(api, repo_id, stage, f"Show {model_id} at {commit[:7]}", parent, "main", False, "space")
     if settings.hardware is not None:
         api.request_space_hardware(repo_id, settings.hardware)  # type: ignore[arg-type]
-    if api.repo_info(model_id).private and "HF_TOKEN" not in settings.secrets:
+    if model_is_private and "HF_TOKEN" not in settings.secrets:
         print(f"{model_id} is private: the Space needs a secret HF_TOKEN that may read it.")
     return pushed.commit_url
 

@@ -45,7 +45,7 @@ from hub.publish import (
     publish_space,
 )
 from hub.publishable import PICKLES, checkpoint_files, space_files
-from hub.run_facts import public_name
+from hub.run_facts import EVALUATION_NAME, copy_evaluation, public_name
 from hub.validate import validate
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 
@@ -76,7 +76,8 @@ def push(
         repo_id: Repository of the Hub, made if it does not exist.
         encoder_only: Publish the vision encoder alone.
         space: Publish the demo Space too, bound to the pushed commit.
-        private: Make the repository private.
+        private: Make what is new private (`True`) or public (`False`); by default the Hub decides for a model, and a
+            Space is private if its model is. One that is public and would have to be private is refused.
         create_pr: Open a pull request instead of writing to the branch.
         revision: The branch, made from `main` if it does not exist.
         tag: Tag the commit: `True` for v and this package's version, or a name.
@@ -104,7 +105,7 @@ def push(
         if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
             folder = export(folder, Path(temporary) / "encoder", "encoder")
         stage, left = _stage(folder, Path(temporary) / "checkpoint", token, max_shard_size)
-        _write_card(folder, stage, encoder_only, repo_id, tag_name)
+        _write_card(folder, stage, encoder_only, repo_id, tag_name or revision)
         loaded = validate(stage)
         print(f"Loaded in a process of its own: {loaded['model']}, {loaded['parameters']:,} parameters.")
         _show(stage, left, repo_id)
@@ -150,7 +151,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     stage.mkdir()
     weights = weight_files(folder)
     is_split = max(path.stat().st_size for path in weights) > max_shard_size
-    split = {path.name for path in weights} | {"model.safetensors.index.json"} if is_split else set()
+    split = {path.name for path in weights} | {"model.safetensors.index.json", EVALUATION_NAME} if is_split else set()
     for name in chosen:
         if name not in split:
             (stage / name).symlink_to((folder / name).resolve())
@@ -162,6 +163,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
         files = WeightFiles(weights)
         pieces = [Piece([(files, key)], partial(_under, key)) for key in files.tensors]
         write_weights(pieces, stage, max_shard_size)
+        copy_evaluation(folder, stage)
     return stage, left
 
 
@@ -179,12 +181,12 @@ def _under(key: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensors[0]}
 
 
-def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, tag: str | None) -> None:
-    """The card of the folder if its owner wrote one, else one from its facts."""
+def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, revision: str | None) -> None:
+    """The card of the folder if its owner wrote one, else one from its facts that loads this tag or branch."""
     card = stage / CARD_NAME
     if not card.exists() or is_generated(card):
         card.unlink(missing_ok=True)
-        write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=tag, dest=stage)
+        write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=revision, dest=stage)
     check_card(card)
 
 
@@ -226,7 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder of the checkpoint")
     parser.add_argument("repo_id", metavar="repo", help="repository on the Hub: owner/name, or a name of your own")
     parser.add_argument("--encoder-only", action="store_true", help="publish the vision encoder alone")
-    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    private_help = "make what is new private; a Space is so anyway if its model is, unless it is --no-private"
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help=private_help)
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--revision", help="branch, made if it does not exist; main by default")
     tag_help = "tag the commit, with v and this package's version if no name follows"

@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hub.files import save_json
+
 
 TRAINING_FACTS_NAME = "training_facts.json"
 EVALUATION_NAME = "evaluation.json"
@@ -93,6 +95,7 @@ def read_training_facts(folder: Path) -> dict[str, Any] | None:
         facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
         if conversion.get("source"):
             facts["base_models"][0]["revision"] = conversion.get("revision")
+        facts["license"] = conversion.get("license")
     elif "base_models" not in facts:
         models = {role: facts.get(role) for role in ("vision_model", "language_model")}
         facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
@@ -105,6 +108,18 @@ def read_training_facts(folder: Path) -> dict[str, Any] | None:
         for entry in entries:
             entry |= {key: public_name(entry[key]) for key in ("model", "name") if isinstance(entry.get(key), str)}
     return facts | {"earlier_stages": earlier}
+
+
+def note_license(folder: Path, license: str) -> None:
+    """State a checkpoint's licence in the file that its facts are read from, from which every later card has it."""
+    names = (TRAINING_FACTS_NAME, CONVERSION_NAME)
+    path = next((folder / name for name in names if (folder / name).is_file()), folder / TRAINING_FACTS_NAME)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        save_json((read_json(path) or {}) | {"license": license}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -188,6 +203,22 @@ def read_evaluation(folder: Path) -> list[EvaluationResult]:
             "checkpoint again, or remove the file."
         )
     return results
+
+
+def copy_evaluation(folder: Path, dest: Path) -> None:
+    """
+    Take `evaluation.json`, if there is one, along to the same weights in other files, under their fingerprint.
+
+    Raises:
+        ValueError: as [`read_evaluation`] of `folder`.
+    """
+    content = read_json(folder / EVALUATION_NAME)
+    if content is None:
+        return
+    read_evaluation(folder)  # else results of other weights would get the fingerprint of these
+    if "weights" in content:
+        content["weights"] = weights_fingerprint(dest)
+    save_json(content, dest / EVALUATION_NAME)
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from hub.authors import is_packed, key_to_authors, unpack_experts
 from hub.authors_config import config_to_authors
+from hub.checkpoint_parts import load_image_processor
 from hub.files import new_folder, read_json, resolve_source, save_json, weight_files
 from hub.layouts import DISTILLER, empty_model, expected_weights, vocabulary_keys
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
@@ -32,7 +33,8 @@ def convert_to_authors(
 
     Raises:
         ValueError: if the tower lacks layers, or the model is none that the authors' code runs; if weights are missing
-            or left over; if neither the folder nor the arguments tell what their files must name.
+            or left over; if the folder has no image processor; if neither the folder nor the arguments tell what their
+            files must name.
     """
     config = MoveKDConfig.from_pretrained(folder)
     files = WeightFiles(weight_files(folder))
@@ -43,7 +45,8 @@ def convert_to_authors(
     adapters = {
         key: theirs for key in distiller.tensors if (theirs := key_to_authors(DISTILLER + key)) != DISTILLER + key
     }
-    authors_config = config_to_authors(config, vision_model, bool(adapters), vocab_size)
+    pads = getattr(load_image_processor(folder, config), "do_pad", False)  # what tells `square` from `pad`
+    authors_config = config_to_authors(config, vision_model, bool(adapters), vocab_size, pads)
     model = empty_model(config)
     if differing := sorted(expected_weights(model).keys() ^ files.tensors.keys()):
         raise ValueError(

@@ -28,8 +28,9 @@ import gradio as gr
 from about import about
 from encoders import CLONE, load_encoders
 from endpoints import Endpoints, add_picture
+from errors import explained
 from student import Student, load_student
-from uploads import KEPT_SECONDS, MAX_FILE_MB, keep_deleting
+from uploads import KEPT_SECONDS, MAX_FILE_MB, keep_deleting, refuse_addresses
 
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +69,16 @@ def examples(names: Sequence[tuple[str, str]] = EXAMPLES) -> list[tuple[str, str
     return [(str(HERE / "examples" / name), question) for name, question in names]
 
 
+class Page(gr.Blocks):
+    """`gr.Blocks` that downloads nothing for a visitor."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *state: Any, **settings: Any) -> list[Any]:
+        """Of every event, however it was called. Gradio opens the files among its inputs here."""
+        with explained():
+            refuse_addresses(inputs)
+        return await super().preprocess_data(block_fn, inputs, *state, **settings)
+
+
 def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Blocks:
     """The page and its endpoints; `failures` and `at_a_time` as in [`Endpoints`]."""
     endpoints = Endpoints(student, failures, at_a_time)
@@ -91,9 +102,7 @@ def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Block
 
         threading.Thread(target=measure_first, name="measure", daemon=True).start()
 
-    with gr.Blocks(
-        title="MoVE-KD", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS), fill_width=False
-    ) as demo:
+    with Page(title="MoVE-KD", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS), fill_width=False) as demo:
         gr.Markdown(
             "# MoVE-KD\n"
             "A vision-language model whose one encoder was distilled from several. Ask it about images, and see "

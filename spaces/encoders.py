@@ -36,21 +36,30 @@ class Encoder:
         self.name, self.follows_layer = name, follows_layer
         self.model: PreTrainedModel = getattr(loaded, "vision_model", loaded).to(student.model.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
-        self.pads = student.model.config.image_aspect_ratio == "pad"
+        images = student.processor.image_processor
+        self.tiles = student.model.config.image_aspect_ratio == "anyres"
+        self.pads = getattr(images, "do_pad", False)
         # Cut, not rounded, as the student's own processor fills up its squares
-        self.mean = tuple(int(255 * value) for value in student.processor.image_processor.image_mean)
+        self.mean = tuple(int(255 * value) for value in images.image_mean)
 
     def caption(self, layer: int) -> str:
         return f"{self.name}, layer {layer + 1}" if self.follows_layer else f"{self.name}, last layer"
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """The image as the student sees it, all of it in a square, in this encoder's size and normalisation."""
+        """
+        What the student sees of the image (all of it, padded or stretched to a square, or its central square) in this
+        encoder's size and normalisation.
+        """
         side = max(image.size)
-        if self.pads:
+        if self.tiles:
+            square = image.resize((side, side), Image.Resampling.BICUBIC)
+        elif self.pads:
             square = Image.new("RGB", (side, side), self.mean)
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         else:
-            square = image.resize((side, side), Image.Resampling.BICUBIC)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
         settings: dict[str, Any] = {}
         if getattr(self.processor, "do_center_crop", False):
             # A crop would show another part of the image than the student's

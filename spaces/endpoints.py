@@ -74,7 +74,7 @@ class Endpoints:
         The next turn of this client's conversation. Streams the answer so far.
 
         Args:
-            message: `text`, the question, and `files`, images for it.
+            message: `text`, the question, and `files`, images for it (no addresses).
             temperature: 0 takes the likeliest token, more draws.
             top_p: Of the likeliest tokens, those that make up this share are drawn from.
             max_new_tokens: The longest answer, in tokens.
@@ -97,7 +97,7 @@ class Endpoints:
         Ask one question, about an image or without one. Streams the answer so far.
 
         Args:
-            image: The image, or nothing.
+            image: The image, or nothing. From a tool a `data:` URL; addresses are not opened.
             question: What to ask.
             temperature: 0 takes the likeliest token, more draws.
             top_p: Of the likeliest tokens, those that make up this share are drawn from.
@@ -132,7 +132,7 @@ class Endpoints:
         patches.
 
         Args:
-            image: The image.
+            image: The image. From a tool a `data:` URL; addresses are not opened.
             layer: Layer of the vision encoder, counted from 1; by default the last.
         """
         with explained():
@@ -145,7 +145,7 @@ class Endpoints:
         Which share of an image's patches each expert of the vision encoder took.
 
         Args:
-            image: The image.
+            image: The image. From a tool a `data:` URL; addresses are not opened.
             layer: Layer of the vision encoder, counted from 1; by default the last.
         """
         with explained():

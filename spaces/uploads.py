@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from errors import NOT_ANSWERED
+from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -22,23 +24,47 @@ MAX_CHARACTERS = 4_000
 KEPT_SECONDS = 3600
 
 
+def refuse_addresses(inputs: Any) -> None:
+    """
+    Raises:
+        ValueError: a sentence for whoever sent the address of a file instead of the file. Gradio would download it, as
+            large as it is.
+    """
+
+    def check(file: dict[str, Any]) -> dict[str, Any]:
+        if is_http_url_like(file["path"]):
+            raise ValueError("Send the image as a file: addresses are not opened here.")
+        return file
+
+    traverse(inputs, check, is_file_obj_with_meta)
+
+
 def decode(path: str | None, name: str = "The image") -> Image.Image:
     """
-    One image as RGB, upright, no side above `KEPT_SIDE`.
+    One image as RGB, upright, no side above `KEPT_SIDE`; of 16 bits the upper 8, as in training.
 
     Raises:
-        ValueError: a sentence for whoever sent it: no image, broken, or too large.
+        ValueError: a sentence for whoever sent it: no image, broken, too large, or of values without a known range
+            (integers of 32 bits, as which Pillow reads a PGM of 16 bits too, and floats).
     """
     if not path:
         raise ValueError(f"{name} is missing: choose one first.")
     try:
+        most = MAX_FILE_MB * 2**20
+        if (size := Path(path).stat().st_size) > most:
+            raise _Refused(
+                f"{name} has {size:,} bytes; at most {most:,} ({MAX_FILE_MB} MB) are taken. Send it smaller."
+            )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are checked below
             with Image.open(path, formats=_readable()) as opened:
-                _check_size(opened, name)
+                _check_sides(opened, name)
+                if opened.mode in ("I", "F"):
+                    raise _Refused(f"{name} has values without a known range. Send it with 8 bits per channel.")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16"):
-                    image = image.point(lambda value: value / 256).convert("L")  # `convert` alone would clip at 255
+                    # `convert` alone would clip at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: at most {MAX_MEGAPIXELS} megapixels are taken.") from error
@@ -65,7 +91,7 @@ def _readable() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_sides(image: Image.Image, name: str) -> None:
     if max(image.size) > MAX_SIDE or image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
         raise _Refused(
             f"{name} has {image.width} x {image.height} pixels; sides of {MAX_SIDE} and {MAX_MEGAPIXELS} megapixels "

@@ -1,8 +1,10 @@
 """Tiny checkpoints for the tests of what is exported from them: towers and whole models whose every weight shows."""
 
+import json
 from pathlib import Path
 
 import torch
+from cards import RESULT
 from PIL import Image
 from tiny import VOCABULARY, make_tokenizer, spread
 from transformers import (
@@ -14,6 +16,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from hub.run_facts import weights_fingerprint
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
 
@@ -87,7 +90,8 @@ def save_model(model: MoveKDForConditionalGeneration, folder: Path) -> Path:
     model.save_pretrained(folder)
     build_processor(model.config, CLIPImageProcessor(), make_tokenizer(padding_side="left")).save_pretrained(folder)
     (folder / "training_facts.json").write_text('{"recipe": "tiny"}')
-    (folder / "evaluation.json").write_text("{}")
+    evaluation = {"results": [RESULT], "weights": weights_fingerprint(folder)}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
 
 

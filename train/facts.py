@@ -93,7 +93,8 @@ def run_facts(
         roles = {"vision_model": args.vision_model, "language_model": args.language_model}
         known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
     elif (earlier := read_training_facts(Path(source))) is not None:
-        known["base_models"] = earlier.pop("base_models")
+        # Facts that state a licence alone name no base models
+        known["base_models"] = earlier.pop("base_models") or [base_model_facts("checkpoint", source)]
         stages = earlier.pop("earlier_stages")
         known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
         known["license"] = args.license or earlier.get("license")

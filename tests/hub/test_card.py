@@ -11,6 +11,7 @@ import yaml
 from cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
 from hub_server import serve
 
+from hub import push
 from hub.card import check_card, is_generated, main, write_card
 from hub.licenses import derive_license
 from hub.run_facts import hub_id, public_name, weights_fingerprint
@@ -97,12 +98,14 @@ def test_facts_of_before(tmp_path: Path) -> None:
 
 def test_converted_and_not_trained(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "converted")
-    conversion = {"source": "liuhaotian/llava-v1.5-7b", "revision": COMMIT, "new_weights": ["a", "b"]}
+    new_weights = ["model.vision_tower.router", "model.multi_modal_projector.linear_1.weight"]
+    conversion = {"source": "liuhaotian/llava-v1.5-7b", "revision": COMMIT, "new_weights": new_weights}
     (folder / "conversion.json").write_text(json.dumps(conversion))
     path = write_card(folder)
     assert metadata(path)["base_model"] == ["liuhaotian/llava-v1.5-7b"] and metadata(path)["license"] == "llama2"
     assert f"| whole model | `liuhaotian/llava-v1.5-7b` | `{COMMIT}` | `llama2` |" in path.read_text()
     assert "Not trained: 2 of its weights are new" in path.read_text()
+    assert "Not trained: 1 of its weights are new" in write_card(folder, encoder_only=True).read_text()
 
 
 def test_results(tmp_path: Path) -> None:
@@ -201,6 +204,25 @@ def test_stated_licence(tmp_path: Path) -> None:
     assert metadata(write_card(folder, license="cc-by-4.0"))["license"] == "cc-by-4.0"
     with pytest.raises(ValueError, match="`license` is 'mit, really'"):
         write_card(folder, license="mit, really")
+
+
+@pytest.mark.parametrize("facts", ["training_facts", "conversion", None])
+def test_a_licence_that_was_stated_once_stays(tmp_path: Path, facts: str | None) -> None:
+    """In the card that a push writes anew too; whatever else the facts say stays as well."""
+    folder = checkpoint(tmp_path / "student")
+    known = {"training_facts": facts_of_a_lab(), "conversion": {"source": "openai/clip-vit-base-patch32"}}
+    if facts is not None:
+        (folder / f"{facts}.json").write_text(json.dumps(known[facts]))
+    assert main([str(folder), "--license", "cc-by-nc-4.0"]) == 0
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    (stage / "README.md").symlink_to(folder / "README.md")
+    push._write_card(folder, stage, False, "me/student", None)
+    assert metadata(stage / "README.md")["license"] == "cc-by-nc-4.0"
+    assert "`cc-by-nc-4.0`, as its owner states" in (stage / "README.md").read_text()
+    if facts is not None:
+        assert json.loads((folder / f"{facts}.json").read_text()) == known[facts] | {"license": "cc-by-nc-4.0"}
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_card_elsewhere(tmp_path: Path) -> None:

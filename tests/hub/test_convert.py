@@ -37,6 +37,13 @@ def test_loads_as_remote_code(converted: Path) -> None:
     assert type(model).__name__ == "MoveKDForConditionalGeneration"
 
 
+def test_images_that_are_cut_to_squares_are_so_again_in_the_authors_layout(copy: Path, tmp_path: Path) -> None:
+    edit_json(copy / "config.json", image_aspect_ratio="square")
+    ours = convert(copy, tmp_path / "ours", keep_all_layers=True)
+    back = convert(ours, tmp_path / "back", to="authors")
+    assert json.loads((back / "config.json").read_text())["image_aspect_ratio"] == "square"
+
+
 def test_back_to_the_authors_layout(authors: Path, converted_whole: Path, tmp_path: Path) -> None:
     back = convert(converted_whole, tmp_path / "back", to="authors")
     assert_equal_weights(weights_of(back), load_file(authors / "model.safetensors"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import COMMIT, RESULT, metadata
+from conversions import edit_json
 from exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,8 +24,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from hub.export import check_equal, export, main, stock_llava
+from hub.card import write_card
+from hub.export import check_equal, export, image_files, main, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
@@ -43,6 +48,25 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_images_to_measure_on_are_decoded_like_any_other(tmp_path):
+    """Of 16 bits the upper 8, which Pillow alone clips to white; upright; none whose values have no known range."""
+    values = torch.arange(24 * 40).view(24, 40) // 4
+    plain, deep = (
+        Image.fromarray((values * factor).numpy().astype(f"uint{bits}")) for factor, bits in ((1, 8), (257, 16))
+    )
+    plain.save(tmp_path / "0.png")
+    deep.save(tmp_path / "1.png")
+    exif = plain.getexif()
+    exif[274] = 6
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "2.png", exif=exif)
+    processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIZE}, crop_size=SIZE)
+    expected, *others = read_pixels(image_files([tmp_path]), processor)
+    assert len(expected.unique()) > 100 and len(others) == 2 and all(torch.equal(it, expected) for it in others)
+    Image.new("F", (8, 8)).save(tmp_path / "3.tif")
+    with pytest.raises(ValueError, match="3.tif: an image of mode 'F', whose values have no known range"):
+        read_pixels([tmp_path / "3.tif"], processor)
 
 
 # --- The encoder -----------------------------------------------------------------------------------------------------
@@ -100,6 +124,15 @@ def test_encoder_holds_the_tower_and_nothing_else(folders, tmp_path):
     # An encoder is exported again as it is
     again = export(dest, tmp_path / "again", "encoder")
     assert (again / "config.json").read_text() == (dest / "config.json").read_text()
+
+
+def test_encoder_of_a_converted_checkpoint_says_where_it_is_from(converted, tmp_path):
+    folder = Path(shutil.copytree(converted, tmp_path / "converted"))
+    edit_json(folder / "conversion.json", source="owner/source", revision=COMMIT, license="cc-by-nc-4.0")
+    card = write_card(export(folder, tmp_path / "encoder", "encoder"))
+    found = metadata(card)
+    assert "owner/source" in found["base_model"] and found["license"] == "cc-by-nc-4.0"
+    assert f"| whole model | `owner/source` | `{COMMIT}` |" in card.read_text()
 
 
 def test_encoder_of_a_whole_tower_keeps_its_feature_layer(folders, tmp_path):
@@ -281,11 +314,23 @@ def test_llava(folders, tmp_path, kind):
     assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
     config = json.loads((dest / "config.json").read_text())
     assert "auto_map" not in config and config["vision_config"]["model_type"] == "clip_vision_model"
-    assert (dest / "evaluation.json").is_file()
+    # The same model: what was measured holds for it, and its card says so
+    assert metadata(write_card(dest))["model-index"][0]["results"][0]["metrics"][0]["value"] == RESULT["value"]
     # The layout of transformers 4
     parts = {".".join(key.split(".")[:2]) for key in load_file(dest / "model.safetensors")}
     parts -= {"image_newline", "language_model.lm_head"}
     assert {part for part in parts if "projector" not in part} == {"vision_tower.vision_model", "language_model.model"}
+
+
+def test_llava_of_another_type_is_to_be_evaluated_itself(folders, tmp_path):
+    """Its weights are rounded. Results of other weights than the folder's do not get those of the export either."""
+    dest = export(folders["plain"], tmp_path / "rounded", "llava", dtype="bfloat16")
+    assert not (dest / "evaluation.json").exists()
+    folder = Path(shutil.copytree(folders["plain"], tmp_path / "plain"))
+    edit_json(folder / "evaluation.json", weights="0123456789abcdef")
+    with pytest.raises(ValueError, match="is of the weights '0123456789abcdef', but the folder holds"):
+        export(folder, tmp_path / "llava", "llava")
+    assert not (tmp_path / "llava").exists()
 
 
 def test_llava_that_differs_is_refused(folders):

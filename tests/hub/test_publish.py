@@ -83,6 +83,26 @@ def test_a_full_storage_and_a_public_repository_are_errors(hub: Hub, owner: Clie
     assert set(hub.repository("org/full").files()) == {".gitattributes"}
 
 
+def test_a_space_is_private_where_its_model_is(hub: Hub, owner: Client, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nsdk: gradio\n---\n")
+    code = """
+settings = hub.publish.SpaceSettings(Path(stage), name)
+hub.publish.publish_space(HfApi(token=token), settings, Path(stage), private, model, "0123456789abcdef")
+"""
+
+    def publish_space(name: str, model: str, private: bool | None = None) -> bool:
+        owner.run(code, stage=str(tmp_path), name=name, model=model, private=private, token=OWNER_TOKEN)
+        return hub.repository(name, "spaces").private
+
+    hub.add("org/secret", private=True)
+    hub.add("org/open")
+    assert publish_space("org/quiet-demo", "org/secret") and publish_space("org/quiet-demo", "org/secret")
+    assert not publish_space("org/open-demo", "org/open")
+    assert not publish_space("org/shown-demo", "org/secret", private=False)
+    with pytest.raises(ClientError, match="org/open-demo is public, and stays so .*--no-private"):
+        publish_space("org/open-demo", "org/secret")
+
+
 def test_a_commit_in_the_meantime_is_a_conflict(hub: Hub, owner: Client, staged: Path) -> None:
     publish(owner, "org/busy", staged)
     (staged / "config.json").write_text('{"a": 1}')

@@ -64,6 +64,15 @@ def message(text: str, *paths: Path) -> dict[str, Any]:
     return {"text": text, "files": [handle_file(path) for path in paths]}
 
 
+def call(url: str, endpoint: str, data: Sequence[Any]) -> str:
+    """What an endpoint says to a request without any client."""
+    address, body = f"{url}/gradio_api/call/{endpoint}", json.dumps({"data": data}).encode()
+    with urlopen(Request(address, body, {"Content-Type": "application/json"}), timeout=60) as response:
+        event = json.load(response)["event_id"]
+    with urlopen(f"{address}/{event}", timeout=60) as response:
+        return response.read().decode()
+
+
 # --- Answers -------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +188,24 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(client, student, files
     assert answer == expected(student, [([FIRST], COUNT), ([], SHAPE)], 6)[1]
 
 
+ADDRESS = {"path": "https://example.org/picture.png", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "data"),
+    [
+        ("ask", [ADDRESS, COUNT, 0, 1, 4]),
+        ("ask", [None, COUNT, ADDRESS, 1, 4]),  # Gradio looks for files in whatever is sent
+        ("chat", [{"text": COUNT, "files": [ADDRESS]}, 0, 1, 4]),
+        ("pictures", [ADDRESS, 1]),
+        ("experts", [ADDRESS, 1]),
+    ],
+)
+def test_addresses_are_not_opened(space, endpoint, data):
+    """Gradio would download them, whatever their size."""
+    assert "Send the image as a file: addresses are not opened here." in call(space.url, endpoint, data)
+
+
 @pytest.mark.parametrize("layer", [0, 4, 1.5])
 def test_layers_that_the_encoder_has_not(client, layer):
     with pytest.raises(AppError, match=f"Layer {layer} is none of this encoder's: 1 to 3"):
@@ -189,12 +216,7 @@ def test_files_of_the_server_stay_there(space, checkpoint):
     """A path that was not uploaded is neither opened nor given out, though there is a file."""
     api = f"{space.url}/gradio_api"
     assert FIRST.is_file() and (checkpoint / "config.json").is_file()
-    data = {"data": [{"path": str(FIRST), "meta": {"_type": "gradio.FileData"}}, COUNT, 0, 1, 4]}
-    request = Request(f"{api}/call/ask", json.dumps(data).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as response:
-        event = json.load(response)["event_id"]
-    with urlopen(f"{api}/call/ask/{event}", timeout=60) as response:
-        said = response.read().decode()
+    said = call(space.url, "ask", [{"path": str(FIRST), "meta": {"_type": "gradio.FileData"}}, COUNT, 0, 1, 4])
     assert "event: error" in said and "event: complete" not in said
     for path in (checkpoint / "config.json", space.log.parent / "space" / "app.py", FIRST):
         with pytest.raises(HTTPError, match="403"):
@@ -251,19 +273,21 @@ def test_tools_of_the_mcp_server(space, student):
     mcp = pytest.importorskip("mcp")
     from mcp.client.streamable_http import streamablehttp_client
 
-    async def visit() -> tuple[set[str], Any, Any]:
+    async def visit() -> tuple[set[str], Any, Any, Any]:
         async with streamablehttp_client(f"{space.url}/gradio_api/mcp/") as (read, write, _):
             async with mcp.ClientSession(read, write) as session:
                 await session.initialize()
                 names = {tool.name for tool in (await session.list_tools()).tools}
                 image = f"data:image/png;base64,{base64.b64encode(SECOND.read_bytes()).decode()}"
                 asked = {"image": image, "question": COUNT, "max_new_tokens": 8}
-                return names, await session.call_tool("ask", asked), await session.call_tool("ask", {"question": ""})
+                questions = (asked, {"question": ""}, {"image": ADDRESS["path"], "question": COUNT})
+                return names, *[await session.call_tool("ask", question) for question in questions]
 
-    names, answer, refusal = asyncio.run(visit())
+    names, answer, refusal, unopened = asyncio.run(visit())
     assert names >= {"ask", "pictures", "experts"}
     assert not answer.isError and [answer.content[0].text] == expected(student, [([SECOND], COUNT)], 8)
     assert refusal.isError and "Write a question" in refusal.content[0].text
+    assert unopened.isError and "addresses are not opened here" in unopened.content[0].text
 
 
 def test_nothing_is_kept(checkpoint, space, files):

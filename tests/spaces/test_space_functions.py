@@ -167,8 +167,31 @@ def test_large_pictures_are_reduced_and_turned_upright(modules, tmp_path):
     exif[274] = 6
     picture.save(tmp_path / "photo.jpg", exif=exif)
     assert modules["uploads"].decode(str(tmp_path / "photo.jpg")).size == (1024, 2048)
-    Image.fromarray(torch.full((8, 8), 40_000, dtype=torch.int32).numpy().astype("uint16")).save(tmp_path / "deep.png")
-    assert modules["uploads"].decode(str(tmp_path / "deep.png")).getpixel((0, 0)) == (156, 156, 156)
+
+
+def test_files_above_the_bound_are_refused(modules, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(FIRST.read_bytes().ljust(20 * 2**20 + 1))
+    with pytest.raises(ValueError, match=r"The image has 20,971,521 bytes; at most 20,971,520 \(20 MB\) are taken"):
+        modules["uploads"].decode(str(path))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_keep_the_upper_eight(modules, tmp_path, mode, ending):
+    values = torch.arange(48 * 32).view(48, 32) * 40
+    picture = Image.frombytes(mode, (32, 48), values.numpy().astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+    picture.save(path := tmp_path / f"deep.{ending}")
+    seen = torch.frombuffer(bytearray(modules["uploads"].decode(str(path)).tobytes()), dtype=torch.uint8)
+    assert torch.equal(seen.view(48, 32, 3), (values // 256)[..., None].expand(-1, -1, 3).byte())
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("I", "tif"), ("F", "tif"), ("I;16", "pgm")])
+def test_values_without_a_known_range_are_refused(modules, tmp_path, mode, ending):
+    """They would all be clipped to black or white, and that would be answered."""
+    Image.new(mode, (8, 8), 1).save(path := tmp_path / f"deep.{ending}")
+    with pytest.raises(ValueError, match="The image has values without a known range. Send it with 8 bits"):
+        modules["uploads"].decode(str(path))
 
 
 def test_old_files_are_deleted(modules, tmp_path):
@@ -229,6 +252,18 @@ def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path)
     assert [encoder.name for encoder in loaded] == ["one"] and len(failures) == 1 and "three" in failures[0]
     features = loaded[0].features(Image.open(FIRST).convert("RGB"), 0)
     assert features.shape == (1, 64, 96), "96 pixels a side in patches of 12, without [CLS]"
+
+
+@pytest.mark.parametrize("pads", [True, False])
+@pytest.mark.parametrize("size", [(128, 64), (64, 192), (64, 64)])
+def test_other_encoders_get_what_the_student_sees(modules, checkpoint, size, pads):
+    """Of a checkpoint that pads, and of one that was converted from a model that cuts its images to squares."""
+    student = modules["student"].load_student(str(checkpoint), None)
+    images = student.processor.image_processor
+    images.do_pad, images.do_center_crop = pads, not pads  # as `hub/convert.py` leaves them
+    clip = modules["encoders"].Encoder("clip", str(ROOT / "train" / "demo_towers" / "clip"), None, student, True)
+    picture = Image.open(FIRST).convert("RGB").resize(size)
+    torch.testing.assert_close(clip.pixels(picture), images(picture, return_tensors="pt")["pixel_values"])
 
 
 def test_the_folder_is_a_space():

@@ -125,6 +125,16 @@ def test_second_stage_carries_the_first_along(stages: tuple[Path, Path]) -> None
     assert again.seconds_before == facts_of(Path(checkpoint))["seconds"] > 0
 
 
+def test_a_checkpoint_of_which_the_licence_alone_is_known_is_the_base_model(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "training_facts.json").write_text('{"license": "cc-by-nc-4.0"}')
+    args = MoveKDSFTConfig(str(tmp_path / "next"), distill=False, bf16=False)
+    known = run_facts(DataArguments(["colours"]), args, ModelArguments(str(tmp_path)), []).known
+    assert known["license"] == "cc-by-nc-4.0" and known["earlier_stages"] == []
+    assert [(model["role"], model["model"]) for model in known["base_models"]] == [("checkpoint", tmp_path.name)]
+
+
 def test_card_of_every_save(stages: tuple[Path, Path]) -> None:
     for folder in (*stages, stages[1] / "checkpoint-1", stages[1] / "checkpoint-2"):
         check_card(folder / "README.md")

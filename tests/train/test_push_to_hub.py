@@ -88,7 +88,7 @@ def test_a_run_from_the_hub_publishes_last_and_best(hub: Hub, reader: Client, tm
         assert files["distiller.safetensors"] == (folder / "distiller.safetensors").read_bytes()
         assert json.loads(files["training_facts.json"])["steps"] == (2 if branch == "main" else int(best[-1]))
         assert not [name for name in files if "/" in name or name.endswith((".pt", ".pth", ".bin"))]
-        assert b"org/student" in files["README.md"]
+        assert f'from_pretrained("org/student", revision="{branch}"'.encode() in files["README.md"]
     # The repository, its commit, the branch and that branch's commit: nothing was sent while the run went on
     assert len(repository.commits) == 3 and set(repository.refs) == {"refs/heads/main", "refs/heads/best"}
 
