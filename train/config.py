@@ -68,13 +68,15 @@ class DataArguments:
             one behind the other. In YAML each may be a mapping of [`train.data.DataSource`]: `name`, and if need be
             `weight`, `image_folder`, `subset`, `split`. With weights the mixture is drawn by them.
         mixture_stopping_strategy (`str`, defaults to `"first_exhausted"`): When a weighted mixture ends: with the
-            first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`).
+            first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`). In a
+            stream it does not end: each data set begins again by itself.
         dataset_train_split, dataset_test_split (`str`): Splits of a data set that has several.
         validation_share (`float`, defaults to 0): Share of the rows that is held back to evaluate on, instead of
             `dataset_test_split`. Evaluation during training is turned on by `eval_strategy`.
         image_folder (`str`, *optional*): Where the paths in the data's `image` field start.
         streaming (`bool`, defaults to `False`): Read rows as they are needed; wants `max_steps`.
-        shuffle_buffer_size (`int`, defaults to 1000): Rows of a stream among which the next is drawn; 0 keeps order.
+        shuffle_buffer_size (`int`, defaults to 1000): Rows of a stream (of each data set in a weighted mixture) among
+            which the next is drawn; 0 keeps order.
         max_bad_row_share (`float`, defaults to 0.01): Share of unusable rows above which the run stops. In a stream
             it is of the rows that the run will read.
         max_bad_rows (`int`, *optional*): Number of unusable rows above which the run stops, besides the share.

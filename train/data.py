@@ -84,8 +84,10 @@ def load_train_and_validation(
 
     Without weights the data sets are put one behind the other. With weights each next row is drawn from a data set by
     its weight, in the order of that data set, until one (`first_exhausted`) or all of them (`all_exhausted`, the
-    shorter ones repeated) are used up. The order depends on the seed alone. A row is held back for validation by a
-    checksum of its place in its data set (in a stream: of its content) and the seed, whatever else is in the mixture.
+    shorter ones repeated) are used up. A stream of training rows has no end, so that no process runs out of rows
+    before the others: where it is used up it begins again, in the same order, with weights each data set by itself.
+    The order depends on the seed alone. A row is held back for validation by a checksum of its place in its data set
+    (in a stream: of its content) and the seed, whatever else is in the mixture.
 
     Args:
         data_args: what to load.
@@ -96,8 +98,7 @@ def load_train_and_validation(
 
     Returns:
         Rows as of [`load_conversations`]; in a stream of training rows also bad ones with their `problem`, which the
-        collator passes on. That stream begins again at its end, in the same order, so that no process runs out of
-        rows before the others. `None` instead of the second without `evaluate`.
+        collator passes on. `None` instead of the second without `evaluate`.
 
     Raises:
         ValueError: as [`load_conversations`], for a split that leaves either side empty, or rows held back for an
@@ -117,19 +118,18 @@ def load_train_and_validation(
             validation.append(_load(source, data_args.dataset_test_split, data_args, bad_rows, num_proc))
         train.append(rows)
     weights = [source.weight for source in sources if source.weight is not None]
-    mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
     if len(train) > 1 and weights:
         mixture = interleave_datasets(
-            train,
+            # A stream's mixture would else end with its shortest part, and begin the others again at the same rows
+            [_endless(rows, data_args.shuffle_buffer_size, seed) for rows in train] if data_args.streaming else train,
             probabilities=[weight / sum(weights) for weight in weights],
             seed=seed,
             stopping_strategy=data_args.mixture_stopping_strategy,
         )
-    if data_args.streaming:
-        if data_args.shuffle_buffer_size > 1:
-            mixture = mixture.shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
-        # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
-        mixture = mixture.repeat(None)
+    else:
+        mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
+        if data_args.streaming:
+            mixture = _endless(mixture, data_args.shuffle_buffer_size, seed)
     if not validation:
         return mixture, None
     held_back = concatenate_datasets(validation)
@@ -151,6 +151,14 @@ def _load(
         bad_rows=bad_rows,
         num_proc=num_proc,
     )
+
+
+def _endless(stream: IterableDataset, buffer_size: int, seed: int) -> IterableDataset:
+    """The stream shuffled, and begun again at its end."""
+    if buffer_size > 1:
+        stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
+    # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
+    return stream.repeat(None)
 
 
 def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:

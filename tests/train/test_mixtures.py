@@ -266,6 +266,20 @@ def test_streams_mix_by_weight(three: list[str]) -> None:
     assert counts["b"] == pytest.approx(70, abs=15)
 
 
+@pytest.mark.parametrize("buffer_size", [0, 8])
+def test_each_data_set_of_a_weighted_stream_is_repeated_by_itself(three: list[str], buffer_size: int) -> None:
+    weighted = [{"name": name, "weight": 1} for name in three[:2]]
+    train, _ = load(weighted, streaming=True, shuffle_buffer_size=buffer_size)
+    rows = [asked(row) for row in islice(train, 600)]
+    for letter, count in (("a", 30), ("b", 300)):
+        own = [text for text in rows if text[0] == letter]
+        assert len(own) == pytest.approx(300, abs=50)
+        for start in range(0, len(own), count):
+            one_pass = own[start : start + count]
+            assert len(set(one_pass)) == len(one_pass), "no row twice before each has come once"
+    assert [asked(row) for row in islice(train, 600)] == rows, "what a resumed run skips is what was trained on"
+
+
 def test_an_empty_stream_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n")
     for streaming in (True, False):
