@@ -262,7 +262,9 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     experts = model.config.vision_config.num_experts > 0
     for name, parameter in model.named_parameters():
         is_expert = "expert" in name or "router" in name
-        if "vision_tower." in name:
+        if "distiller." in name:  # first, as its parts have the teachers' names, which may be those of the student's
+            trains = True
+        elif "vision_tower." in name:
             behind = any(part in name for part in unused)
             balanced = experts and bool(args.lambda_balance) and "post_layernorm." not in name
             if last in name:
@@ -288,10 +290,10 @@ def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, 
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        if "vision_tower." in name:
-            group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
-        elif "distiller." in name:
+        if "distiller." in name:
             group = "distiller"
+        elif "vision_tower." in name:
+            group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
         elif "language_model." in name or "lm_head." in name:
             group = "LoRA of the language model" if ".lora_" in name else "language model"
         else:

@@ -220,10 +220,12 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             "lm_head.": self.args.language_model_learning_rate,
             ".lora_": self.args.language_lora_learning_rate,
         }
+        # The distiller's parts have the teachers' names, which may be those of the student's
+        student = {name: value for name, value in self.model.named_parameters() if "distiller." not in name}
         for part, rate in rates.items():
             if not is_new or rate is None:
                 continue
-            parameters = {id(value) for name, value in self.model.named_parameters() if part in name}
+            parameters = {id(value) for name, value in student.items() if part in name}
             for group in list(optimizer.param_groups):
                 own = [value for value in group["params"] if id(value) in parameters]
                 group["params"] = [value for value in group["params"] if id(value) not in parameters]

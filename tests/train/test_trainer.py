@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
-from train.build import build_student
+from train.build import build_student, parameter_groups
 from train.trainer import MoveKDTrainer
 
 
@@ -161,6 +161,20 @@ def test_tower_and_language_model_have_their_own_learning_rates(arguments) -> No
     for own_rate in own.values():
         groups = [group for group in trainer.optimizer.param_groups if group["initial_lr"] == own_rate]
         assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_teachers_called_as_parts_of_the_student(arguments, parts: dict[str, str]) -> None:
+    teachers = [{"name": "clip", "model": parts["clip"]}]
+    teachers += [{"name": name, "model": parts["vit"]} for name in ("vision_tower", "language_model", "lm_head")]
+    trainer = build_trainer(*arguments(stage="pretrain", teachers=teachers, vision_tower_learning_rate=5e-5))
+    distiller = dict(trainer.model.distiller.named_parameters())
+    assert {name.split(".")[0] for name in distiller} == {"vision_tower", "language_model", "lm_head"}
+    assert all(value.requires_grad for value in distiller.values())
+    trained, frozen = parameter_groups(trainer.model)
+    assert trained["distiller"] == sum(value.numel() for value in distiller.values()) and "distiller" not in frozen
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(value): group["lr"] for group in groups for value in group["params"]}
+    assert {rates[id(value)] for value in distiller.values()} == {1e-3}
 
 
 @pytest.mark.parametrize("settings", [{"stage": "pretrain"}, {"language_lora_rank": 4}])
