@@ -114,19 +114,24 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in Trainer, counting the images of the whole step besides its tokens, over all processes."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._images = self._count(batch_samples, device)
+        self._images, shown = self._count(batch_samples, device)
+        self.gradient_guard.count_images(shown)
         self._images_since_log += self._images
         return batch_samples, num_items_in_batch
 
-    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Images in these batches of all processes. Takes out their bad rows, too many of which stop the run."""
+    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Images in these batches of all processes: those that are distilled, and those in the text. Takes out their bad
+        rows, too many of which stop the run.
+        """
         found = [row for batch in batches for row in batch.pop("bad_rows", [])]
         images = sum((batch["image_weights"].sum() for batch in batches), torch.zeros((), device=device))
-        counts = torch.stack([images, torch.tensor(float(len(found)), device=device)])
-        images, bad = self.accelerator.reduce(counts, reduction="sum")
+        shown = sum(len(batch["image_weights"]) - batch["num_blank_images"] for batch in batches)
+        counts = torch.stack([images, *torch.tensor([float(shown), float(len(found))], device=device)])
+        images, shown, bad = self.accelerator.reduce(counts, reduction="sum")
         if bad:
             self.bad_rows.add_from_all(found)
-        return images
+        return images, shown
 
     def compute_loss(
         self,
