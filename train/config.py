@@ -133,7 +133,8 @@ class MoveKDSFTConfig(SFTConfig):
             projector; `"finetune"` everything but the teachers.
         vision_model (`str`, *optional*): CLIP checkpoint (Hub id or folder) that becomes the student.
         language_model (`str`, *optional*): Causal language model (Hub id or folder). `vision_model` and
-            `language_model` build a new student; `model_name_or_path` continues one.
+            `language_model` build a new student; `model_name_or_path` continues one. A language model with experts of
+            its own wants `router_aux_loss_coef: 0`.
         image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT).
         chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`.
             Stage `pretrain` trains on `plain`, whatever the published template is.

@@ -90,6 +90,11 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         prepare_fsdp(self.accelerator)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but LLaVA-NeXT's forward does not pass on "
+                "the router logits of a language model with experts, which that loss is computed from. Set it to 0."
+            )
         add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)

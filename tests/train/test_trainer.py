@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trainers import build_trainer
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
@@ -91,6 +91,21 @@ def test_a_language_model_without_a_head_is_refused(arguments, parts: dict[str, 
     save_file(weights, tmp_path / "language" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, which would be random: \['lm_head.weight'\]"):
         build_student(*arguments(language_model=str(tmp_path / "language"))[1:])
+
+
+def test_a_language_model_with_experts(arguments, parts: dict[str, str], tmp_path: Path) -> None:
+    """Its own balance loss is refused; without it the model trains."""
+    tokenizer = AutoTokenizer.from_pretrained(parts["language"])
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts, vocab_size=len(tokenizer)))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "language")
+    with pytest.raises(ValueError, match="`router_aux_loss_coef` is 0.001, but .* Set it to 0"):
+        train(*arguments(language_model=str(tmp_path / "language")))
+    snapshot = Snapshot()
+    trainer = train(*arguments(language_model=str(tmp_path / "language"), router_aux_loss_coef=0.0), [snapshot])
+    assert snapshot.changed(trainer.model) == set(snapshot.before)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(arguments) -> None:
