@@ -200,10 +200,11 @@ def fit_feature_statistics(
 ) -> None:
     """
     The first pass over a sample of the data that measures the teachers' features, where the distiller needs it. Every
-    process measures the same sample and so gets the same statistics.
+    process measures the same sample and so gets the same statistics. Of a stream, which has no end, at least the first
+    image has to be among as many rows as the run reads.
 
     Raises:
-        ValueError: if the data has no images.
+        ValueError: if the data has no images, or too many bad rows.
     """
     if distiller is None or not distiller.needs_statistics:
         return
@@ -217,9 +218,12 @@ def fit_feature_statistics(
 
     def sample() -> Iterator[dict[str, Any]]:
         left = args.feature_statistics_images
-        for row in shuffled():
-            if left <= 0:
+        last = args.max_steps * args.rows_per_step if isinstance(dataset, IterableDataset) else len(dataset)
+        for number, row in enumerate(shuffled()):
+            if left <= 0 or (left == args.feature_statistics_images and number >= last):
                 return
+            if bad_rows is not None and row.get("problem") is not None:
+                bad_rows.add([(row["source"], row["problem"])])
             if row["images"]:
                 left -= len(row["images"])
                 yield row

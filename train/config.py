@@ -337,6 +337,11 @@ class MoveKDSFTConfig(SFTConfig):
                 "be trained themselves. Set a rank."
             )
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def batch_summary(self) -> str:
         """
         One sentence for the log: how the global batch comes about.
@@ -344,7 +349,7 @@ class MoveKDSFTConfig(SFTConfig):
         Raises:
             ValueError: if it is not the `global_batch_size` asked for, as where one process drives several GPUs.
         """
-        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        rows = self.rows_per_step
         if self.global_batch_size not in (None, rows):
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but a step takes {rows} rows: "

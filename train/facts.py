@@ -208,7 +208,7 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
         "language_model_learning_rate": args.language_model_learning_rate,
         "language_lora": language_lora_facts(trainer.model, args),
         "feature_cache": cache_facts(caches[0]) if caches else None,
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "global_batch_size": args.rows_per_step,
         "seed": args.seed,
         "losses": {name: last[name] for name in last if name in LOSSES or name.startswith("kd/")},
         "evaluation": {"rows": _length(trainer.eval_dataset), "metrics": evaluated} if evaluated else None,
