@@ -109,13 +109,14 @@ def load_train_and_validation(
         raise ValueError(f"validation_share {share} holds rows back, but eval_strategy is 'no': set one or the other.")
     sources = data_sources(data_args)
     train, validation = [], []
-    for source in sources:
-        rows = _load(source, source.split, data_args, bad_rows, num_proc)
+    for number, source in enumerate(sources):
+        first_index = bad_rows.total
+        rows = _load(sources, number, source.split, data_args, bad_rows, num_proc)
         if evaluate and share:
-            rows, held_back = split_rows(rows, share, seed)
+            rows, held_back = split_rows(rows, share, seed, first_index)
             validation.append(held_back)
         elif evaluate:
-            validation.append(_load(source, data_args.dataset_test_split, data_args, bad_rows, num_proc))
+            validation.append(_load(sources, number, data_args.dataset_test_split, data_args, bad_rows, num_proc))
         train.append(rows)
     weights = [source.weight for source in sources if source.weight is not None]
     if len(train) > 1 and weights:
@@ -140,17 +141,33 @@ def load_train_and_validation(
 
 
 def _load(
-    source: DataSource, split: str | None, data_args: DataArguments, bad_rows: BadRows, num_proc: int | None
+    sources: Sequence[DataSource],
+    number: int,
+    split: str | None,
+    data_args: DataArguments,
+    bad_rows: BadRows,
+    num_proc: int | None,
 ) -> Any:
+    source, split = sources[number], split or "train"
+    names = [_report_name(each.name, split, each.subset) for each in sources]
+    alone = names.count(names[number]) == 1
     return load_conversations(
         source.name,
         source.image_folder,
-        split or "train",
+        split,
         subset=source.subset,
         streaming=data_args.streaming,
         bad_rows=bad_rows,
         num_proc=num_proc,
+        name=names[number] if alone else f"{names[number]} (data set {number + 1})",
     )
+
+
+def _report_name(source: Any, split: str, subset: str | None) -> str:
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    name = "" if path is None else path.name if path.exists() else str(source)
+    parts = [part for part in (subset, None if split == "train" else split) if part]
+    return f"{name} ({', '.join(parts)})" if parts else name
 
 
 def _endless(stream: IterableDataset, buffer_size: int, seed: int) -> IterableDataset:
@@ -174,6 +191,7 @@ def load_conversations(
     subset: str | None = None,
     streaming: bool = False,
     bad_rows: BadRows | None = None,
+    name: str | None = None,
 ) -> Dataset | IterableDataset:
     """Read a data set and give its usable rows as messages and undecoded images. No image file is opened.
 
@@ -195,6 +213,8 @@ def load_conversations(
         subset: configuration of a Hub data set that has several.
         streaming: read rows when they are asked for; bad ones are then passed on with their `problem`.
         bad_rows: counts the bad rows, over several calls and over a run. Its `total` grows by the rows read here.
+        name: what a report calls the data set, different for every call with one `bad_rows`; by default its file,
+            folder or id, with subset and split.
 
     Returns:
         `Dataset`, or `IterableDataset` if `streaming`, with the columns `messages` (role, and content as a list of
@@ -215,8 +235,7 @@ def load_conversations(
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"There is no image folder {folder}.")
     rows = open_rows(source, split, subset, streaming)
-    name = "" if path is None else path.name if path.exists() else str(source)
-    name += "" if split == "train" else f" ({split})"
+    name = _report_name(source, split, subset) if name is None else name
     place: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
         names = rows.column_names or list(next(iter(rows), {}))
@@ -253,10 +272,11 @@ def load_conversations(
     return _without_bad_rows(converted, bad_rows)
 
 
-def split_rows(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tuple[Any, Any]:
     """Two parts of a data set: about `1 - share` of the rows, and the others.
 
-    On which side a row comes depends on the seed and on its `source`, or, in a stream, on its content alone.
+    On which side a row comes depends on the seed and on its `row_index`, counted from `first_index`, or, in a stream,
+    on its content alone.
 
     Raises:
         ValueError: if either part is empty (in a stream this is not known).
@@ -266,7 +286,7 @@ def split_rows(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
         return rows.filter(_is_held_back, fn_kwargs=sides | {"wanted": False}), rows.filter(
             _is_held_back, fn_kwargs=sides | {"wanted": True}
         )
-    held_back = [_checksum_share(source.encode(), seed) < share for source in rows["source"][:]]
+    held_back = [_checksum_share(str(index - first_index).encode(), seed) < share for index in rows["row_index"][:]]
     if all(held_back) or not any(held_back):
         raise ValueError(
             f"validation_share {share} of {len(rows)} rows holds back {sum(held_back)}: both parts need rows."

@@ -100,6 +100,34 @@ def test_every_form_in_one_mixture(tmp_path: Path) -> None:
     assert train[5]["source"] == "trl (held) row 0"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_of_data_sets_of_one_name_are_told_apart(tmp_path: Path, streaming: bool) -> None:
+    rows = [question(f"Number {index}") for index in range(10)]
+    rows[3] = {"conversations": []}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.json").write_text(json.dumps(rows))
+        (tmp_path / "subsets" / folder).mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / "subsets" / folder / "train.parquet")
+    subsets = [{"config_name": folder, "data_files": f"{folder}/*.parquet"} for folder in ("a", "b")]
+    (tmp_path / "subsets" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': subsets})}---\n")
+    names = [str(tmp_path / folder / "train.json") for folder in ("a", "b")]
+    names += [{"name": str(tmp_path / "subsets"), "subset": folder} for folder in ("a", "b")]
+    bad_rows = BadRows(max_share=0.2)
+    train, _ = load(names, bad_rows=bad_rows, streaming=streaming, shuffle_buffer_size=0)
+    expected = ["train.json (data set 1)", "train.json (data set 2)", "subsets (a)", "subsets (b)"]
+    if streaming:
+        bad_rows.total = 40
+        bad_rows.add((row["source"], row["problem"]) for row in islice(train, 40) if row["problem"])
+    assert list(bad_rows.reasons) == [f"{name} row 3" for name in expected]
+
+
+def test_a_data_set_that_is_named_twice_is_split_alike(three: list[str]) -> None:
+    train, validation = load([three[1], three[1]], evaluate=True, validation_share=0.2)
+    assert len(validation) == 2 * len({asked(row) for row in validation})
+    assert not {asked(row) for row in train} & {asked(row) for row in validation}
+
+
 def test_names_in_recipes_and_on_the_command_line(tmp_path: Path) -> None:
     def parse(*arguments: str) -> list[DataSource]:
         (data_args,) = TrlParser((DataArguments,)).parse_args_and_config(list(arguments))
