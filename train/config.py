@@ -135,9 +135,11 @@ class MoveKDSFTConfig(SFTConfig):
         language_model (`str`, *optional*): Causal language model (Hub id or folder). `vision_model` and
             `language_model` build a new student; `model_name_or_path` continues one. A language model with experts of
             its own wants `router_aux_loss_coef: 0`.
-        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT).
-        chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`.
-            Stage `pretrain` trains on `plain`, whatever the published template is.
+        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT). A continued
+            student's has to be given, as its experts' settings and `cut_tower`.
+        chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`,
+            which of a continued student is the one it was saved with. Stage `pretrain` trains on `plain`, whatever
+            the published template is.
         teachers (`list[str]`, *optional*): Names of built-in rows, Hub ids, folders, or (in YAML) mappings of
             [`TeacherConfig`]. The one called `clip` gives the token and teacher weights.
         distill (`bool`, defaults to `True`): Whether to distil at all. `False` with `num_experts=0` is plain LLaVA.
@@ -283,6 +285,13 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
         if self.distill and self.freeze_vision_tower:
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
+        tower_trains = self.stage == "finetune" or self.distill or self.num_experts > 0
+        if self.vision_tower_learning_rate is not None and (self.freeze_vision_tower or not tower_trains):
+            raise ValueError(
+                f"`vision_tower_learning_rate` is {self.vision_tower_learning_rate}, but with `freeze_vision_tower` "
+                f"{self.freeze_vision_tower}, stage '{self.stage}', `distill` {self.distill} and `num_experts` "
+                f"{self.num_experts} the tower does not train. Leave it out, or train the tower."
+            )
         self._check_distill_tiles()
         self._check_language_lora()
         if self.push_to_hub and self.hub_strategy != "end":
@@ -318,6 +327,13 @@ class MoveKDSFTConfig(SFTConfig):
                 f"`language_lora_rank` is {self.language_lora_rank} and `language_lora_alpha` "
                 f"{self.language_lora_alpha}; give positive numbers, or rank 0 for no LoRA."
             )
+        settings = {
+            name: getattr(self, name)
+            for name, definition in MoveKDSFTConfig.__dataclass_fields__.items()
+            if name.startswith("language_lora_") and getattr(self, name) not in (definition.default, 0)
+        }
+        if settings and not self.language_lora_rank:
+            raise ValueError(f"`language_lora_rank` is 0, where {settings} do nothing. Set a rank, or leave them out.")
         if not 0 <= self.language_lora_dropout < 1:
             raise ValueError(f"`language_lora_dropout` is {self.language_lora_dropout}; it is a share below 1.")
         if self.language_lora_rank and self.stage != "finetune":

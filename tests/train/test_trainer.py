@@ -250,6 +250,26 @@ def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> Non
         sft.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_aspect_ratio": "anyres"}, r"'image_aspect_ratio': \('pad', 'anyres'\)"),
+        ({"cut_tower": False}, r"'cut_tower': \(True, False\)"),
+        ({"chat_template": "plain"}, "`chat_template` is 'plain', but .* was saved with 'vicuna_v1'.*Set it to 'own'"),
+    ],
+)
+def test_a_continued_student_keeps_what_it_was_built_with(
+    arguments, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    for part in build_student(*arguments()[1:]):
+        part.save_pretrained(tmp_path / "saved")
+    saved = {"model_name_or_path": str(tmp_path / "saved")}
+    with pytest.raises(ValueError, match=message):
+        build_student(*arguments(**saved, **settings)[1:])
+    _, processor = build_student(*arguments(**saved, chat_template="own")[1:])
+    assert processor.chat_template == build_student(*arguments(**saved)[1:])[1].chat_template
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "anyres"])
 def test_rows_without_and_with_several_images(arguments, tmp_path: Path, preset: str, image_aspect_ratio: str) -> None:
