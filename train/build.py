@@ -1,5 +1,6 @@
 """Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -21,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.chat_templates import CHAT_TEMPLATES, set_chat_template
 from modeling_movekd.processing import add_image_token, build_processor
 from train.bad_rows import BadRows
 from train.cached_features import CachedTeacher, FeatureCache, Teacher
@@ -53,6 +55,25 @@ def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
     return settings | {"feature_layer": -2 if args.cut_tower else None}
 
 
+def image_settings(config: MoveKDConfig) -> dict[str, Any]:
+    """What a saved student says of the arguments that decided how its tower sees an image."""
+    return {
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "cut_tower": not config.vision_config.add_pooling_layer,
+    }
+
+
+def _check_chat_template(asked: str, processor: ProcessorMixin, source: str) -> None:
+    templates = {name: set_chat_template(copy.deepcopy(processor), name).chat_template for name in CHAT_TEMPLATES}
+    if asked == "own" or templates.get(asked, asked) == processor.chat_template:
+        return
+    saved = next((name for name, template in templates.items() if template == processor.chat_template), "another")
+    raise ValueError(
+        f"`chat_template` is {asked!r}, but {source} was saved with {saved!r}, which a run that continues it keeps. "
+        "Set it to 'own'."
+    )
+
+
 def build_student(
     args: MoveKDSFTConfig, model_args: ModelArguments
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
@@ -61,7 +82,8 @@ def build_student(
     `language_model`.
 
     Raises:
-        ValueError: if neither or both are given, or the language model has no template of its own to keep.
+        ValueError: if neither or both are given, the saved one was made with other settings or saved with another chat
+            template, or the language model has no template of its own to keep.
     """
     source, parts = model_args.model_name_or_path, (args.vision_model, args.language_model)
     if (source is None and not all(parts)) or (source is not None and any(parts)):
@@ -74,18 +96,19 @@ def build_student(
         model = MoveKDForConditionalGeneration.from_pretrained(
             source, revision=model_args.model_revision, **model_kwargs
         )
-        saved = model.config.vision_config
-        compared = STUDENT_FIELDS if saved.num_experts or args.num_experts else STUDENT_FIELDS[:1]
-        differing = {name: (getattr(saved, name), getattr(args, name)) for name in compared}
+        tower = model.config.vision_config
+        compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
+        saved = {name: getattr(tower, name) for name in compared} | image_settings(model.config)
+        differing = {name: (value, getattr(args, name)) for name, value in saved.items()}
         if differing := {name: values for name, values in differing.items() if values[0] != values[1]}:
             raise ValueError(
                 f"{source} was made with other settings than this run asks for (saved, asked): {differing}. They are "
                 "part of the student and cannot be changed: give the saved ones."
             )
         # Else the tokenizer would ask at the terminal whether to run the model's code, which it has no use for
-        return model, AutoProcessor.from_pretrained(
-            source, revision=model_args.model_revision, trust_remote_code=False
-        )
+        processor = AutoProcessor.from_pretrained(source, revision=model_args.model_revision, trust_remote_code=False)
+        _check_chat_template(args.chat_template, processor, source)
+        return model, processor
 
     # The new weights (experts, routers, projector) depend on the seed alone
     set_seed(args.seed)
@@ -200,10 +223,11 @@ def fit_feature_statistics(
 ) -> None:
     """
     The first pass over a sample of the data that measures the teachers' features, where the distiller needs it. Every
-    process measures the same sample and so gets the same statistics.
+    process measures the same sample and so gets the same statistics. Of a stream, which has no end, at least the first
+    image has to be among as many rows as the run reads.
 
     Raises:
-        ValueError: if the data has no images.
+        ValueError: if the data has no images, or too many bad rows.
     """
     if distiller is None or not distiller.needs_statistics:
         return
@@ -217,9 +241,12 @@ def fit_feature_statistics(
 
     def sample() -> Iterator[dict[str, Any]]:
         left = args.feature_statistics_images
-        for row in shuffled():
-            if left <= 0:
+        last = args.max_steps * args.rows_per_step if isinstance(dataset, IterableDataset) else len(dataset)
+        for number, row in enumerate(shuffled()):
+            if left <= 0 or (left == args.feature_statistics_images and number >= last):
                 return
+            if bad_rows is not None and row.get("problem") is not None:
+                bad_rows.add([(row["source"], row["problem"])])
             if row["images"]:
                 left -= len(row["images"])
                 yield row
@@ -262,7 +289,9 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     experts = model.config.vision_config.num_experts > 0
     for name, parameter in model.named_parameters():
         is_expert = "expert" in name or "router" in name
-        if "vision_tower." in name:
+        if "distiller." in name:  # first, as its parts have the teachers' names, which may be those of the student's
+            trains = True
+        elif "vision_tower." in name:
             behind = any(part in name for part in unused)
             balanced = experts and bool(args.lambda_balance) and "post_layernorm." not in name
             if last in name:
@@ -288,10 +317,10 @@ def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, 
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        if "vision_tower." in name:
-            group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
-        elif "distiller." in name:
+        if "distiller." in name:
             group = "distiller"
+        elif "vision_tower." in name:
+            group = "experts and routers" if "expert" in name or "router" in name else "vision tower"
         elif "language_model." in name or "lm_head." in name:
             group = "LoRA of the language model" if ".lora_" in name else "language model"
         else:

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from modeling_movekd.images import colour, decode_image, pad_to_square, shared_crop
+from train.conversations import STAND_IN
 from train.teacher_preprocessing import TeacherPreprocessor
 from train.tiles import cut_tiles
 
@@ -23,8 +24,6 @@ IGNORE_INDEX = -100
 GEOMETRIES = ("shared", "per_teacher")
 LABEL_RULES = ("answers", "released")
 DISTILL_TILES = ("base", "all")
-# Stands in for a row that cannot be used: nothing of it is trained on, but the batch keeps its number of rows.
-STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 # What stands between a question and its answer in `vicuna_v1`.
 ANSWER_SEPARATOR = " ASSISTANT: "
 

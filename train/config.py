@@ -68,13 +68,15 @@ class DataArguments:
             one behind the other. In YAML each may be a mapping of [`train.data.DataSource`]: `name`, and if need be
             `weight`, `image_folder`, `subset`, `split`. With weights the mixture is drawn by them.
         mixture_stopping_strategy (`str`, defaults to `"first_exhausted"`): When a weighted mixture ends: with the
-            first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`).
+            first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`). In a
+            stream it does not end: each data set begins again by itself.
         dataset_train_split, dataset_test_split (`str`): Splits of a data set that has several.
         validation_share (`float`, defaults to 0): Share of the rows that is held back to evaluate on, instead of
             `dataset_test_split`. Evaluation during training is turned on by `eval_strategy`.
         image_folder (`str`, *optional*): Where the paths in the data's `image` field start.
         streaming (`bool`, defaults to `False`): Read rows as they are needed; wants `max_steps`.
-        shuffle_buffer_size (`int`, defaults to 1000): Rows of a stream among which the next is drawn; 0 keeps order.
+        shuffle_buffer_size (`int`, defaults to 1000): Rows of a stream (of each data set in a weighted mixture) among
+            which the next is drawn; 0 keeps order.
         max_bad_row_share (`float`, defaults to 0.01): Share of unusable rows above which the run stops. In a stream
             it is of the rows that the run will read.
         max_bad_rows (`int`, *optional*): Number of unusable rows above which the run stops, besides the share.
@@ -131,10 +133,13 @@ class MoveKDSFTConfig(SFTConfig):
             projector; `"finetune"` everything but the teachers.
         vision_model (`str`, *optional*): CLIP checkpoint (Hub id or folder) that becomes the student.
         language_model (`str`, *optional*): Causal language model (Hub id or folder). `vision_model` and
-            `language_model` build a new student; `model_name_or_path` continues one.
-        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT).
-        chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`.
-            Stage `pretrain` trains on `plain`, whatever the published template is.
+            `language_model` build a new student; `model_name_or_path` continues one. A language model with experts of
+            its own wants `router_aux_loss_coef: 0`.
+        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"` (LLaVA-1.5) or `"anyres"` (LLaVA-NeXT). A continued
+            student's has to be given, as its experts' settings and `cut_tower`.
+        chat_template (`str`, defaults to `"vicuna_v1"`): `"vicuna_v1"`, `"plain"`, or the tokenizer's own if `"own"`,
+            which of a continued student is the one it was saved with. Stage `pretrain` trains on `plain`, whatever
+            the published template is.
         teachers (`list[str]`, *optional*): Names of built-in rows, Hub ids, folders, or (in YAML) mappings of
             [`TeacherConfig`]. The one called `clip` gives the token and teacher weights.
         distill (`bool`, defaults to `True`): Whether to distil at all. `False` with `num_experts=0` is plain LLaVA.
@@ -280,6 +285,13 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
         if self.distill and self.freeze_vision_tower:
             raise ValueError("`freeze_vision_tower` leaves nothing to distil into. Set `distill: false`, or unfreeze.")
+        tower_trains = self.stage == "finetune" or self.distill or self.num_experts > 0
+        if self.vision_tower_learning_rate is not None and (self.freeze_vision_tower or not tower_trains):
+            raise ValueError(
+                f"`vision_tower_learning_rate` is {self.vision_tower_learning_rate}, but with `freeze_vision_tower` "
+                f"{self.freeze_vision_tower}, stage '{self.stage}', `distill` {self.distill} and `num_experts` "
+                f"{self.num_experts} the tower does not train. Leave it out, or train the tower."
+            )
         self._check_distill_tiles()
         self._check_language_lora()
         if self.push_to_hub and self.hub_strategy != "end":
@@ -315,6 +327,13 @@ class MoveKDSFTConfig(SFTConfig):
                 f"`language_lora_rank` is {self.language_lora_rank} and `language_lora_alpha` "
                 f"{self.language_lora_alpha}; give positive numbers, or rank 0 for no LoRA."
             )
+        settings = {
+            name: getattr(self, name)
+            for name, definition in MoveKDSFTConfig.__dataclass_fields__.items()
+            if name.startswith("language_lora_") and getattr(self, name) not in (definition.default, 0)
+        }
+        if settings and not self.language_lora_rank:
+            raise ValueError(f"`language_lora_rank` is 0, where {settings} do nothing. Set a rank, or leave them out.")
         if not 0 <= self.language_lora_dropout < 1:
             raise ValueError(f"`language_lora_dropout` is {self.language_lora_dropout}; it is a share below 1.")
         if self.language_lora_rank and self.stage != "finetune":
@@ -334,6 +353,11 @@ class MoveKDSFTConfig(SFTConfig):
                 "be trained themselves. Set a rank."
             )
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def batch_summary(self) -> str:
         """
         One sentence for the log: how the global batch comes about.
@@ -341,7 +365,7 @@ class MoveKDSFTConfig(SFTConfig):
         Raises:
             ValueError: if it is not the `global_batch_size` asked for, as where one process drives several GPUs.
         """
-        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        rows = self.rows_per_step
         if self.global_batch_size not in (None, rows):
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but a step takes {rows} rows: "

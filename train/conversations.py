@@ -26,6 +26,9 @@ FEATURES = Features(
         "problem": Value("string"),
     }
 )
+# Stands in for a row that cannot be used: nothing of it is trained on, but the batch keeps its number of rows, and a
+# look at the first row of a stream finds messages.
+STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 
 
 class _BadRow(Exception):
@@ -41,7 +44,7 @@ def convert_row(
     sharded: bool = False,
     version: int | None = None,
 ) -> dict[str, Any]:
-    """One source row in the form of `FEATURES`; a bad row gets its `problem`, and neither messages nor images.
+    """One source row in the form of `FEATURES`; a bad row gets its `problem`, stand-in messages and no images.
 
     Args:
         row: mapping of LLaVA's or TRL's fields, with a field `line` alone a line of JSON Lines.
@@ -80,7 +83,7 @@ def convert_row(
         _check_roles(messages)
         length = max(length, 1) if images else -max(length, 1)
     except _BadRow as reason:
-        messages, images, length, problem = [], [], 0, str(reason)
+        messages, images, length, problem = STAND_IN, [], 0, str(reason)
     return {
         "messages": messages,
         "images": images,

@@ -84,8 +84,10 @@ def load_train_and_validation(
 
     Without weights the data sets are put one behind the other. With weights each next row is drawn from a data set by
     its weight, in the order of that data set, until one (`first_exhausted`) or all of them (`all_exhausted`, the
-    shorter ones repeated) are used up. The order depends on the seed alone. A row is held back for validation by a
-    checksum of its place in its data set (in a stream: of its content) and the seed, whatever else is in the mixture.
+    shorter ones repeated) are used up. A stream of training rows has no end, so that no process runs out of rows
+    before the others: where it is used up it begins again, in the same order, with weights each data set by itself.
+    The order depends on the seed alone. A row is held back for validation by a checksum of its place in its data set
+    (in a stream: of its content) and the seed, whatever else is in the mixture.
 
     Args:
         data_args: what to load.
@@ -96,8 +98,7 @@ def load_train_and_validation(
 
     Returns:
         Rows as of [`load_conversations`]; in a stream of training rows also bad ones with their `problem`, which the
-        collator passes on. That stream begins again at its end, in the same order, so that no process runs out of
-        rows before the others. `None` instead of the second without `evaluate`.
+        collator passes on. `None` instead of the second without `evaluate`.
 
     Raises:
         ValueError: as [`load_conversations`], for a split that leaves either side empty, or rows held back for an
@@ -108,28 +109,28 @@ def load_train_and_validation(
         raise ValueError(f"validation_share {share} holds rows back, but eval_strategy is 'no': set one or the other.")
     sources = data_sources(data_args)
     train, validation = [], []
-    for source in sources:
-        rows = _load(source, source.split, data_args, bad_rows, num_proc)
+    for number, source in enumerate(sources):
+        first_index = bad_rows.total
+        rows = _load(sources, number, source.split, data_args, bad_rows, num_proc)
         if evaluate and share:
-            rows, held_back = split_rows(rows, share, seed)
+            rows, held_back = split_rows(rows, share, seed, first_index)
             validation.append(held_back)
         elif evaluate:
-            validation.append(_load(source, data_args.dataset_test_split, data_args, bad_rows, num_proc))
+            validation.append(_load(sources, number, data_args.dataset_test_split, data_args, bad_rows, num_proc))
         train.append(rows)
     weights = [source.weight for source in sources if source.weight is not None]
-    mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
     if len(train) > 1 and weights:
         mixture = interleave_datasets(
-            train,
+            # A stream's mixture would else end with its shortest part, and begin the others again at the same rows
+            [_endless(rows, data_args.shuffle_buffer_size, seed) for rows in train] if data_args.streaming else train,
             probabilities=[weight / sum(weights) for weight in weights],
             seed=seed,
             stopping_strategy=data_args.mixture_stopping_strategy,
         )
-    if data_args.streaming:
-        if data_args.shuffle_buffer_size > 1:
-            mixture = mixture.shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
-        # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
-        mixture = mixture.repeat(None)
+    else:
+        mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
+        if data_args.streaming:
+            mixture = _endless(mixture, data_args.shuffle_buffer_size, seed)
     if not validation:
         return mixture, None
     held_back = concatenate_datasets(validation)
@@ -140,17 +141,41 @@ def load_train_and_validation(
 
 
 def _load(
-    source: DataSource, split: str | None, data_args: DataArguments, bad_rows: BadRows, num_proc: int | None
+    sources: Sequence[DataSource],
+    number: int,
+    split: str | None,
+    data_args: DataArguments,
+    bad_rows: BadRows,
+    num_proc: int | None,
 ) -> Any:
+    source, split = sources[number], split or "train"
+    names = [_report_name(each.name, split, each.subset) for each in sources]
+    alone = names.count(names[number]) == 1
     return load_conversations(
         source.name,
         source.image_folder,
-        split or "train",
+        split,
         subset=source.subset,
         streaming=data_args.streaming,
         bad_rows=bad_rows,
         num_proc=num_proc,
+        name=names[number] if alone else f"{names[number]} (data set {number + 1})",
     )
+
+
+def _report_name(source: Any, split: str, subset: str | None) -> str:
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    name = "" if path is None else path.name if path.exists() else str(source)
+    parts = [part for part in (subset, None if split == "train" else split) if part]
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def _endless(stream: IterableDataset, buffer_size: int, seed: int) -> IterableDataset:
+    """The stream shuffled, and begun again at its end."""
+    if buffer_size > 1:
+        stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
+    # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
+    return stream.repeat(None)
 
 
 def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -166,6 +191,7 @@ def load_conversations(
     subset: str | None = None,
     streaming: bool = False,
     bad_rows: BadRows | None = None,
+    name: str | None = None,
 ) -> Dataset | IterableDataset:
     """Read a data set and give its usable rows as messages and undecoded images. No image file is opened.
 
@@ -187,6 +213,8 @@ def load_conversations(
         subset: configuration of a Hub data set that has several.
         streaming: read rows when they are asked for; bad ones are then passed on with their `problem`.
         bad_rows: counts the bad rows, over several calls and over a run. Its `total` grows by the rows read here.
+        name: what a report calls the data set, different for every call with one `bad_rows`; by default its file,
+            folder or id, with subset and split.
 
     Returns:
         `Dataset`, or `IterableDataset` if `streaming`, with the columns `messages` (role, and content as a list of
@@ -207,8 +235,7 @@ def load_conversations(
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"There is no image folder {folder}.")
     rows = open_rows(source, split, subset, streaming)
-    name = "" if path is None else path.name if path.exists() else str(source)
-    name += "" if split == "train" else f" ({split})"
+    name = _report_name(source, split, subset) if name is None else name
     place: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
         names = rows.column_names or list(next(iter(rows), {}))
@@ -245,10 +272,11 @@ def load_conversations(
     return _without_bad_rows(converted, bad_rows)
 
 
-def split_rows(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tuple[Any, Any]:
     """Two parts of a data set: about `1 - share` of the rows, and the others.
 
-    On which side a row comes depends on the seed and on its `source`, or, in a stream, on its content alone.
+    On which side a row comes depends on the seed and on its `row_index`, counted from `first_index`, or, in a stream,
+    on its content alone.
 
     Raises:
         ValueError: if either part is empty (in a stream this is not known).
@@ -258,7 +286,7 @@ def split_rows(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
         return rows.filter(_is_held_back, fn_kwargs=sides | {"wanted": False}), rows.filter(
             _is_held_back, fn_kwargs=sides | {"wanted": True}
         )
-    held_back = [_checksum_share(source.encode(), seed) < share for source in rows["source"][:]]
+    held_back = [_checksum_share(str(index - first_index).encode(), seed) < share for index in rows["row_index"][:]]
     if all(held_back) or not any(held_back):
         raise ValueError(
             f"validation_share {share} of {len(rows)} rows holds back {sum(held_back)}: both parts need rows."

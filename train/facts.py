@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hub.card import CARD_NAME, is_generated, write_card
 from hub.run_facts import TRAINING_FACTS_NAME, public_name, read_json, read_training_facts, without_paths
+from train.build import image_settings
 from train.cached_features import CachedTeacher, FeatureCache
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data import data_sources
@@ -192,11 +193,14 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
     evaluated = {name: last[name] for name in last if name.startswith("eval_") and name.split("_")[-1] != "second"}
     evaluated.pop("eval_runtime", None)
     caches = [teacher.cache for teacher in trainer.teachers.values() if isinstance(teacher, CachedTeacher)]
+    # As the student is, and not as it was asked for: a trainer may be given one of other settings
+    images = image_settings(trainer.model.config)
     facts: dict[str, Any] = {
         "stage": args.stage,
         "distillation_preset": args.distillation_preset if args.distill else None,
-        "knobs": args.knobs(),
-        "hyperparameters": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        "knobs": args.knobs() | {"cut_tower": images["cut_tower"]},
+        "hyperparameters": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+        | {"image_aspect_ratio": images["image_aspect_ratio"]},
         "vision_model": public_name(args.vision_model) if args.vision_model else None,
         "language_model": public_name(args.language_model) if args.language_model else None,
         "teachers": [teacher_facts(teacher.config) for teacher in trainer.teachers.values()],
@@ -209,7 +213,7 @@ def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
         "language_model_learning_rate": args.language_model_learning_rate,
         "language_lora": language_lora_facts(trainer.model, args),
         "feature_cache": cache_facts(caches[0]) if caches else None,
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "global_batch_size": args.rows_per_step,
         "seed": args.seed,
         "losses": {name: last[name] for name in last if name in LOSSES or name.startswith("kd/")},
         "evaluation": {"rows": _length(trainer.eval_dataset), "metrics": evaluated} if evaluated else None,

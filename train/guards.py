@@ -15,8 +15,9 @@ STEPS_WATCHED = 10
 class GradientGuard(TrainerCallback):
     """
     Raises if a trainable parameter has no gradient after the first step, or a gradient of exactly zero throughout the
-    first ten. Each expert of a packed tensor counts by itself, and is excused where it got no token. (Under `zero`
-    initialisation the first step's gradient of every down-projection is exactly zero, hence ten.)
+    first ten that have an image (text alone does not reach tower and projector). Each expert of a packed tensor counts
+    by itself, and is excused where it got no token. (Under `zero` initialisation the first step's gradient of every
+    down-projection is exactly zero, hence ten.)
 
     Gradients are seen by hooks on the parameters, since DeepSpeed leaves no `.grad` behind; FSDP2 leaves nothing else.
 
@@ -40,7 +41,8 @@ class GradientGuard(TrainerCallback):
         self.reached: set[str] = set()
         self.nonzero: dict[str, torch.Tensor] = {}
         self.expert_tokens: torch.Tensor | None = None
-        self.steps = 0
+        self.has_images = True
+        self.steps, self.steps_with_images = 0, 0
         self.handles = [
             parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
             for name, parameter in self.parameters.items()
@@ -65,6 +67,11 @@ class GradientGuard(TrainerCallback):
         if self.handles:
             self.expert_tokens = expert_tokens if self.expert_tokens is None else self.expert_tokens + expert_tokens
 
+    def count_images(self, images: torch.Tensor) -> None:
+        """Take the number of images in the text of the coming step, summed over all processes."""
+        if self.handles:
+            self.has_images = bool(images)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
@@ -88,14 +95,15 @@ class GradientGuard(TrainerCallback):
                     "not depend on them: freeze them, or correct the recipe (see `lambda_kd`, `lambda_balance`, "
                     "`router_gradient`)."
                 )
-        if self.steps == STEPS_WATCHED:
+        self.steps_with_images += self.has_images
+        if self.steps_with_images == STEPS_WATCHED:
             for handle in self.handles:
                 handle.remove()
             self.handles = []
             if zero := self._zero_parameters():
                 raise ValueError(
                     f"{len(zero)} trainable parameters had a gradient of exactly zero in each of the first "
-                    f"{STEPS_WATCHED} steps: {zero}. Freeze them, or correct what cuts them off."
+                    f"{STEPS_WATCHED} steps with images: {zero}. Freeze them, or correct what cuts them off."
                 )
 
     def _zero_parameters(self) -> list[str]:

@@ -3,11 +3,13 @@
 import logging
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import IterableDataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
@@ -95,18 +97,25 @@ class PictureCallback(TrainerCallback):
         Pixels of the first images of the data, and what the teachers say of them.
 
         Raises:
-            ValueError: if the data has no image.
+            ValueError: if the data has no image, in a stream among the rows that the run reads; or too many bad rows.
         """
         trainer = self.trainer
         dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+        last = None
+        if dataset is trainer.train_dataset and isinstance(dataset, IterableDataset):
+            # It has no end, but the run reads no more rows
+            last = trainer.args.max_steps * trainer.args.rows_per_step
         pixels: list[torch.Tensor] = []
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
-        for row in dataset:
+        for row in islice(dataset, last):
             if len(pixels) >= count:
                 break
+            if row.get("problem") is not None:
+                trainer.bad_rows.add([(row["source"], row["problem"])])
             if not row.get("images"):
                 continue
             batch = trainer.data_collator([row])
+            trainer.bad_rows.add(batch["bad_rows"])
             images = len(batch["pixel_values"]) - batch["num_blank_images"]
             # Of the tiles of anyres the first, which is the whole image
             of_row = batch["pixel_values"] if batch["pixel_values"].dim() == 4 else batch["pixel_values"][:, 0]

@@ -90,6 +90,11 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         prepare_fsdp(self.accelerator)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but LLaVA-NeXT's forward does not pass on "
+                "the router logits of a language model with experts, which that loss is computed from. Set it to 0."
+            )
         add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
@@ -114,19 +119,24 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in Trainer, counting the images of the whole step besides its tokens, over all processes."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._images = self._count(batch_samples, device)
+        self._images, shown = self._count(batch_samples, device)
+        self.gradient_guard.count_images(shown)
         self._images_since_log += self._images
         return batch_samples, num_items_in_batch
 
-    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Images in these batches of all processes. Takes out their bad rows, too many of which stop the run."""
+    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Images in these batches of all processes: those that are distilled, and those in the text. Takes out their bad
+        rows, too many of which stop the run.
+        """
         found = [row for batch in batches for row in batch.pop("bad_rows", [])]
         images = sum((batch["image_weights"].sum() for batch in batches), torch.zeros((), device=device))
-        counts = torch.stack([images, torch.tensor(float(len(found)), device=device)])
-        images, bad = self.accelerator.reduce(counts, reduction="sum")
+        shown = sum(len(batch["image_weights"]) - batch["num_blank_images"] for batch in batches)
+        counts = torch.stack([images, *torch.tensor([float(shown), float(len(found))], device=device)])
+        images, shown, bad = self.accelerator.reduce(counts, reduction="sum")
         if bad:
             self.bad_rows.add_from_all(found)
-        return images
+        return images, shown
 
     def compute_loss(
         self,
@@ -220,10 +230,12 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             "lm_head.": self.args.language_model_learning_rate,
             ".lora_": self.args.language_lora_learning_rate,
         }
+        # The distiller's parts have the teachers' names, which may be those of the student's
+        student = {name: value for name, value in self.model.named_parameters() if "distiller." not in name}
         for part, rate in rates.items():
             if not is_new or rate is None:
                 continue
-            parameters = {id(value) for name, value in self.model.named_parameters() if part in name}
+            parameters = {id(value) for name, value in student.items() if part in name}
             for group in list(optimizer.param_groups):
                 own = [value for value in group["params"] if id(value) in parameters]
                 group["params"] = [value for value in group["params"] if id(value) not in parameters]

@@ -208,6 +208,31 @@ def test_training_from_a_stream(arguments, spoiled: Path, tmp_path: Path) -> Non
         sft.train(data_args, args, model_args)
 
 
+def test_a_stream_may_begin_with_a_bad_row(arguments, tmp_path: Path) -> None:
+    rows = llava_rows(12)
+    rows[0]["conversations"] = []
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    data_args, args, model_args = arguments(dataset_name=str(tmp_path / "rows"))
+    data_args.streaming, data_args.shuffle_buffer_size, data_args.max_bad_row_share = True, 0, 0.2
+    trainer = sft.train(data_args, args, model_args)
+    assert trainer.state.global_step == 3 and trainer.bad_rows.reasons.keys() == {"rows row 0"}
+
+
+@pytest.mark.parametrize("settings", [{"distillation_preset": "student_heads"}, {"visualize_steps": 1}])
+@pytest.mark.parametrize("malformed", [True, False])
+def test_a_stream_without_images_ends(arguments, tmp_path: Path, settings: dict[str, Any], malformed: bool) -> None:
+    """The statistics of the teachers and the pictures look for one before the first step."""
+    rows = llava_rows(12, text_only=() if malformed else tuple(range(12)))
+    for row in rows if malformed else ():
+        row["conversations"] = []
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    data_args, args, model_args = arguments(dataset_name=str(tmp_path / "rows"), **settings)
+    data_args.streaming = True
+    reason = "1 of 12 rows cannot be used" if malformed else "give some images|no image to draw"
+    with pytest.raises(ValueError, match=reason):
+        sft.train(data_args, args, model_args)
+
+
 @pytest.mark.parametrize("settings", [{"max_steps": -1}, {"group_by_modality_length": True}])
 def test_what_a_stream_cannot_do(arguments, spoiled: Path, settings: dict[str, Any]) -> None:
     data_args, args, model_args = arguments(dataset_name=str(spoiled), **settings)

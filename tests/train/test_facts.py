@@ -12,11 +12,12 @@ import pytest
 from colours import llava_rows
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from trainers import build_trainer
 
 from hub.card import check_card, is_generated, write_card
 from train import sft
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.facts import cached_commit, noted_license, run_facts, teacher_facts, update_card
+from train.facts import cached_commit, noted_license, run_facts, teacher_facts, training_facts, update_card
 from train.teachers import resolve_teacher
 
 
@@ -175,6 +176,17 @@ def test_a_card_of_the_users_stays(stages: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "run" / "README.md").write_text("Mine.")
     update_card(tmp_path / "run", MoveKDSFTConfig(str(tmp_path / "run"), distill=False, bf16=False))
     assert (tmp_path / "run" / "README.md").read_text() == "Mine."
+
+
+def test_facts_are_of_the_student_that_is_there(arguments) -> None:
+    """Also of a trainer put together by hand, whose arguments nobody has compared."""
+    data_args, args, model_args = arguments()
+
+    def ask_for_others(*parts: Any) -> None:
+        args.image_aspect_ratio, args.cut_tower = "anyres", False
+
+    facts = training_facts(build_trainer(data_args, args, model_args, prepare=ask_for_others))
+    assert (facts["hyperparameters"]["image_aspect_ratio"], facts["knobs"]["cut_tower"]) == ("pad", True)
 
 
 def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from colours import llava_rows
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
@@ -52,6 +54,18 @@ def test_gradient_of_zero_throughout(train) -> None:
     with pytest.raises(ValueError, match="exactly zero in each of the first 10 steps.*distiller.vit.channels.weight"):
         train(clip_share=1.0, max_steps=STEPS_WATCHED)
     train(clip_share=1.0, max_steps=STEPS_WATCHED - 1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_steps_of_text_alone_are_not_watched(train, tmp_path: Path, preset: str) -> None:
+    """Also where black images are distilled in them, which the projector has no part in."""
+    rows = llava_rows(4 * (11 + STEPS_WATCHED), text_only=tuple(range(44)))
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    data = {"dataset_name": str(tmp_path / "rows"), "train_sampling_strategy": "sequential", "max_length": None}
+    trainer = train(**data, distillation_preset=preset, max_steps=11)
+    assert trainer.gradient_guard.handles, "it goes on looking until there have been images"
+    with pytest.raises(ValueError, match="first 10 steps with images.*distiller.vit.channels.weight"):
+        train(**data, distillation_preset="paper", clip_share=1.0, max_steps=11 + STEPS_WATCHED)
 
 
 def test_expert_cut_off(train) -> None:
@@ -114,6 +128,8 @@ def test_replaced_forward(train) -> None:
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"teachers": None}, "`teachers` is empty"),
         ({"freeze_vision_tower": True}, "nothing to distil into"),
+        ({"freeze_vision_tower": True, "distill": False, "vision_tower_learning_rate": 1e-6}, "does not train"),
+        ({"stage": "pretrain", "num_experts": 0, "distill": False, "vision_tower_learning_rate": 1e-6}, "not train"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"stage": "pretrian"}, "`stage` is 'pretrian'; choose one of .*'pretrain'"),
         ({"head_side": "left"}, "`head_side` is 'left'"),

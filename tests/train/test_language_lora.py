@@ -165,6 +165,9 @@ def test_target_modules(arguments) -> None:
     [
         ({"language_lora_rank": 4, "stage": "pretrain"}, "language_lora_rank` is 4, but stage 'pretrain'"),
         ({"load_in_4bit": True}, "`load_in_4bit` is true, but `language_lora_rank` is 0"),
+        ({"language_lora_learning_rate": 2e-4, "language_lora_alpha": 64}, "rank` is 0, where .*alpha': 64, .*0.0002"),
+        ({"language_lora_target_modules": ["q_proj"]}, r"rank` is 0, where .*\['q_proj'\]"),
+        ({"language_lora_dropout": 0.1}, "rank` is 0, where .*'language_lora_dropout': 0.1"),
         ({"language_lora_rank": -1}, "`language_lora_rank` is -1"),
         ({"language_lora_rank": 4, "language_lora_alpha": 0}, "`language_lora_alpha` 0"),
         ({"language_lora_rank": 4, "language_lora_dropout": 1.0}, "`language_lora_dropout` is 1.0"),
@@ -285,7 +288,7 @@ def test_tied_head_biases_and_mixed_precision(runs, parts: dict[str, str], tmp_p
 
 def test_resuming_without_lora_raises(resume) -> None:
     with pytest.raises(ValueError, match="with LoRA of the language model, but `language_lora_rank` is 0"):
-        resume(language_lora_rank=0)
+        resume(language_lora_rank=0, language_lora_dropout=0.0)
 
 
 def test_shards_are_one_model(runs, resume) -> None:

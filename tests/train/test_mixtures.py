@@ -100,6 +100,34 @@ def test_every_form_in_one_mixture(tmp_path: Path) -> None:
     assert train[5]["source"] == "trl (held) row 0"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_of_data_sets_of_one_name_are_told_apart(tmp_path: Path, streaming: bool) -> None:
+    rows = [question(f"Number {index}") for index in range(10)]
+    rows[3] = {"conversations": []}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.json").write_text(json.dumps(rows))
+        (tmp_path / "subsets" / folder).mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / "subsets" / folder / "train.parquet")
+    subsets = [{"config_name": folder, "data_files": f"{folder}/*.parquet"} for folder in ("a", "b")]
+    (tmp_path / "subsets" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': subsets})}---\n")
+    names = [str(tmp_path / folder / "train.json") for folder in ("a", "b")]
+    names += [{"name": str(tmp_path / "subsets"), "subset": folder} for folder in ("a", "b")]
+    bad_rows = BadRows(max_share=0.2)
+    train, _ = load(names, bad_rows=bad_rows, streaming=streaming, shuffle_buffer_size=0)
+    expected = ["train.json (data set 1)", "train.json (data set 2)", "subsets (a)", "subsets (b)"]
+    if streaming:
+        bad_rows.total = 40
+        bad_rows.add((row["source"], row["problem"]) for row in islice(train, 40) if row["problem"])
+    assert list(bad_rows.reasons) == [f"{name} row 3" for name in expected]
+
+
+def test_a_data_set_that_is_named_twice_is_split_alike(three: list[str]) -> None:
+    train, validation = load([three[1], three[1]], evaluate=True, validation_share=0.2)
+    assert len(validation) == 2 * len({asked(row) for row in validation})
+    assert not {asked(row) for row in train} & {asked(row) for row in validation}
+
+
 def test_names_in_recipes_and_on_the_command_line(tmp_path: Path) -> None:
     def parse(*arguments: str) -> list[DataSource]:
         (data_args,) = TrlParser((DataArguments,)).parse_args_and_config(list(arguments))
@@ -202,9 +230,9 @@ def test_a_stream_gives_the_rows_of_the_data_set(shards: str) -> None:
     stream = load_conversations(shards, streaming=True)
     assert isinstance(stream, IterableDataset)
     rows = list(stream)
-    assert [row.pop("problem") for row in rows if row["problem"]] == ["'conversations' is not a list of turns"]
+    assert [row["problem"] for row in rows if row["problem"]] == ["'conversations' is not a list of turns"]
     whole = load_conversations(shards, max_bad_row_share=0.1)
-    for row, expected in zip([row for row in rows if row["messages"]], whole, strict=True):
+    for row, expected in zip([row for row in rows if row["problem"] is None], whole, strict=True):
         for name in ("messages", "images", "modality_length"):
             assert row[name] == expected[name]
     assert rows[10]["source"].startswith("shards row ") and rows[10]["source"].endswith("of its shard (id colour-10)")
@@ -264,6 +292,20 @@ def test_streams_mix_by_weight(three: list[str]) -> None:
     train, _ = load(weighted, streaming=True)
     counts = Counter(asked(row)[0] for row in islice(train, 100))
     assert counts["b"] == pytest.approx(70, abs=15)
+
+
+@pytest.mark.parametrize("buffer_size", [0, 8])
+def test_each_data_set_of_a_weighted_stream_is_repeated_by_itself(three: list[str], buffer_size: int) -> None:
+    weighted = [{"name": name, "weight": 1} for name in three[:2]]
+    train, _ = load(weighted, streaming=True, shuffle_buffer_size=buffer_size)
+    rows = [asked(row) for row in islice(train, 600)]
+    for letter, count in (("a", 30), ("b", 300)):
+        own = [text for text in rows if text[0] == letter]
+        assert len(own) == pytest.approx(300, abs=50)
+        for start in range(0, len(own), count):
+            one_pass = own[start : start + count]
+            assert len(set(one_pass)) == len(one_pass), "no row twice before each has come once"
+    assert [asked(row) for row in islice(train, 600)] == rows, "what a resumed run skips is what was trained on"
 
 
 def test_an_empty_stream_is_refused(tmp_path: Path) -> None:

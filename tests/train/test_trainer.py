@@ -12,11 +12,11 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trainers import build_trainer
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
 from train import sft
-from train.build import build_student
+from train.build import build_student, parameter_groups
 from train.trainer import MoveKDTrainer
 
 
@@ -93,6 +93,21 @@ def test_a_language_model_without_a_head_is_refused(arguments, parts: dict[str, 
         build_student(*arguments(language_model=str(tmp_path / "language"))[1:])
 
 
+def test_a_language_model_with_experts(arguments, parts: dict[str, str], tmp_path: Path) -> None:
+    """Its own balance loss is refused; without it the model trains."""
+    tokenizer = AutoTokenizer.from_pretrained(parts["language"])
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts, vocab_size=len(tokenizer)))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "language")
+    with pytest.raises(ValueError, match="`router_aux_loss_coef` is 0.001, but .* Set it to 0"):
+        train(*arguments(language_model=str(tmp_path / "language")))
+    snapshot = Snapshot()
+    trainer = train(*arguments(language_model=str(tmp_path / "language"), router_aux_loss_coef=0.0), [snapshot])
+    assert snapshot.changed(trainer.model) == set(snapshot.before)
+
+
 def test_loss_is_the_weighted_sum_of_its_terms(arguments) -> None:
     _, args, _ = settings = arguments(lambda_kd=0.3, lambda_balance=0.2)
     trainer = train(*settings)
@@ -163,6 +178,20 @@ def test_tower_and_language_model_have_their_own_learning_rates(arguments) -> No
         assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
 
 
+def test_teachers_called_as_parts_of_the_student(arguments, parts: dict[str, str]) -> None:
+    teachers = [{"name": "clip", "model": parts["clip"]}]
+    teachers += [{"name": name, "model": parts["vit"]} for name in ("vision_tower", "language_model", "lm_head")]
+    trainer = build_trainer(*arguments(stage="pretrain", teachers=teachers, vision_tower_learning_rate=5e-5))
+    distiller = dict(trainer.model.distiller.named_parameters())
+    assert {name.split(".")[0] for name in distiller} == {"vision_tower", "language_model", "lm_head"}
+    assert all(value.requires_grad for value in distiller.values())
+    trained, frozen = parameter_groups(trainer.model)
+    assert trained["distiller"] == sum(value.numel() for value in distiller.values()) and "distiller" not in frozen
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(value): group["lr"] for group in groups for value in group["params"]}
+    assert {rates[id(value)] for value in distiller.values()} == {1e-3}
+
+
 @pytest.mark.parametrize("settings", [{"stage": "pretrain"}, {"language_lora_rank": 4}])
 def test_a_rate_of_a_frozen_language_model_is_refused(arguments, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="own weights do not train"):
@@ -183,10 +212,9 @@ def test_saved_folder(arguments, tmp_path: Path) -> None:
         assert facts["knobs"]["head_side"] == "teacher" and facts["losses"]["text"] > 0
         assert [teacher["name"] for teacher in facts["teachers"]] == ["clip", "vit"]
         assert (folder / "processor_config.json").is_file() and (folder / "modeling_movekd.py").is_file()
-    assert torch.equal(
-        heads["vit.channels.weight"], load_file(folder / "distiller.safetensors")["vit.channels.weight"]
-    )
-    assert trainer.model.distiller.state_dict().keys() == heads.keys()
+    live, saved = trainer.model.distiller.state_dict(), load_file(tmp_path / "output" / "distiller.safetensors")
+    assert live.keys() == saved.keys() and all(torch.equal(value, saved[key]) for key, value in live.items())
+    assert not torch.equal(saved["vit.channels.weight"], heads["vit.channels.weight"]), "of the step before"
 
 
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
@@ -220,6 +248,26 @@ def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> Non
     sft.train(*arguments(stage="pretrain", max_steps=1))
     with pytest.raises(ValueError, match=r"'lora_rank': \(4, 8\)"):
         sft.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_aspect_ratio": "anyres"}, r"'image_aspect_ratio': \('pad', 'anyres'\)"),
+        ({"cut_tower": False}, r"'cut_tower': \(True, False\)"),
+        ({"chat_template": "plain"}, "`chat_template` is 'plain', but .* was saved with 'vicuna_v1'.*Set it to 'own'"),
+    ],
+)
+def test_a_continued_student_keeps_what_it_was_built_with(
+    arguments, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    for part in build_student(*arguments()[1:]):
+        part.save_pretrained(tmp_path / "saved")
+    saved = {"model_name_or_path": str(tmp_path / "saved")}
+    with pytest.raises(ValueError, match=message):
+        build_student(*arguments(**saved, **settings)[1:])
+    _, processor = build_student(*arguments(**saved, chat_template="own")[1:])
+    assert processor.chat_template == build_student(*arguments(**saved)[1:])[1].chat_template
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
