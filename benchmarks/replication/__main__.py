@@ -151,8 +151,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if chosen.quick:
         seeds = dict.fromkeys(arms, 2)
     folder.mkdir(parents=True, exist_ok=True)
-    effort = {"pictures": scale.tower_pictures, "effort": scale.tower_effort}
-    networks = build_towers(folder / "towers", **effort, workers=chosen.workers)
+    networks = build_towers(folder / "towers", 0, scale.tower_pictures, scale.tower_effort, chosen.workers)
     save_json(networks["scores"], results.with_name("networks.json"))
     prepare(folder, scale)
     command = "python -m benchmarks.replication " + " ".join(given if given is not None else sys.argv[1:])
