@@ -150,7 +150,10 @@ def render_card(
     data = card_metadata(facts, config, results, name.split("/")[-1], derived, encoder_only)
     remote_code = _has_remote_code(config)
     pinned = python_string(revision or "main")
-    new_weights = mapping(facts.get("conversion")).get("new_weights")
+    conversion = mapping(facts.get("conversion"))
+    if config.get("image_aspect_ratio") == "pad" and conversion.get("pads_images") is False:
+        config["image_aspect_ratio"] = "square"  # which in a checkpoint the image processor alone tells
+    new_weights = conversion.get("new_weights")
     new_weights = new_weights if isinstance(new_weights, list) else []
     if encoder_only:
         new_weights = [key for key in new_weights if str(key).startswith("model.vision_tower.")]

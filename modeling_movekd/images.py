@@ -93,7 +93,7 @@ def _rgb(image: PILImage.Image, apply_orientation: bool, max_side: int) -> PILIm
         raise _Unusable(f"an image of {image.width} x {image.height} pixels; its sides may have 1 to {max_side}")
     if image.mode in ("I", "F"):
         raise _Unusable(
-            f"an image of mode {image.mode!r}, whose values have no known range: store 8 or 16 bits per channel"
+            f"an image of mode {image.mode!r}, whose values have no known range: store it with 8 bits per channel"
         )
     if apply_orientation:
         image = ImageOps.exif_transpose(image)

@@ -13,6 +13,7 @@ import base64
 import copy
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,9 +155,14 @@ def read_image(url: str, limits: Limits) -> Image.Image:
 
 
 def _download(url: str, most: int) -> bytes:
+    content, end = b"", time.monotonic() + DOWNLOAD_SECONDS
     try:
         with urlopen(URLRequest(url, headers={"User-Agent": "movekd"}), timeout=DOWNLOAD_SECONDS) as response:
-            content = response.read(most + 1)
+            # The timeout is of each read: what comes in drops would hold up all requests
+            while len(content) <= most and (part := response.read1()):
+                content += part
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it took more than {DOWNLOAD_SECONDS} seconds")
     except (OSError, ValueError, HTTPClientError) as error:
         raise ValueError(f"the address cannot be read ({error})") from error
     if len(content) > most:

@@ -106,6 +106,9 @@ def test_converted_and_not_trained(tmp_path: Path) -> None:
     assert f"| whole model | `liuhaotian/llava-v1.5-7b` | `{COMMIT}` | `llama2` |" in path.read_text()
     assert "Not trained: 2 of its weights are new" in path.read_text()
     assert "Not trained: 1 of its weights are new" in write_card(folder, encoder_only=True).read_text()
+    assert "| images | `pad` |" in write_card(folder).read_text()
+    (folder / "conversion.json").write_text(json.dumps(conversion | {"pads_images": False}))
+    assert "| images | `square` |" in write_card(folder).read_text()
 
 
 def test_results(tmp_path: Path) -> None:

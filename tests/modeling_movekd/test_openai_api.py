@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import http.server
 import io
 import json
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 pytest.importorskip("openai", reason="serving needs openai")
 pytest.importorskip("fastapi", reason="serving needs fastapi")
 
+from modeling_movekd import openai_api
 from modeling_movekd.openai_api import MAX_REQUEST_BYTES, ChatHandler, Limits, build_app, read_image
 
 
@@ -30,7 +33,7 @@ URL = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """`/to?ADDRESS` leads elsewhere, everything else is a picture."""
+    """`/to?ADDRESS` leads elsewhere, `/slow` comes a byte at a time, everything else is a picture."""
 
     def do_GET(self) -> None:
         page, _, address = self.path.partition("?")
@@ -38,14 +41,19 @@ class Site(http.server.BaseHTTPRequestHandler):
         if page == "/to":
             self.send_header("Location", address)
         self.end_headers()
-        if page != "/to":
-            self.wfile.write(PICTURE)
+        with contextlib.suppress(ConnectionError):  # of a client that has had enough
+            if page == "/slow":
+                for index in range(len(PICTURE)):
+                    self.wfile.write(PICTURE[index : index + 1])
+                    time.sleep(0.05)
+            elif page != "/to":
+                self.wfile.write(PICTURE)
 
     def log_message(self, *arguments: object) -> None:
         pass
 
 
-def test_image_urls_by_flag(tmp_path):
+def test_image_urls_by_flag(tmp_path, monkeypatch):
     (tmp_path / "secret.png").write_bytes(PICTURE)
     file = (tmp_path / "secret.png").as_uri()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
@@ -61,6 +69,9 @@ def test_image_urls_by_flag(tmp_path):
                     read_image(url, limits)
             with pytest.raises(ValueError, match=f"more than {len(PICTURE) - 1} bytes"):
                 read_image(f"{address}/a.png", replace(limits, image_bytes=len(PICTURE) - 1))
+            monkeypatch.setattr(openai_api, "DOWNLOAD_SECONDS", 0.3)
+            with pytest.raises(ValueError, match="took more than 0.3 seconds"):
+                read_image(f"{address}/slow", limits)
         finally:
             site.shutdown()
             thread.join()
