@@ -260,13 +260,8 @@ def test_encoders_side_by_side_are_the_encoders(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["frozen", "released", "heads_unit_experts", "heads_unit_dense_lora", "encoders"])
 def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
-    found = runs.run(
-        Job(arm, 0, "test", Schedule(1e-3, 2e-3, 1e-3, 1e-4, 0.5)),
-        folder,
-        TINY,
-        "command",
-        "commit",
-    )
+    job = Job(arm, 0, "test", SCHEDULES[ARMS[arm].schedule_of][-1])
+    found = runs.run(job, folder, TINY, "command", "commit")
     assert set(found["accuracy"]) == set(world.FAMILIES) == set(found["questions"])
     assert set(found["cka"]) == set(ALL_TEACHERS)
     assert set(found["probe"]) == set(found["probe_at_start"]) == {"shape", "colour", "pattern", "size", "digit"}
