@@ -187,15 +187,15 @@ def with_experts(results: Results) -> dict[str, list[Run]]:
 def expert_use(results: Results) -> str:
     rows = []
     for arm, runs in with_experts(results).items():
-        entropies, shared, bounds = [], [], []
+        entropies, shared, bounds, routers = [], [], [], []
         for experts in (run.experts or {} for run in runs):
             entropies.append([analysis.normalised_entropy(shares) for shares in experts["share"]])
+            routers += [shares for shares in experts["share"] if len(shares) > 1]
             layers = zip(*experts["by_kind"].values(), strict=True)
             shared.append([analysis.mutual_information(layer) for layer in layers] or [math.nan])
             bounds.append(math.log2(max(1, min(len(experts["by_kind"]), np.shape(experts["share"])[1]))))
         values = [np.mean(entropies), np.min(entropies), np.mean(shared), np.max(shared), max(bounds)]
         cells = [NONE if math.isnan(value) else f"{value:.3f}" for value in values]
-        routers = [shares for run in runs for shares in (run.experts or {})["share"] if len(shares) > 1]
         alone = sum(max(shares) > ALONE for shares in routers)
         rows.append([f"`{arm}`", str(len(runs)), *cells, f"{alone} of {len(routers)}" if routers else NONE])
     note = (
