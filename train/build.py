@@ -241,7 +241,7 @@ def fit_feature_statistics(
 
     def sample() -> Iterator[dict[str, Any]]:
         left = args.feature_statistics_images
-        last = args.max_steps * args.rows_per_step if isinstance(dataset, IterableDataset) else len(dataset)
+        last = args.rows_of_run if isinstance(dataset, IterableDataset) else len(dataset)
         for number, row in enumerate(shuffled()):
             if left <= 0 or (left == args.feature_statistics_images and number >= last):
                 return

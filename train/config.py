@@ -358,6 +358,11 @@ class MoveKDSFTConfig(SFTConfig):
         """Rows of one optimiser step over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    @property
+    def rows_of_run(self) -> int:
+        """Rows of a stream that `max_steps` steps read over all processes."""
+        return self.max_steps * self.rows_per_step
+
     def batch_summary(self) -> str:
         """
         One sentence for the log: how the global batch comes about.

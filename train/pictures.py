@@ -104,7 +104,7 @@ class PictureCallback(TrainerCallback):
         last = None
         if dataset is trainer.train_dataset and isinstance(dataset, IterableDataset):
             # It has no end, but the run reads no more rows
-            last = trainer.args.max_steps * trainer.args.rows_per_step
+            last = trainer.args.rows_of_run
         pixels: list[torch.Tensor] = []
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
         for row in islice(dataset, last):

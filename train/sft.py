@@ -79,7 +79,7 @@ def train(
                 f"`streaming` with `max_steps` {args.max_steps} and `group_by_modality_length` "
                 f"{args.group_by_modality_length}: a stream has no end, so give a number of steps, and no lengths."
             )
-        bad_rows.total = args.max_steps * args.rows_per_step
+        bad_rows.total = args.rows_of_run
     train_dataset, eval_dataset = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
     )
