@@ -85,10 +85,8 @@ CHAT_TEMPLATES: dict[str, str] = {
 }
 
 
-def set_chat_template(
-    processor: ProcessorMixin | PreTrainedTokenizerBase, name: str
-) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Put one of `CHAT_TEMPLATES` into a processor (and its tokenizer) or a tokenizer, in place.
+def chat_template_for(processor: ProcessorMixin | PreTrainedTokenizerBase, name: str) -> str:
+    """One of `CHAT_TEMPLATES` as a processor or tokenizer needs it.
 
     A tokenizer that marks the beginning of a word after a special token by itself, or that marks no words at all, gets
     the template without the space after the image placeholder: either way the ids are those of text tokenised apart
@@ -97,9 +95,6 @@ def set_chat_template(
     Args:
         processor: processor or tokenizer that knows the `<image>` token.
         name: a key of `CHAT_TEMPLATES`.
-
-    Returns:
-        The same object.
 
     Raises:
         ValueError: for an unknown name, or if `<image>` is not a token of the vocabulary (it would be split into
@@ -116,6 +111,22 @@ def set_chat_template(
     template = CHAT_TEMPLATES[name]
     if tokenizer.tokenize(IMAGE_TOKEN + "\nA")[1:] == tokenizer.tokenize("\nA"):
         template = template.replace(_IMAGE_SUFFIX, _NO_IMAGE_SUFFIX)
+    return template
+
+
+def set_chat_template(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, name: str
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Put one of `CHAT_TEMPLATES`, by its name, into a processor (and its tokenizer) or a tokenizer, in place.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: as [`chat_template_for`].
+    """
+    template = chat_template_for(processor, name)
+    tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.chat_template = template
     if tokenizer is not processor:
         processor.chat_template = template

@@ -1,6 +1,5 @@
 """Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.chat_templates import CHAT_TEMPLATES, set_chat_template
+from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for
 from modeling_movekd.processing import add_image_token, build_processor
 from train.bad_rows import BadRows
 from train.cached_features import CachedTeacher, FeatureCache, Teacher
@@ -64,7 +63,7 @@ def image_settings(config: MoveKDConfig) -> dict[str, Any]:
 
 
 def _check_chat_template(asked: str, processor: ProcessorMixin, source: str) -> None:
-    templates = {name: set_chat_template(copy.deepcopy(processor), name).chat_template for name in CHAT_TEMPLATES}
+    templates = {name: chat_template_for(processor, name) for name in CHAT_TEMPLATES}
     if asked == "own" or templates.get(asked, asked) == processor.chat_template:
         return
     saved = next((name for name, template in templates.items() if template == processor.chat_template), "another")
