@@ -5,7 +5,7 @@ The paper's ablation in a small world, with this project's own trainer, model an
     python -m benchmarks.replication --quick    # a few steps of a few arms, to see that it works
 
 Pictures, networks and features are made once, in `outputs/replication`. First the schedule (learning rates, steps of
-each stage) of each family of arms is chosen on the split `validation`, with a seed of its own, then the best control;
+each stage) of each family of arms is chosen on the split `validation`, with seeds of its own, then the best control;
 then each arm answers the test split once for each seed. Each run appends a line to the results; those that are there
 are not run again, so that it can be stopped at any time (`--minutes` stops by itself).
 `python -m benchmarks.replication.report` makes the report of them.
@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.replication.arms import ARMS, CONTROLS, HEADLINE, SCHEDULES, Schedule
+from benchmarks.replication.arms import ARMS, CHOSEN_TWICE, CONTROLS, HEADLINE, SCHEDULES, Schedule
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
 from train.config import save_json
@@ -34,7 +35,7 @@ from train.config import save_json
 
 OUTPUT = Path("outputs/replication")
 RESULTS = Path(__file__).parent / "results.jsonl"
-VALIDATION_SEED, FIRST_SEED = 100, 20
+VALIDATION_SEEDS, FIRST_SEED = (100, 101), 30
 QUICK_ARMS = ("frozen", "paper", "heads_unit")
 
 
@@ -62,24 +63,31 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 def schedule_jobs(arms: Iterable[str]) -> list[Job]:
     """The runs that schedules are chosen by, for the arms whose schedule any of `arms` takes."""
     owners = dict.fromkeys(ARMS[arm].schedule_of for arm in arms)
-    return [Job(owner, VALIDATION_SEED, "validation", tried) for owner in owners for tried in SCHEDULES[owner]]
+    seeds = {owner: VALIDATION_SEEDS[: 2 if owner in CHOSEN_TWICE else 1] for owner in owners}
+    return [
+        Job(owner, seed, "validation", tried)
+        for owner in owners
+        for tried in SCHEDULES[owner]
+        for seed in seeds[owner]
+    ]
 
 
 def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
     """
-    The schedule with which the arm that `arm` takes it from did best on validation, by the mean of all families.
+    The schedule with which the arm that `arm` takes it from did best on validation, by the mean of all families and
+    seeds.
 
     Raises:
         ValueError: if none was tried yet.
     """
     owner = ARMS[arm].schedule_of
-    means: dict[Schedule, float] = {}
+    found = defaultdict[Schedule, list[float]](list)
     for line in lines:
         if line["arm"] == owner and line["split"] == "validation" and not key_of(line)[-1]:
-            means[key_of(line)[3]] = fmean(line["accuracy"].values())
-    if not means:
+            found[key_of(line)[3]].append(fmean(line["accuracy"].values()))
+    if not found:
         raise ValueError(f"No schedule of {owner} was tried on validation yet, which {arm} takes its own from.")
-    return max(means, key=lambda schedule: means[schedule])
+    return max(found, key=lambda schedule: fmean(found[schedule]))
 
 
 def check_asked(arms: Collection[str], lines: Sequence[dict[str, Any]]) -> None:
@@ -162,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if not left:
             lines = read(results)
             controls = [arm for arm in CONTROLS if arm in arms]
-            jobs = [Job(arm, VALIDATION_SEED, "validation", chosen_schedule(arm, lines)) for arm in controls]
+            jobs = [Job(arm, VALIDATION_SEEDS[0], "validation", chosen_schedule(arm, lines)) for arm in controls]
             left += run_all(jobs, *common)
     if chosen.part in (None, "test") and not left:
         lines = read(results)

@@ -36,42 +36,22 @@ def _apart(pretrain: float | None = None, tower: float | None = None, share: flo
     return Schedule(pretrain, tower, 4e-3, 1e-4, share)
 
 
-# What is tried on validation, by the arm it is tried with; other arms take what that one does best with
+# What is tried on validation, by the arm it is tried with; other arms take what that one does best with. Wider
+# searches on earlier forms of the questions left these
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
+    **dict.fromkeys(("frozen", "unfrozen"), (Schedule(), Schedule(pretrain_share=0.7))),
+    "unfrozen_tuned": tuple(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4)),
+    "paper": (*(Schedule(None, rate) for rate in (5e-4, 1.5e-3)), Schedule(6e-3, 1.5e-3)),
+    "adapters_weighted": tuple(Schedule(None, rate) for rate in (5e-4, 1.5e-3)),
+    # The three that are compared for what a mixture is worth: the same is tried with all
     **dict.fromkeys(
-        ("frozen", "unfrozen"), (Schedule(), _apart(), *(Schedule(pretrain_share=share) for share in (0.3, 0.7)))
+        ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora"),
+        tuple(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)),
     ),
-    "unfrozen_tuned": (
-        *(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)),
-        *(_apart(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)),
-        *(Schedule(None, 1.5e-5, pretrain_share=share) for share in (0.3, 0.7)),
-    ),
-    "paper": (
-        *(Schedule(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
-        Schedule(6e-3, 1.5e-3),
-        *(_apart(None, rate) for rate in (5e-4, 1.5e-3, 5e-3)),
-        _apart(6e-3, 5e-3),
-        *(Schedule(None, 1.5e-3, pretrain_share=share) for share in (0.3, 0.7)),
-    ),
-    "adapters_weighted": (
-        *(Schedule(None, rate) for rate in (1.5e-3, 5e-3)),
-        *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3)),
-    ),
-    "heads_unit": (
-        *(Schedule(None, rate) for rate in (5e-4, 1.5e-3, 5e-3, 1.5e-2)),
-        Schedule(6e-3, 5e-3),
-        _apart(None, 5e-3),
-        *(_apart(6e-3, rate) for rate in (1.5e-3, 5e-3, 1.5e-2)),
-        *(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3)),
-        *(_apart(rate, 5e-3, 0.3) for rate in (1e-3, 2.5e-3)),
-    ),
-    # The two that are compared for what a mixture is worth: the same is tried with both
-    **dict.fromkeys(
-        ("heads_unit_experts", "heads_unit_dense_lora"),
-        (*(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)), _apart(6e-3, 1e-2, 0.3)),
-    ),
-    "encoders": (Schedule(), _apart(), Schedule(pretrain_share=0.3), _apart(share=0.3)),
+    "encoders": (Schedule(pretrain_share=0.3), _apart(share=0.3)),
 }
+# With two seeds instead of one: these learn late, and on one seed alone their schedules were far apart by chance
+CHOSEN_TWICE = ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Scale:
 
 QUICK = Scale(200, 200, 60, 120, 50, 0.05, 500)
 # Pictures of the split `test` that no earlier form of this was scored on
-PICTURES_SEED = {"test": 2}
+PICTURES_SEED = {"test": 3}
 FOLDERS = ("output_dir", "logging_dir", "run_name")
 STAGES = ("pretrain", "finetune")
 

@@ -9,15 +9,16 @@ sizes and digits are known to the teachers alone, each to one. All six families 
   that ask about a single thing;
 - size: whether an object is small or big;
 - presence: whether a pattern and a shape occur together; half yes, most others share pattern or shape with an object;
-- count: how many objects have a pattern, zero to five;
-- relation: where the one object of a pattern is, seen from the number. Mostly all objects are there, so that the
-  places alone, which CLIP knows, answer most of these (`blind.place_vote`);
+- count: how many objects have a pattern, zero to five, each number as often as pictures allow;
+- relation: where the one object of a pattern is, seen from the number. As many objects are on one side of it as on the
+  other, so that their places alone, which CLIP knows, tell nothing;
 - read: the two-digit number.
 """
 
 import dataclasses
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ from train.scenes import (
 
 
 PATTERNS = (SOLID, "striped", "barred", "hollow")
+# Splits whose scenes are asked about, in this form of the questions
+ASKED = ("finetune", "validation", "test")
 SIZES = {"small": (8, 9), "big": (12, 14)}  # radius in pixels, from and to
 FAMILIES = ("attribute", "size", "presence", "count", "relation", "read")
 NUMBERS = ("zero", *COUNTS)
@@ -78,13 +81,17 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
             objects.append(dataclasses.replace(item, pattern=pattern, radius=int(rng.integers(low, high + 1))))
         scene = dataclasses.replace(scene, objects=tuple(objects))
         # A scene is asked everything, so it must have an answer to everything
-        if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and relations(scene):
+        if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and relations(scene, split in ASKED):
             return scene
 
 
-def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
+def ask(scene: Scene, family: str, rng: np.random.Generator, balanced: bool = True) -> Question:
     """
     A random question of one family about a scene, with its answer.
+
+    Args:
+        balanced: Count and relation are asked so that little or nothing can be guessed. Scenes of splits that are not
+            in `ASKED` may have no such relation.
 
     Raises:
         ValueError: if `family` is not one of `FAMILIES`.
@@ -97,11 +104,11 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
     if family == "presence":
         return ask_presence({(item.pattern, item.shape) for item in scene.objects}, PATTERNS, rng)
     if family == "count":
-        pattern = some_pattern(scene, rng, 0.75)
-        count = sum(item.pattern == pattern for item in scene.objects)
-        return Question("count", "count", f"How many {pattern} objects are there?", NUMBERS[count])
+        counts = {pattern: sum(item.pattern == pattern for item in scene.objects) for pattern in PATTERNS}
+        pattern = some_count(counts, rng) if balanced else some_pattern(scene, rng, 0.75)
+        return Question("count", "count", f"How many {pattern} objects are there?", NUMBERS[counts[pattern]])
     if family == "relation":
-        questions = relations(scene)
+        questions = relations(scene, balanced)
         return questions[rng.integers(len(questions))]
     if family == "read":
         return Question("read", "read", "Which number is written?", scene.number)
@@ -122,15 +129,23 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("attribute", "pattern", f"What pattern is the {item.name}?", item.pattern)
 
 
-def relations(scene: Scene) -> list[Question]:
-    """All questions for the side of the number on which the only object of a pattern is."""
+def relations(scene: Scene, balanced: bool) -> list[Question]:
+    """
+    All questions for the side of the number on which the only object of a pattern is.
+
+    Args:
+        balanced: Only where there are as many objects on one side as on the other: any of them is as likely to have
+            the pattern, so that who knows the places alone is right half of the time.
+    """
     questions = []
     for item in single_patterns(scene):
         for kind, asked in (
             ("vertical", "above or below the number?"),
             ("horizontal", "left or right of the number?"),
         ):
-            if answer := side_of_number(scene, kind, item.row, item.column):
+            answer = side_of_number(scene, kind, item.row, item.column)
+            sides = Counter(side_of_number(scene, kind, other.row, other.column) for other in scene.objects)
+            if answer and (not balanced or 2 * sides[answer] == len(scene.objects) - sides[None]):
                 text = f"Is the {item.pattern} object {asked}"
                 questions.append(Question("relation", kind, text, answer))
     return questions
@@ -145,6 +160,14 @@ def side_of_number(scene: Scene, kind: str, row: int, column: int) -> str | None
     return "left" if column < scene.number_column else "right"
 
 
+def some_count(counts: Mapping[str, int], rng: np.random.Generator) -> str:
+    """A pattern of those that occur a number of times, which is drawn first, so that few numbers are the rule."""
+    numbers = sorted(set(counts.values()))
+    number = numbers[rng.integers(len(numbers))]
+    patterns = [pattern for pattern in PATTERNS if counts[pattern] == number]
+    return patterns[rng.integers(len(patterns))]
+
+
 def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:
     """A pattern that occurs with probability `present`, else one that does not, if there is one."""
     seen = sorted({item.pattern for item in scene.objects})
@@ -155,8 +178,10 @@ def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:
 
 def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """What the language model learns from: a question of each family, a second one of the hard ones, and three easier
-    ones that no test asks, as steps towards them, in random order."""
-    questions = [ask(scene, family, rng) for family in (*FAMILIES, "relation", "presence", "count", "relation")]
+    ones that no test asks, as steps towards them, in random order. Relations of all objects, and counts of patterns as
+    they come, which any scene has."""
+    families = (*FAMILIES, "relation", "presence", "count", "relation")
+    questions = [ask(scene, family, rng, balanced=False) for family in families]
     turns = [(question.text, question.answer) for question in questions]
     item = scene.objects[rng.integers(len(scene.objects))]
     turns.append((f"Where is the {item.name}?", f"{COLUMNS[item.column]} {ROWS[item.row]}"))
