@@ -28,6 +28,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from hub.files import new_folder, read_json, resolve_source, save_json
 from hub.layouts import DISTILLER, collect, embedding_dtype, empty_model, make_pieces
+from hub.run_facts import CONVERSION_NAME
 from hub.sources import (
     STAGE_1_FILES,
     Source,
@@ -37,7 +38,7 @@ from hub.sources import (
     load_tokenizer,
     read_source,
 )
-from hub.to_authors import CONVERSION_NAME, DISTILLER_NAME, TOKENIZER_FILES, convert_to_authors
+from hub.to_authors import DISTILLER_NAME, TOKENIZER_FILES, convert_to_authors
 from hub.weights import MAX_SHARD_SIZE, write_weights
 from modeling_movekd.processing import add_image_token, build_processor
 

@@ -11,13 +11,12 @@ from hub.authors_config import config_to_authors
 from hub.checkpoint_parts import load_image_processor
 from hub.files import new_folder, read_json, resolve_source, save_json, weight_files
 from hub.layouts import DISTILLER, empty_model, expected_weights, vocabulary_keys
+from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 from modeling_movekd import MoveKDConfig
 
 
 DISTILLER_NAME = "distiller.safetensors"
-CONVERSION_NAME = "conversion.json"
-TRAINING_FACTS_NAME = "training_facts.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 

@@ -377,8 +377,12 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         """
         training = self.training
         self.eval()
-        outputs = self(pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True)
-        self.train(training)
+        try:
+            outputs = self(
+                pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True
+            )
+        finally:
+            self.train(training)
         return draw(
             pixels_to_image(pixel_values, image_mean, image_std, smallest_side),
             outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:],

@@ -41,6 +41,9 @@ def test_mode_stays_and_folded_towers_draw_the_same(make_tower, pixels):
     tower = make_tower().train()
     expected = tower.visualize(pixels)
     assert tower.training
+    with pytest.raises(ValueError, match="cls_attention_layer"):
+        tower.visualize(pixels, layer=7)
+    assert tower.training, "also after a layer that is refused"
     tower.eval().fold_experts()
     assert torch.equal(tower.visualize(pixels).experts, expected.experts)
     assert not tower.training and tower.encoder.layers[0].mlp.folded is not None
