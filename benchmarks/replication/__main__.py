@@ -63,12 +63,11 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 def schedule_jobs(arms: Iterable[str]) -> list[Job]:
     """The runs that schedules are chosen by, for the arms whose schedule any of `arms` takes."""
     owners = dict.fromkeys(ARMS[arm].schedule_of for arm in arms)
-    seeds = {owner: VALIDATION_SEEDS[: 2 if owner in CHOSEN_TWICE else 1] for owner in owners}
     return [
         Job(owner, seed, "validation", tried)
         for owner in owners
         for tried in SCHEDULES[owner]
-        for seed in seeds[owner]
+        for seed in VALIDATION_SEEDS[: 2 if owner in CHOSEN_TWICE else 1]
     ]
 
 

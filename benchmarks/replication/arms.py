@@ -36,6 +36,10 @@ def _apart(pretrain: float | None = None, tower: float | None = None, share: flo
     return Schedule(pretrain, tower, 4e-3, 1e-4, share)
 
 
+# The three that are compared for what a mixture is worth: the same schedules are tried with all, each with two seeds
+# instead of one, since they learn late, and on one seed alone their schedules were far apart by chance
+CHOSEN_TWICE = ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora")
+
 # What is tried on validation, by the arm it is tried with; other arms take what that one does best with. Wider
 # searches on earlier forms of the questions left these
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
@@ -43,15 +47,9 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "unfrozen_tuned": tuple(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4)),
     "paper": (*(Schedule(None, rate) for rate in (5e-4, 1.5e-3)), Schedule(6e-3, 1.5e-3)),
     "adapters_weighted": tuple(Schedule(None, rate) for rate in (5e-4, 1.5e-3)),
-    # The three that are compared for what a mixture is worth: the same is tried with all
-    **dict.fromkeys(
-        ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora"),
-        tuple(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5)),
-    ),
+    **dict.fromkeys(CHOSEN_TWICE, tuple(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5))),
     "encoders": (Schedule(pretrain_share=0.3), _apart(share=0.3)),
 }
-# With two seeds instead of one: these learn late, and on one seed alone their schedules were far apart by chance
-CHOSEN_TWICE = ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora")
 
 
 @dataclass(frozen=True)
