@@ -22,9 +22,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from benchmarks.measure import write
+from benchmarks.speed.measure import write
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
-from hub.run_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evaluation, weights_fingerprint
+from hub.card_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evaluation, weights_fingerprint
 
 
 # Of a checkpoint on the Hub

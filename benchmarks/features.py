@@ -29,9 +29,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from benchmarks.measure import write
+from benchmarks.speed.measure import write
 from modeling_movekd.images import decode_image, shared_crop
-from modeling_movekd.other_encoders import OtherEncoder
+from modeling_movekd.vision_encoders import OtherEncoder
 from modeling_movekd.visualize import load_tower
 
 

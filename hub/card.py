@@ -23,6 +23,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hub.card_facts import EvaluationResult, hub_id, note_license, read_evaluation, read_json, read_training_facts
+from hub.card_licenses import HUB_LICENSES, check_license, derive_license, model_license
 from hub.card_text import (
     BASE_MODEL_COLUMNS,
     RESULT_COLUMNS,
@@ -38,8 +40,6 @@ from hub.card_text import (
     table,
     tower_of,
 )
-from hub.licenses import HUB_LICENSES, check_license, derive_license, model_license
-from hub.run_facts import EvaluationResult, hub_id, note_license, read_evaluation, read_json, read_training_facts
 
 
 CARD_NAME = "README.md"

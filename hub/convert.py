@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 from transformers import BaseImageProcessor, ProcessorMixin, set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
-from hub.files import new_folder, read_json, resolve_source, save_json
-from hub.layouts import DISTILLER, collect, embedding_dtype, empty_model, make_pieces
-from hub.run_facts import CONVERSION_NAME
-from hub.sources import (
+from hub.card_facts import CONVERSION_NAME
+from hub.convert_layouts import DISTILLER, collect, embedding_dtype, empty_model, make_pieces
+from hub.convert_sources import (
     STAGE_1_FILES,
     Source,
     build_config,
@@ -38,7 +37,8 @@ from hub.sources import (
     load_tokenizer,
     read_source,
 )
-from hub.to_authors import DISTILLER_NAME, TOKENIZER_FILES, convert_to_authors
+from hub.convert_to_original import DISTILLER_NAME, TOKENIZER_FILES, convert_to_authors
+from hub.files import new_folder, read_json, resolve_source, save_json
 from hub.weights import MAX_SHARD_SIZE, write_weights
 from modeling_movekd.processing import add_image_token, build_processor
 

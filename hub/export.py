@@ -18,7 +18,7 @@ Forms:
 - `onnx`: the encoder with its routing, batch size free, checked with ONNX Runtime.
 - `merged`: the same kind of checkpoint, `num_experts` 0. Which expert serves a token depends on the token, so top-1
   experts cannot be merged exactly into a plain MLP; this is the best approximation that the images given allow
-  (`hub/merge_experts.py` says how), and `merge_report.json` its error beside that of dropping the experts.
+  (`hub/export_merged.py` says how), and `merge_report.json` its error beside that of dropping the experts.
 
 What a benchmark measured (`evaluation.json`) goes along with `llava` in the type that the weights are stored in: the
 one form that is the whole model and computes the same. Any other is to be evaluated itself.
@@ -50,6 +50,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from hub.card_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
 from hub.checkpoint_parts import (
     TOWER_PREFIX,
     feature_layer,
@@ -58,10 +59,9 @@ from hub.checkpoint_parts import (
     read_config,
 )
 from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
+from hub.export_merged import features, merge_experts
 from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
-from hub.merge_experts import features, merge_experts
-from hub.run_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.images import decode_image
 from modeling_movekd.vision_movekd import load_strictly

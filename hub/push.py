@@ -7,7 +7,7 @@ Publish a checkpoint on the Hub, or its encoder alone, or the demo Space with it
     python hub/push.py outputs/finetune me/my-student --space --space-hardware zero-a10g --space-secrets HF_TOKEN
 
 Log in first (`hf auth login`, or `HF_TOKEN` in the environment); no token is taken from the command line. What leaves
-the machine is an allow-list (`hub/publishable.py`): weights, configuration, processor, this package's code, the card,
+the machine is an allow-list (`hub/push_allowlist.py`): weights, configuration, processor, this package's code, card,
 and beside them `distiller.safetensors`, with which others can continue the run, and the facts of training and
 evaluation, from which the card is written. Optimiser states, data, logs and anything else stay.
 """
@@ -32,9 +32,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import modeling_movekd
 from hub.card import check_card, is_generated, write_card
+from hub.card_facts import EVALUATION_NAME, copy_evaluation, public_name
 from hub.export import export
 from hub.files import read_json, weight_files
-from hub.publish import (
+from hub.push_allowlist import PICKLES, checkpoint_files, space_files
+from hub.push_commit import (
     CARD_NAME,
     SPACE_FOLDER,
     SpaceSettings,
@@ -44,9 +46,7 @@ from hub.publish import (
     publish,
     publish_space,
 )
-from hub.publishable import PICKLES, checkpoint_files, space_files
-from hub.run_facts import EVALUATION_NAME, copy_evaluation, public_name
-from hub.validate import validate
+from hub.push_validate import validate
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 
 

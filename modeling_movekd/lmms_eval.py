@@ -22,10 +22,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from .answers import Answers
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
 from .inference import check_length, load_checkpoint, longest_context, prepare
+from .predict_answers import Answers
 
 
 # LLaVA's, for tasks that state none

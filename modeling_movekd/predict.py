@@ -25,10 +25,10 @@ from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import resolve_revision
 
-from .answers import Answers
 from .images import decode_image, path_in_folder
 from .inference import add_arguments, check_length, load_checkpoint, prepare, sampling, user_message
 from .modeling_movekd import MoveKDForConditionalGeneration
+from .predict_answers import Answers
 
 
 @dataclass

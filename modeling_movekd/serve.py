@@ -27,7 +27,7 @@ def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     """Load the checkpoint and answer whoever connects, until a signal ends it."""
     import uvicorn
 
-    from .openai_api import ChatHandler, Limits, build_app
+    from .serve_openai import ChatHandler, Limits, build_app
 
     limits = Limits(
         images=options.max_images,

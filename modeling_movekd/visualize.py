@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .images import decode_image, shared_crop
-from .other_encoders import OtherEncoder
-from .picture_page import SMALLEST_PICTURE, check_writable, write_page
+from .vision_encoders import OtherEncoder
 from .vision_movekd import MoveKDVisionModel
 from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
+from .visualize_page import SMALLEST_PICTURE, check_writable, write_page
 
 
 CLIP_NAME = "plain CLIP"

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 
 CLONE = Path(__file__).resolve().parent.parent
-DEMO_TOWERS = CLONE / "train" / "demo_towers"
+DEMO_TOWERS = CLONE / "train" / "demo" / "weights"
 
 
 class Encoder:

@@ -24,12 +24,14 @@ from transformers.utils import cached_file
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for
 from modeling_movekd.processing import add_image_token, build_processor
-from train.bad_rows import BadRows
-from train.cached_features import CachedTeacher, FeatureCache, Teacher
-from train.collator import MoveKDCollator
 from train.config import ModelArguments, MoveKDSFTConfig
-from train.distillation import Distiller
-from train.teachers import TeacherConfig, TeacherFeatures, load_teacher, resolve_teacher
+from train.data.bad_rows import BadRows
+from train.data.collator import MoveKDCollator
+from train.distillation.distiller import Distiller
+from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
+from train.teachers.config import TeacherConfig, resolve_teacher
+from train.teachers.features import TeacherFeatures
+from train.teachers.loaders import load_teacher
 
 
 logger = logging.getLogger(__name__)

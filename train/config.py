@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
-from hub.licenses import check_license
+from hub.card_licenses import check_license
 
 
 # Every knob that tells the three forms of the method apart. A knob of the configuration that is left at `None` takes
@@ -65,7 +65,7 @@ class DataArguments:
 
     Args:
         dataset_name (`list[str]`): LLaVA JSON files, Parquet files or folders, `save_to_disk` folders, or Hub ids; put
-            one behind the other. In YAML each may be a mapping of [`train.data.DataSource`]: `name`, and if need be
+            one behind the other. In YAML each may be a mapping of [`~train.data.datasets.DataSource`]: `name`, and
             `weight`, `image_folder`, `subset`, `split`. With weights the mixture is drawn by them.
         mixture_stopping_strategy (`str`, defaults to `"first_exhausted"`): When a weighted mixture ends: with the
             first data set that is used up, so that no row comes twice, or with the last (`"all_exhausted"`). In a

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from trl.trainer.utils import FusedCausalLMOutput
 
-from train.losses import balance_loss
+from train.distillation.losses import balance_loss
 
 
 @dataclass
@@ -47,7 +47,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
 
     Args:
         model: The student, after TRL has put its forward in.
-        balance_form: See [`~train.losses.balance_loss`].
+        balance_form: See [`~train.distillation.losses.balance_loss`].
         distill_tiles: `"base"`, whole images alone are distilled, or `"all"`, every tile of `anyres` too.
     """
     fused_forward = model.forward

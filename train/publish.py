@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hub.publish import create_repository
+from hub.push_commit import create_repository
 from train.config import MoveKDSFTConfig
 
 

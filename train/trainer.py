@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
-from train.bad_rows import BadRows
 from train.build import DISTILLER_NAME, parameter_summary, set_trainable
-from train.cached_features import Teacher
+from train.callbacks import GradientGuard
 from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
-from train.distillation import Distiller
-from train.facts import RunFacts, save_facts_and_card, update_card
+from train.data.bad_rows import BadRows
+from train.data.sampler import ModalityLengthGroupedSampler
+from train.distillation.distiller import Distiller
+from train.distillation.losses import check_finite
+from train.distributed import check_launch, prepare_fsdp, saves_sharded_state
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
-from train.fsdp import prepare_fsdp, saves_sharded_state
-from train.guards import GradientGuard
 from train.language_lora import (
     LANGUAGE_LORA_NAME,
     add_language_lora,
@@ -29,10 +29,9 @@ from train.language_lora import (
     refuse_language_lora,
     save_language_lora,
 )
-from train.losses import check_finite
-from train.processes import check_launch
+from train.model_card import RunFacts, save_facts_and_card, update_card
 from train.publish import PublishingMixin
-from train.sampler import ModalityLengthGroupedSampler
+from train.teachers.cached import Teacher
 
 
 class MoveKDTrainer(PublishingMixin, SFTTrainer):

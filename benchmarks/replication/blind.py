@@ -1,7 +1,7 @@
 """What the questions of the test split give away: the answers that need no picture."""
 
 from benchmarks.replication.world import FAMILIES, ask, generator, sample_scene
-from train.scenes import best_constant, draw_questions
+from train.demo.scenes import best_constant, draw_questions
 
 
 def blind_levels(size: int, seed: int) -> dict[str, dict[str, float]]:

@@ -15,10 +15,11 @@ from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
 from train.config import save_json
-from train.distillation_heads import resample_grid
-from train.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
-from train.scenes import GRID, IMAGE_SIZE, SHAPES
-from train.teachers import TeacherConfig, load_teacher
+from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
+from train.demo.scenes import GRID, IMAGE_SIZE, SHAPES
+from train.distillation.heads import resample_grid
+from train.teachers.config import TeacherConfig
+from train.teachers.loaders import load_teacher
 
 
 SCENES, PROBE = "measures.safetensors", "probe_at_start.json"

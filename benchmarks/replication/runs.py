@@ -19,14 +19,15 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
-from train.bad_rows import BadRows
 from train.build import build_student
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig, save_json
-from train.data import load_train_and_validation
-from train.demo import accuracy_by_family, answer_questions
+from train.data.bad_rows import BadRows
+from train.data.datasets import load_train_and_validation
+from train.demo.run import accuracy_by_family, answer_questions
 from train.feature_cache import CacheArguments, cache_features
-from train.sft import build_collator, train
-from train.teachers import TeacherConfig, load_teacher
+from train.run import build_collator, train
+from train.teachers.config import TeacherConfig
+from train.teachers.loaders import load_teacher
 from train.trainer import MoveKDTrainer
 
 
@@ -162,7 +163,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
 def train_arm(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
-    """Both stages by [`train.sft.train`]. Stage 1 is kept for other runs with the same settings of it."""
+    """Both stages by [`train.run.train`]. Stage 1 is kept for other runs with the same settings of it."""
     paths = towers(folder)
     parts = {
         "vision_model": paths["clip"],

@@ -48,18 +48,7 @@ from benchmarks.replication.world import (
     sample_scene,
 )
 from train.config import save_json
-from train.scene_labels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    labels_per_token,
-    normalized,
-    probe_scores,
-    resized,
-    student_features,
-)
-from train.scenes import Scene, render
-from train.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
-from train.towers import (
+from train.demo.networks import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -73,11 +62,22 @@ from train.towers import (
     train_clip,
     train_language_model,
 )
+from train.demo.scene_labels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    labels_per_token,
+    normalized,
+    probe_scores,
+    resized,
+    student_features,
+)
+from train.demo.scenes import Scene, render
+from train.demo.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
 
 
 # Training steps, the longest training first
 STEPS = {"language_model": 3600, "clip": 2400, "detector": 2400, "texture": 500, "reader": 400}
-DEMO_LANGUAGE_MODEL = Path("train/demo_towers/language_model")
+DEMO_LANGUAGE_MODEL = Path("train/demo/weights/language_model")
 # The teachers: pixels, side of the grid of tokens, kinds of labels, mean and standard deviation of the pixels
 TEACHERS: dict[str, tuple[int, int, tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
     "detector": (96, 8, ("shape", "colour", "size"), IMAGENET_MEAN, IMAGENET_STD),

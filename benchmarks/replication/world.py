@@ -1,7 +1,7 @@
 """
 A harder world than the demo's: what its questions ask is never in a caption.
 
-The scenes of `train.scenes`, and besides colour and shape each object has a pattern (solid, striped, barred, hollow)
+The scenes of `train.demo.scenes`; besides color and shape each object has a pattern (solid, striped, barred, hollow)
 and a size (small, big). Captions, from which CLIP and the projector learn, name colours, shapes and places; patterns,
 sizes and digits are known to the teachers alone, each to one. All six families of questions need them:
 
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from train.scene_labels import cell_labels
-from train.scenes import (
+from train.demo.scene_labels import cell_labels
+from train.demo.scenes import (
     COLUMNS,
     COUNTS,
     GRID,

@@ -11,13 +11,12 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from evaluation_data import DATA, save_checkpoint, write_data
-
 from benchmarks.evaluate import check_results, comparison, evaluate, evaluation_results, main, task_manager
 from benchmarks.tasks import BENCHMARKS, mmbench_prompt
 from hub.card import render_card
-from hub.run_facts import read_evaluation
+from hub.card_facts import read_evaluation
 from modeling_movekd.inference import load_checkpoint, prepare, user_message
+from tests.helpers.evaluation_data import DATA, save_checkpoint, write_data
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,8 +283,8 @@ def test_settings_of_tasks_for_other_models_are_answered(in_data, tmp_path):
 @slow
 def test_a_checkpoint_on_the_hub(in_data, tmp_path):
     pytest.importorskip("fastapi")
-    from hub_client import client
-    from hub_server import OWNER_TOKEN, serve
+    from tests.helpers.hub_client import client
+    from tests.helpers.hub_server import OWNER_TOKEN, serve
 
     checkpoint = save_checkpoint(tmp_path / "student", says="yes")
     with serve() as hub, client(hub, tmp_path / "home", OWNER_TOKEN) as process:

@@ -12,7 +12,6 @@ from PIL import Image
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("datasets")
 
-from evaluation_data import save_checkpoint
 from sklearn.datasets import load_digits
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -26,6 +25,7 @@ from benchmarks.features import (
     nearest_neighbours,
 )
 from modeling_movekd import MoveKDForConditionalGeneration
+from tests.helpers.evaluation_data import save_checkpoint
 
 
 @pytest.fixture(scope="module")

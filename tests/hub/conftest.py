@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import STAYS, make_model, make_tower, save_model
-from hub_client import Client, client
-from hub_server import OWNER_TOKEN, Hub, serve
 from safetensors.torch import load_file, save_file
 
 from hub.convert import convert
+from tests.helpers.exported import STAYS, make_model, make_tower, save_model
+from tests.helpers.hub_client import Client, client
+from tests.helpers.hub_server import OWNER_TOKEN, Hub, serve
 
 
 TOWER = "model.vision_tower.vision_tower."
@@ -104,6 +104,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def owner(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A process that may write there, and never says its token."""
     with client(hub, tmp_path_factory.mktemp("home"), OWNER_TOKEN) as process:
-        process.run("from pathlib import Path; from huggingface_hub import HfApi; import hub.push, hub.publish")
+        process.run("from pathlib import Path; from huggingface_hub import HfApi; import hub.push, hub.push_commit")
         yield process
         assert OWNER_TOKEN not in process.log

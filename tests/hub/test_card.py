@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
-from hub_server import serve
 
 from hub import push
 from hub.card import check_card, is_generated, main, write_card
-from hub.licenses import derive_license
-from hub.run_facts import hub_id, public_name, weights_fingerprint
+from hub.card_facts import hub_id, public_name, weights_fingerprint
+from hub.card_licenses import derive_license
+from tests.helpers.cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
+from tests.helpers.hub_server import serve
 
 
 ROOT = Path(__file__).parents[2]

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cards import CONFIG, checkpoint, facts_of_a_lab, metadata
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hub.card import check_card, write_card
 from hub.card_text import inline
+from tests.helpers.cards import CONFIG, checkpoint, facts_of_a_lab, metadata
 
 
 STRUCTURE = {"heading_open", "fence", "table_open", "tr_open", "td_open", "hr", "bullet_list_open", "image", "th_open"}

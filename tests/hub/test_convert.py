@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -14,6 +13,7 @@ from transformers import (
 
 from hub.convert import convert, main
 from modeling_movekd import MoveKDForConditionalGeneration
+from tests.helpers.conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
 
 
 def test_nothing_of_the_source_is_lost(authors: Path, converted: Path, converted_whole: Path) -> None:

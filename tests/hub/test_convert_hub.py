@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import Client, ClientError, client
-from hub_server import READER_TOKEN, Hub
 from safetensors.torch import load_file
+
+from tests.helpers.hub_client import Client, ClientError, client
+from tests.helpers.hub_server import READER_TOKEN, Hub
 
 
 @pytest.fixture(scope="module")

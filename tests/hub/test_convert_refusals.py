@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     CohereConfig,
 )
 
 from hub.convert import convert
-from hub.layouts import language_rename
+from hub.convert_layouts import language_rename
+from tests.helpers.conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
 
 
 def test_language_models_that_scale_their_logits() -> None:

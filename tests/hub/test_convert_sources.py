@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import assert_equal_weights, edit_json, weights_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 
 from hub.convert import convert
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from tests.helpers.conversions import assert_equal_weights, edit_json, weights_of
 
 
 def test_original_llava_without_a_tower(

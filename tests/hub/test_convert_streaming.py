@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import edit_json, nothing_left, split
 from safetensors.torch import load_file, save_file
 
 import hub.weights
 from hub.convert import convert
+from tests.helpers.conversions import edit_json, nothing_left, split
 
 
 ROOT = Path(__file__).parents[2]

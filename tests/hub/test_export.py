@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cards import COMMIT, RESULT, metadata
-from conversions import edit_json
-from exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,6 +26,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from hub.card import write_card
 from hub.export import check_equal, export, image_files, main, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from tests.helpers.cards import COMMIT, RESULT, metadata
+from tests.helpers.conversions import edit_json
+from tests.helpers.exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 
 
 @pytest.fixture(scope="module")

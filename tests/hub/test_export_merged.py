@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from exported import SIZE, make_model, make_tower, save_images, save_model, save_tower
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel
 
 from hub.checkpoint_parts import load_image_processor, load_tower, read_config
 from hub.export import export, image_files, main, read_pixels
-from hub.merge_experts import (
+from hub.export_merged import (
     Moments,
     expert_outputs,
     limit_rank,
@@ -21,6 +20,7 @@ from hub.merge_experts import (
     up_projection,
 )
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from tests.helpers.exported import SIZE, make_model, make_tower, save_images, save_model, save_tower
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import SIZE, make_pixels, make_tower, save_images, save_tower
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from hub.export import main
 from hub.export_onnx import EncoderGraph, check_onnx, write_onnx
 from modeling_movekd import MoveKDVisionModel
+from tests.helpers.exported import SIZE, make_pixels, make_tower, save_images, save_tower
 
 
 onnx = pytest.importorskip("onnx")

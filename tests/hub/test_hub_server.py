@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_card_check import metadata_problems
-from hub_client import Client, ClientError, client
-from hub_server import OWNER_TOKEN, READER_TOKEN, Hub
+
+from tests.helpers.hub_card_check import metadata_problems
+from tests.helpers.hub_client import Client, ClientError, client
+from tests.helpers.hub_server import OWNER_TOKEN, READER_TOKEN, Hub
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import SIZE, STAYS, make_tower
-from hub_client import Client, client
-from hub_server import OWNER_TOKEN, Hub
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
 from hub import push as push_script
-from hub.publishable import CODE
-from hub.validate import load
+from hub.push_allowlist import CODE
+from hub.push_validate import load
 from modeling_movekd import __version__
+from tests.helpers.exported import SIZE, STAYS, make_tower
+from tests.helpers.hub_client import Client, client
+from tests.helpers.hub_server import OWNER_TOKEN, Hub
 
 
 SECRET = "SecretThatNobodyMaySee"
@@ -132,7 +132,7 @@ def test_the_encoder_alone_in_shards_with_its_space(hub: Hub, owner: Client, che
     (space / "__pycache__").mkdir()
     (space / "__pycache__" / "app.py").write_text("")
     code = """
-settings = hub.publish.SpaceSettings(Path(space), "org/demo", "zero-a10g", {"PASSWORD": secret}, {"THEME": "dark"})
+settings = hub.push_commit.SpaceSettings(Path(space), "org/demo", "zero-a10g", {"PASSWORD": secret}, {"THEME": "dark"})
 result = hub.push.push(checkpoint, "org/encoder", encoder_only=True, space=settings, max_shard_size=20_000)
 """
     url = owner.run(code, space=str(space), checkpoint=str(checkpoint), secret=SECRET)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from PIL import Image
-from tiny import VOCABULARY, spread
-from tiny import make_tokenizer as byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -23,6 +21,8 @@ from transformers import (
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
+from tests.helpers.tiny import VOCABULARY, spread
+from tests.helpers.tiny import make_tokenizer as byte_tokenizer
 
 
 CLIP_SIZES = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import assert_gradients, assert_values, cases, read_case, with_prefix
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hub.authors import key_from_authors, state_dict_from_authors, state_dict_to_authors
+from hub.convert_original_keys import key_from_authors, state_dict_from_authors, state_dict_to_authors
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP
+from tests.helpers.parity import assert_gradients, assert_values, cases, read_case, with_prefix
 
 
 pytestmark = pytest.mark.parity

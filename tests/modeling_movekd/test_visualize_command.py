@@ -32,9 +32,9 @@ from transformers import (
 
 from modeling_movekd import visualize
 from modeling_movekd.images import pad_to_square, shared_crop
-from modeling_movekd.other_encoders import OtherEncoder
-from modeling_movekd.picture_page import expert_entries, with_legend
+from modeling_movekd.vision_encoders import OtherEncoder
 from modeling_movekd.visualize import choose_layers, draw_layers, load_tower
+from modeling_movekd.visualize_page import expert_entries, with_legend
 
 
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -22,7 +22,7 @@ from modeling_movekd.processing import build_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "spaces"
-TOWERS = ROOT / "train" / "demo_towers"
+TOWERS = ROOT / "train" / "demo" / "weights"
 
 
 @dataclass

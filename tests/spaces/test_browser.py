@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from page_scripts import FAINT, FRAMES, OUTSIDE, PIXELS, WATCH
 from PIL import Image, ImageOps
-from running_space import CHROMIUM, ROOT, TOWERS, build_checkpoint, chromium, running_space
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from modeling_movekd.inference import load_checkpoint, prepare, user_message
+from tests.helpers.page_scripts import FAINT, FRAMES, OUTSIDE, PIXELS, WATCH
+from tests.helpers.running_space import CHROMIUM, ROOT, TOWERS, build_checkpoint, chromium, running_space
 
 
 pytest.importorskip("gradio", reason="the Space needs gradio")

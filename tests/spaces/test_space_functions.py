@@ -118,7 +118,7 @@ def test_errors_on_zero_gpu_come_back_as_sentences(modules, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_and_other_data_types(modules, checkpoint, encoders, tmp_path, monkeypatch, dtype):
     """A model that cuts an image into tiles, in the data type of a GPU."""
-    towers = ROOT / "train" / "demo_towers"
+    towers = ROOT / "train" / "demo" / "weights"
     language = AutoModelForCausalLM.from_pretrained(towers / "language_model", dtype=dtype)
     vision = MoveKDVisionModel.from_clip(towers / "clip", expert_init="kaiming")
     model = MoveKDForConditionalGeneration.from_parts(vision, language, image_aspect_ratio="anyres").eval()
@@ -213,11 +213,11 @@ def test_old_files_are_deleted(modules, tmp_path):
 
 def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypatch):
     load, find = modules["student"].load_student, modules["app"].find_student
-    MoveKDVisionModel.from_clip(ROOT / "train" / "demo_towers" / "clip").save_pretrained(tmp_path / "encoder")
+    MoveKDVisionModel.from_clip(ROOT / "train" / "demo" / "weights" / "clip").save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="'movekd_vision' checkpoint.* the vision encoder alone"):
         load(str(tmp_path / "encoder"), None)
     with pytest.raises(ValueError, match="'clip_vision_model' checkpoint; 'movekd'"):
-        load(str(ROOT / "train" / "demo_towers" / "clip"), None)
+        load(str(ROOT / "train" / "demo" / "weights" / "clip"), None)
     with pytest.raises(ValueError, match="MODEL_REVISION is not set"):
         load("owner/student", None)
     monkeypatch.delenv("MODEL_ID", raising=False)
@@ -237,7 +237,7 @@ def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path)
     monkeypatch.delenv("TEACHER_IDS", raising=False)
     assert wanted(student) == []
     student.facts = {"teachers": [{"name": name, "model": name} for name in ("clip", "detector", "gone")]}
-    towers = ROOT / "train" / "demo_towers"
+    towers = ROOT / "train" / "demo" / "weights"
     assert wanted(student) == [
         ("plain CLIP", str(towers / "clip"), None, True),
         ("detector", str(towers / "detector"), None, False),
@@ -261,7 +261,7 @@ def test_other_encoders_get_what_the_student_sees(modules, checkpoint, size, pad
     student = modules["student"].load_student(str(checkpoint), None)
     images = student.processor.image_processor
     images.do_pad, images.do_center_crop = pads, not pads  # as `hub/convert.py` leaves them
-    clip = modules["encoders"].Encoder("clip", str(ROOT / "train" / "demo_towers" / "clip"), None, student, True)
+    clip = modules["encoders"].Encoder("clip", str(ROOT / "train" / "demo" / "weights" / "clip"), None, student, True)
     picture = Image.open(FIRST).convert("RGB").resize(size)
     torch.testing.assert_close(clip.pixels(picture), images(picture, return_tensors="pt")["pixel_values"])
 

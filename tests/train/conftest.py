@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cached import mixed_rows, write
-from colours import llava_rows
 from datasets import Dataset
 from transformers import (
     CLIPImageProcessor,
@@ -21,6 +19,8 @@ from transformers import (
     ViTModel,
 )
 
+from tests.helpers.cached_rows import mixed_rows, write
+from tests.helpers.colored_rows import llava_rows
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 
 
@@ -61,7 +61,7 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any:
-    """Makes the three argument objects of `train.sft.train`, small and on the processor; keywords override."""
+    """Makes the three argument objects of `train.stage_run.train`, small and on the processor; keywords override."""
 
     def make(**overrides: Any) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
         data = {"dataset_name": overrides.pop("dataset_name", dataset_folder)}

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from launched import ROOT, SCRIPT, launch
 from safetensors.torch import load_file
-from stranger import load_as_stranger
 
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
-from train.processes import check_launch
-from train.scenes import scenes
+from tests.helpers.bare_process import load_as_stranger
+from tests.helpers.launched import ROOT, SCRIPT, launch
+from train.demo.scenes import scenes
+from train.distributed import check_launch
 
 
 ACCELERATE = ROOT / "train" / "accelerate"

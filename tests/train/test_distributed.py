@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from colours import llava_rows
 from datasets import Dataset
-from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file
+
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 
 
 # A CPU is no choice of DeepSpeed's configuration, but of the script's `use_cpu`

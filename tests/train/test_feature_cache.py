@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from cached import TEXT_ONLY, write
-from colours import llava_rows
 from datasets import Dataset
 from filelock import FileLock
-from launched import DDP_CPU, ROOT, launch, write_settings
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trl import TrlParser
 
-from train import sft
+from tests.helpers.cached_rows import TEXT_ONLY, write
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.launched import DDP_CPU, ROOT, launch, write_settings
+from train import run as stage_run
 from train.build import build_teachers
-from train.cached_features import CachedTeacher, rows_of
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.data import load_conversations
+from train.data.datasets import load_conversations
 from train.feature_cache import CacheArguments, cache_features, load_processor, main
-from train.feature_shards import decode, encode
-from train.sft import build_collator
-from train.teachers import TeacherFeatures
+from train.run import build_collator
+from train.teachers.cache_shards import decode, encode
+from train.teachers.cached import CachedTeacher, rows_of
+from train.teachers.features import TeacherFeatures
 from train.trainer import MoveKDTrainer
 
 
@@ -68,7 +68,7 @@ def test_features_that_cannot_be_kept_raise(value: float, dtype: str, message: s
 
 
 def run(settings: tuple[Any, ...]) -> tuple[MoveKDTrainer, list[dict[str, TeacherFeatures]]]:
-    """A run of `train.sft.train`, and the features that the distiller got in each of its forwards."""
+    """A run of `train.stage_run.train`, and the features that the distiller got in each of its forwards."""
     got: list[dict[str, TeacherFeatures]] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -82,7 +82,7 @@ def run(settings: tuple[Any, ...]) -> tuple[MoveKDTrainer, list[dict[str, Teache
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MoveKDTrainer, "train", train)
-        return sft.train(*settings), got
+        return stage_run.train(*settings), got
 
 
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "anyres"])
@@ -124,7 +124,7 @@ def test_training_gives_the_same_losses(
 
 def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = cached(stage="pretrain", max_steps=1)
-    sft.train(*settings)
+    stage_run.train(*settings)
     overrides = {"dataset_name": settings[0].dataset_name, "max_length": None, "max_steps": 1}
     second = arguments(
         model_name_or_path=str(tmp_path / "output"),
@@ -135,7 +135,7 @@ def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: 
     capsys.readouterr()
     write(second)
     assert "in 0 of 4 shards" in capsys.readouterr().out
-    sft.train(*second)
+    stage_run.train(*second)
     facts = json.loads((tmp_path / "second" / "training_facts.json").read_text())
     folder = Path(settings[1].feature_cache).name
     for stage in (*facts["earlier_stages"], facts):
@@ -179,7 +179,7 @@ def test_evaluation_reads_the_rows_held_back(arguments, mixed: str, tmp_path: Pa
     )
     settings[0].validation_share = 0.4
     write(settings)
-    trainer = sft.train(*settings)
+    trainer = stage_run.train(*settings)
     assert any("eval_kd/vit" in entry for entry in trainer.state.log_history)
 
 
@@ -270,7 +270,7 @@ def test_two_processes_finish_what_a_killed_one_began(parts: dict[str, str], tmp
         ["--config", str(config), "--feature_cache", str(folder)]
     )
     with pytest.raises(ValueError, match="lacks the shard .*vit/"):
-        sft.train(*cut)
+        stage_run.train(*cut)
 
     result = launch("-m", *flags, "--feature_cache", str(folder), launcher=DDP_CPU)
     assert result.returncode == 0, result.stdout[-4000:]
@@ -319,10 +319,10 @@ def test_images_in_a_folder_that_moves(arguments, tmp_path: Path) -> None:
     rows = rows_of(load_conversations(tmp_path / "here" / "rows.json"))
     assert rows["images"][3] == ["pictures/3.png"]
     settings[0].dataset_name = str(tmp_path / "there" / "rows.json")
-    sft.train(*settings)
+    stage_run.train(*settings)
     shutil.copy(tmp_path / "there" / "pictures" / "1.png", tmp_path / "there" / "pictures" / "0.png")
     with pytest.raises(ValueError, match="features are of another image"):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 def test_unreadable_images_are_counted_and_their_rows_left_out(arguments, mixed: str, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_unreadable_images_are_counted_and_their_rows_left_out(arguments, mixed:
     settings[0].max_bad_row_share = 0.1
     errors = write(settings)
     assert errors["vit"]["unreadable_images"] == 1
-    sft.train(*settings)
+    stage_run.train(*settings)
     settings[0].max_bad_row_share = 0.01
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match="max_bad_row_share"):

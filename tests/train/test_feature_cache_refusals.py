@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cached import mixed_rows, write
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from train import sft
+from tests.helpers.cached_rows import mixed_rows, write
+from train import run as stage_run
 from train.build import build_teachers
-from train.data import load_conversations
+from train.data.datasets import load_conversations
 from train.feature_cache import load_processor
-from train.sft import build_collator
+from train.run import build_collator
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
@@ -26,7 +26,7 @@ def test_missing_and_truncated_shards_are_refused(cached, harm: str) -> None:
     if harm == "truncated":
         shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{'lacks the shard ' if harm == 'missing' else ''}.*vit/000001.*again"):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 def test_a_shard_of_another_cache_is_refused(cached) -> None:
@@ -34,13 +34,13 @@ def test_a_shard_of_another_cache_is_refused(cached) -> None:
     folder = Path(settings[1].feature_cache) / "vit"
     shutil.copy(folder / "000000.safetensors", folder / "000001.safetensors")
     with pytest.raises(ValueError, match=r"000001.safetensors is of another rows: \[\[4, 0\].*, not \[\["):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 def test_an_unfinished_cache_is_refused(arguments, mixed: str, tmp_path: Path) -> None:
     settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="index.json"):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 def changed(settings: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ def test_other_data_is_refused(cached, tmp_path: Path, change: Callable, row: in
     Dataset.from_list(rows).save_to_disk(tmp_path / "other")
     settings[0].dataset_name = str(tmp_path / "other")
     with pytest.raises(ValueError, match=rf"row {row} has the images .* in the cache of 24 rows, .* in the data"):
-        sft.train(*settings)
+        stage_run.train(*settings)
     with pytest.raises(ValueError, match="data: `(fingerprint|images|rows)` is .* in the cache, .* in this run"):
         write(settings)
 
@@ -156,7 +156,7 @@ def test_streams_are_refused(arguments, cached, mixed: str, tmp_path: Path) -> N
     settings = cached()
     settings[0].streaming = True
     with pytest.raises(ValueError, match="not a stream .*leave out `feature_cache`"):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 def test_what_the_model_says_itself_may_be_said_again(cached) -> None:

@@ -12,20 +12,20 @@ import torch
 import yaml
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from colours import llava_rows
 from datasets import Dataset
-from launched import DDP_CPU, ROOT, SCRIPT, launch, write_settings
 from safetensors.torch import load_file
-from stranger import load_as_stranger
 from transformers import AutoTokenizer, GemmaConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
-from train.fsdp import prepare_fsdp
-from train.scenes import scenes
-from train.sft import train
+from tests.helpers.bare_process import load_as_stranger
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, write_settings
+from train.demo.scenes import scenes
+from train.distributed import prepare_fsdp
+from train.run import train
 
 
-FSDP_SCRIPT = ROOT / "tests" / "fsdp_on_cpu.py"
+FSDP_SCRIPT = ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"
 FLAGS = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
 LAUNCHERS = {
     state: ("--config_file", ROOT / "train" / "accelerate" / name, *FLAGS)

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from trl import TrlParser
 
 from modeling_movekd import MoveKDForConditionalGeneration
-from train import sft
+from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
+from train import run as stage_run
+from train.callbacks import STEPS_WATCHED
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.guards import STEPS_WATCHED
 from train.language_lora import LANGUAGE_LORA_NAME, language_lora_layers, merged_state_dict
 from train.trainer import MoveKDTrainer
 
@@ -57,15 +57,15 @@ def is_language(name: str) -> bool:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch):
-    """`sft.train` that keeps the weights before the first step: `trainer.before`."""
+    """`stage_run.train` that keeps the weights before the first step: `trainer.before`."""
 
     class Remembering(MoveKDTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
 
-    monkeypatch.setattr(sft, "MoveKDTrainer", Remembering)
-    return sft.train
+    monkeypatch.setattr(stage_run, "MoveKDTrainer", Remembering)
+    return stage_run.train
 
 
 def test_lora_and_all_but_the_language_model_train(train, arguments, load_in_4bit: bool, capsys) -> None:
@@ -103,7 +103,7 @@ def test_lora_and_all_but_the_language_model_train(train, arguments, load_in_4bi
 
 
 def test_published_model_is_the_live_one(arguments, load_in_4bit: bool) -> None:
-    trainer = sft.train(*arguments(**LORA, load_in_4bit=load_in_4bit))
+    trainer = stage_run.train(*arguments(**LORA, load_in_4bit=load_in_4bit))
     folder, batch = Path(trainer.args.output_dir), batch_of(trainer)
     live = logits(trainer.model, batch)
     model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -119,7 +119,7 @@ def test_published_model_is_the_live_one(arguments, load_in_4bit: bool) -> None:
 
 def test_merging_other_weights_than_the_live_ones(arguments) -> None:
     """Where the weights are spread over processes, gathered ones are merged."""
-    trainer = sft.train(*arguments(**LORA, max_steps=1))
+    trainer = stage_run.train(*arguments(**LORA, max_steps=1))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     gathered = {name: 2 * value if is_lora(name) else value for name, value in before.items()}
     once, twice = merged_state_dict(trainer.model), merged_state_dict(trainer.model, gathered)
@@ -131,7 +131,7 @@ def test_merging_other_weights_than_the_live_ones(arguments) -> None:
 
 
 def test_without_lora_nothing_is_different(arguments) -> None:
-    plain = sft.train(*arguments(max_steps=1))
+    plain = stage_run.train(*arguments(max_steps=1))
     assert not language_lora_layers(plain.model)
     assert not (Path(plain.args.output_dir) / LANGUAGE_LORA_NAME).exists()
     facts = json.loads((Path(plain.args.output_dir) / "training_facts.json").read_text())
@@ -141,7 +141,7 @@ def test_without_lora_nothing_is_different(arguments) -> None:
 
 def test_learning_rates(arguments) -> None:
     rates = {"language_lora_learning_rate": 2e-4, "vision_tower_learning_rate": 3e-5, "learning_rate": 1e-3}
-    trainer = sft.train(*arguments(**LORA | rates, max_steps=1, lr_scheduler_type="constant"))
+    trainer = stage_run.train(*arguments(**LORA | rates, max_steps=1, lr_scheduler_type="constant"))
     names = {id(value): name for name, value in trainer.model.named_parameters()}
     found = {names[id(value)]: group["lr"] for group in trainer.optimizer.param_groups for value in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
@@ -151,13 +151,13 @@ def test_learning_rates(arguments) -> None:
 
 
 def test_target_modules(arguments) -> None:
-    trainer = sft.train(*arguments(**LORA, max_steps=1, language_lora_target_modules=["q_proj", "mlp.up_proj"]))
+    trainer = stage_run.train(*arguments(**LORA, max_steps=1, language_lora_target_modules=["q_proj", "mlp.up_proj"]))
     layers = language_lora_layers(trainer.model)
     assert len(layers) == 4 and {name.rsplit(".", 1)[-1] for name in layers} == {"q_proj", "up_proj"}
     with pytest.raises(ValueError, match=r"\['query'\].*LlamaModel does not have.*'q_proj'"):
-        sft.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "query"]))
+        stage_run.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "query"]))
     with pytest.raises(ValueError, match=r"linear layers.*embed_tokens"):
-        sft.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "embed_tokens"]))
+        stage_run.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "embed_tokens"]))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_settings_that_do_not_go_together(arguments, settings: dict[str, Any], m
 def test_4_bits_without_the_package(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs the package bitsandbytes"):
-        sft.train(*arguments(**LORA, load_in_4bit=True))
+        stage_run.train(*arguments(**LORA, load_in_4bit=True))
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_4_bits_under_fsdp(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = arguments(**LORA, load_in_4bit=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="DeepSpeed and FSDP cannot handle"):
-        sft.train(*settings)
+        stage_run.train(*settings)
 
 
 SETTINGS = LORA | {"lora_dropout": 0.05, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -272,7 +272,7 @@ def test_tied_head_biases_and_mixed_precision(runs, parts: dict[str, str], tmp_p
 
     def train(folder: Path, **more: Any) -> MoveKDTrainer:
         config = runs[0](folder, **settings, **more)
-        return sft.train(*parser.parse_args_and_config(["--config", str(config)]))
+        return stage_run.train(*parser.parse_args_and_config(["--config", str(config)]))
 
     trainer = train(straight)
     dtypes = {value.dtype for name, value in trainer.model.named_parameters() if is_lora(name)}

@@ -5,12 +5,12 @@ tensors have shapes and no values, so that `.item()`, `.cpu()`, a branch on a va
 
 import pytest
 import torch
-from distillers import GRID, TEACHERS, WIDTH, make_distiller, make_features
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
-from train.losses import balance_loss
-from train.teachers import TeacherFeatures
+from tests.helpers.distillers import GRID, TEACHERS, WIDTH, make_distiller, make_features
+from train.distillation.losses import balance_loss
+from train.teachers.features import TeacherFeatures
 
 
 PRESETS = ("paper", "released", "student_heads")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import llava_rows
 from datasets import Dataset
-from hub_client import Client, ClientError, client
-from hub_server import OWNER_TOKEN, READER_TOKEN, Hub, serve
-from launched import write_settings
 from safetensors.torch import load, load_file, save_file
 
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.hub_client import Client, ClientError, client
+from tests.helpers.hub_server import OWNER_TOKEN, READER_TOKEN, Hub, serve
+from tests.helpers.launched import write_settings
 from train.config import MoveKDSFTConfig
 
 

@@ -21,7 +21,6 @@ import pytest
 import timm
 import timm.data
 import torch
-from launched import ROOT, run, write_settings
 from PIL import Image
 from timm.models import save_for_hf
 from transformers import (
@@ -33,7 +32,9 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from train.teachers import load_teacher, resolve_teacher
+from tests.helpers.launched import ROOT, run, write_settings
+from train.teachers.config import resolve_teacher
+from train.teachers.loaders import load_teacher
 from train.trainer import MoveKDTrainer
 
 
@@ -54,7 +55,7 @@ PHOTOGRAPHS = {
     "rocket.jpg": (*SKIMAGE, "A white rocket on its launch pad in the evening."),
     "camera.png": (*SKIMAGE, "A man looks through a camera on a tripod."),
 }
-CLIP = str(ROOT / "train" / "demo_towers" / "clip")
+CLIP = str(ROOT / "train" / "demo" / "weights" / "clip")
 STRANGER = textwrap.dedent(
     """
     import json, sys

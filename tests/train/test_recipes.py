@@ -12,7 +12,7 @@ from trl import TrlParser
 
 from train.build import STUDENT_FIELDS
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, accumulation_steps
-from train.teachers import resolve_teacher
+from train.teachers.config import resolve_teacher
 
 
 FOLDER = Path(__file__).parents[2] / "train" / "recipes"

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from colours import llava_rows
 from datasets import Dataset
-from launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from safetensors.torch import load_file, save_file
-from stranger import load_as_stranger
+
+from tests.helpers.bare_process import load_as_stranger
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 
 
 # All that is random takes part: the order of the rows and the dropout of the experts

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from colours import llava_rows
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trainers import build_trainer
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from modeling_movekd import MoveKDForConditionalGeneration
-from train import sft
+from tests.helpers.colored_rows import llava_rows
+from tests.helpers.trainers import build_trainer
+from train import run as stage_run
 from train.build import build_student, parameter_groups
 from train.trainer import MoveKDTrainer
 
@@ -199,7 +199,7 @@ def test_a_rate_of_a_frozen_language_model_is_refused(arguments, settings: dict[
 
 
 def test_saved_folder(arguments, tmp_path: Path) -> None:
-    trainer = sft.train(*arguments(save_strategy="steps", save_steps=2))
+    trainer = stage_run.train(*arguments(save_strategy="steps", save_steps=2))
     for folder in (tmp_path / "output", tmp_path / "output" / "checkpoint-2"):
         with safe_open(folder / "model.safetensors", "pt") as file:
             keys = set(file.keys())
@@ -219,7 +219,7 @@ def test_saved_folder(arguments, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
 def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path, preset: str) -> None:
-    first = sft.train(*arguments(stage="pretrain", distillation_preset=preset))
+    first = stage_run.train(*arguments(stage="pretrain", distillation_preset=preset))
     snapshot = Snapshot()
     train(
         *arguments(
@@ -245,9 +245,9 @@ def test_continuing_asks_nothing(arguments, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> None:
-    sft.train(*arguments(stage="pretrain", max_steps=1))
+    stage_run.train(*arguments(stage="pretrain", max_steps=1))
     with pytest.raises(ValueError, match=r"'lora_rank': \(4, 8\)"):
-        sft.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
+        stage_run.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_activation_checkpointing_gives_the_same_run(arguments) -> None:
 def test_evaluation_logs_the_same_terms(arguments, dataset_folder: str) -> None:
     data_args, args, model_args = arguments(eval_strategy="steps", eval_steps=3)
     data_args.validation_share = 0.2
-    trainer = sft.train(data_args, args, model_args)
+    trainer = stage_run.train(data_args, args, model_args)
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluated) == 1
     assert {"eval_text", "eval_kd", "eval_kd/vit", "eval_balance", "eval_experts/0"} <= evaluated[0].keys()

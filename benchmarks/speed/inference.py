@@ -1,0 +1,129 @@
+"""
+What makes answers come sooner: `python -m benchmarks.speed.inference`.
+
+- The second turn of a chat up to its first token: the image's features are kept from the first turn; the rival passes
+  the image through the tower again.
+- New tokens with a static cache, eager and compiled, over the growing cache that `generate` takes by default.
+
+CLIP-L/14-336 before a language model of SmolLM2-135M's size, random weights, one picture.
+"""
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CompileConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from benchmarks.speed.measure import ROOT, Row, paired_ratio, paired_times, parser, report
+from benchmarks.speed.tower import CLIP_LARGE
+from benchmarks.speed.tower import TOY as TOY_TOWER
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.inference import Conversation, prepare, user_message
+from modeling_movekd.processing import add_image_token, build_processor
+
+
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152}
+TOY_LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOY_LANGUAGE |= {"vocab_size": 2000}
+TOKENIZER = ROOT / "train" / "demo" / "weights" / "language_model"
+
+
+def build(toy: bool, device: str, dtype: str) -> tuple[MoveKDForConditionalGeneration, Any]:
+    torch.manual_seed(0)
+    tower = TOY_TOWER if toy else CLIP_LARGE
+    vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
+    language = LlamaForCausalLM(LlamaConfig(**(TOY_LANGUAGE if toy else SMOLLM2), eos_token_id=None))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = MoveKDForConditionalGeneration.from_parts(vision, language, image_token_id=add_image_token(tokenizer))
+    model = model.to(device, getattr(torch, dtype)).eval()
+    model.fold_experts()
+    model.generation_config.eos_token_id = None  # random weights could end early
+    size = tower["image_size"]
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return model, build_processor(model.config, images, tokenizer, "vicuna_v1")
+
+
+def second_turn(model: MoveKDForConditionalGeneration, processor: Any) -> dict[str, Callable[[], Any]]:
+    conversation = Conversation(model, processor, max_new_tokens=1, do_sample=False)
+    conversation.ask("what is there", [Image.new("RGB", (640, 480), "red")])
+    messages = [*conversation.messages, user_message("and where is it")]
+
+    def kept() -> str:
+        return copy.copy(conversation).ask("and where is it")
+
+    @torch.inference_mode()
+    def again() -> Any:
+        return model.generate(**prepare(processor, [messages], model.device), max_new_tokens=1, do_sample=False)
+
+    return {"kept": kept, "again": again}
+
+
+def generation(
+    model: MoveKDForConditionalGeneration, processor: Any, new_tokens: int, compiled: bool
+) -> dict[str, Callable[[], Any]]:
+    prompt = [user_message("what is there", [Image.new("RGB", (640, 480), "red")])]
+    inputs = prepare(processor, [prompt], model.device)
+    common = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    variants: dict[str, dict[str, Any]] = {"dynamic": {}, "static": static}
+    if compiled:
+        config = CompileConfig(mode="default", fullgraph=False)
+        config._compile_all_devices = True  # else generate compiles on GPUs alone
+        variants["compiled"] = {"cache_implementation": "static", "compile_config": config}
+
+    def runner(settings: dict[str, Any]) -> Callable[[], Any]:
+        return torch.inference_mode()(lambda: model.generate(**inputs, **common, **settings))
+
+    return {name: runner(settings) for name, settings in variants.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--new_tokens", type=int, default=32)
+    flags.add_argument("--compile", action="store_true", help="also compile; takes a minute and a C++ compiler")
+    options = flags.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, processor = build(options.toy, options.device, options.dtype)
+    turns = paired_times(second_turn(model, processor), options.repeats)
+    new_tokens = 4 if options.toy else options.new_tokens
+    runs = generation(model, processor, new_tokens, options.compile)
+    outputs = {name: run() for name, run in runs.items()}
+    agreed = all(torch.equal(output, outputs["dynamic"]) for output in outputs.values())
+    times = paired_times(runs, options.repeats)
+    rows = [
+        Row(
+            "second turn up to the first token, features of the image kept",
+            statistics.median(turns["kept"]),
+            statistics.median(turns["again"]),
+            ratio=paired_ratio(turns["kept"], turns["again"]),
+            note="rival: the image passes the tower again",
+        )
+    ]
+    for name in list(runs)[1:]:
+        rows.append(
+            Row(
+                f"answer of {new_tokens} tokens, static cache{', compiled' if name == 'compiled' else ''}",
+                statistics.median(times[name]),
+                statistics.median(times["dynamic"]),
+                ratio=paired_ratio(times[name], times["dynamic"]),
+                note="rival: growing cache",
+            )
+        )
+    context = {"batch": 1, "dtype": options.dtype, "repeats": options.repeats, "same tokens": agreed}
+    report("Inference", rows, context, options.out)
+
+
+if __name__ == "__main__":
+    main()

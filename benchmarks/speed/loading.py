@@ -1,0 +1,140 @@
+"""
+Memory of loading a large checkpoint, and what importing the package costs: `python -m benchmarks.speed.loading`.
+
+The checkpoint has the layers of LLaVA-1.5-7B and fewer of them, so that it fits a small machine: the peak over the
+weights does not get better with more layers, which are loaded one tensor at a time. Its shards are sparse files of
+zeros, which take no room on the disk.
+"""
+
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.speed.measure import ROOT, Row, parser, peak_memory, report
+from benchmarks.speed.tower import CLIP_LARGE
+from benchmarks.speed.tower import TOY as TOY_TOWER
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+
+
+VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+TOY_LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 100}
+BASELINE = "import torch, transformers.models.clip.modeling_clip, transformers.models.llava_next.modeling_llava_next"
+
+
+def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], shard_size: int) -> int:
+    """A checkpoint in bfloat16 without values; gives back the bytes of its weights."""
+    with torch.device("meta"):
+        vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
+        text = LlamaForCausalLM(LlamaConfig(**{**language, "vocab_size": language["vocab_size"] + 1}))
+        model = MoveKDForConditionalGeneration.from_parts(vision, text, image_token_id=language["vocab_size"])
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(folder)
+    shards: list[dict[str, list[int]]] = [{}]
+    filled = 0
+    for name, tensor in model.state_dict().items():
+        if filled and filled + 2 * tensor.numel() > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = list(tensor.shape)
+        filled += 2 * tensor.numel()
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shard.items():
+            begin, end = end, end + 2 * torch.Size(shape).numel()
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+            index[name] = file_name
+        encoded = json.dumps(header).encode()
+        with (folder / file_name).open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            file.truncate(8 + len(encoded) + end)
+        total += end
+    names = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    return total
+
+
+def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
+    """For a fresh process: what is counted is the memory beyond the imports, with every weight read once."""
+    # Else the first use of a device and lazy imports of the loading would count
+    LlamaForCausalLM(LlamaConfig(**TOY_LANGUAGE, num_hidden_layers=1)).to(device)
+
+    def run() -> MoveKDForConditionalGeneration:
+        model = MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
+        for parameter in model.parameters():  # a weight in the file's own dtype stays in the mapped file until then
+            parameter.detach().flatten()[::256].any()
+        return model
+
+    return run
+
+
+def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
+    """Seconds of CPU time that importing `modeling_movekd` takes in processes that have its dependencies."""
+    code = f"{BASELINE}, time; t = time.process_time(); import modeling_movekd; print(time.process_time() - t)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    found = [
+        float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        for _ in range(repeats + warm_up)
+    ]
+    return found[warm_up:]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parser(__doc__, repeats=5)
+    flags.add_argument("--layers", type=int, default=6, help="of the language model; the 7B has 32")
+    options = flags.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    tower, language = (TOY_TOWER, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
+    layers = 2 if options.toy else options.layers
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_empty(Path(folder), tower, {**language, "num_hidden_layers": layers}, 10**9)
+        where = {"folder": folder, "device": options.device}
+        peak, converted = (
+            peak_memory("benchmarks.speed.loading:loading", {**where, "dtype": dtype}, beyond=True, toy=options.toy)
+            for dtype in ("auto", "float32")
+        )
+    seconds = statistics.median(import_seconds(1, 0) if options.toy else import_seconds(options.repeats))
+    rows = [
+        Row(
+            f"loading a checkpoint with the shapes of the 7B, {layers} layers, bfloat16: peak over the weights",
+            peak / 2**20,
+            weights / 2**20,
+            "MB",
+            at_most=1.1,
+            note="rival: bytes of the weights",
+        ),
+        Row(
+            "the same, turned into float32 while loading",
+            converted / 2**20,
+            2 * weights / 2**20,
+            "MB",
+            note="rival: bytes of the weights in float32; the mapped shards count too",
+        ),
+        Row(
+            "CPU time of importing `modeling_movekd` where transformers' CLIP and LLaVA-NeXT are imported",
+            seconds * 1000,
+            50.0,
+            "ms",
+            at_most=1.0,
+            note="rival: 50 ms",
+        ),
+    ]
+    report("Loading and import", rows, {"repeats": options.repeats, "shards": "1 GB, sparse"}, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""
+How time grows with the work: `python -m benchmarks.speed.scaling`, curves in a PNG and their points as JSON.
+
+A tower of CLIP-B/16's size, seconds over image size, batch, number of experts and their rank: the folded forward and a
+training step; and the distillation losses and heads over the number of teachers. README.md says where a curve bends,
+and why.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.speed.losses import SHAPES as LOSS_SHAPES
+from benchmarks.speed.losses import TOY as TOY_LOSS_SHAPES
+from benchmarks.speed.losses import build, inputs, ours
+from benchmarks.speed.losses import step as losses_step
+from benchmarks.speed.measure import machine, paired_times, parser, write
+from benchmarks.speed.tower import TOY, Case, forward, step
+from train.demo.run import save_figure
+
+
+CLIP_BASE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "projection_dim": 512,
+}
+CURVES = {
+    "image size": [112, 224, 448, 672],
+    "batch": [1, 2, 4, 8],
+    "experts": [1, 2, 4, 8, 16],
+    "rank": [8, 16, 32, 64, 128],
+}
+TOY_CURVES = {"image size": [28, 56], "batch": [1, 2], "experts": [1, 2], "rank": [2, 4]}
+
+
+def tower_case(toy: bool, device: str, dtype: str, **changes: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The folded forward and the training step, with one of the sizes changed."""
+    sizes = dict(TOY if toy else CLIP_BASE)
+    sizes["image_size"] = changes.get("image size", sizes["image_size"])
+    case = Case(
+        sizes,
+        batch_size=changes.get("batch", 2),
+        num_experts=changes.get("experts", 3),
+        lora_rank=changes.get("rank", 32),
+        device=device,
+        dtype=dtype,
+    )
+    folded = case.tower().eval()
+    folded.fold_experts()
+    return forward(folded, case.pixels()), step(case.tower().train(), case.pixels())
+
+
+def measure_tower(curve: str, values: list[int], options: Any) -> dict[str, list[float]]:
+    functions: dict[str, Callable[[], Any]] = {}
+    for value in values:
+        cases = tower_case(options.toy, options.device, options.dtype, **{curve: value})
+        for kind, run in zip(("forward", "step"), cases, strict=True):
+            functions[f"{kind} {value}"] = run
+    times = paired_times(functions, options.repeats)
+    return {kind: [statistics.median(times[f"{kind} {value}"]) for value in values] for kind in ("forward", "step")}
+
+
+def measure_losses(options: Any) -> dict[str, list[float]]:
+    shapes = TOY_LOSS_SHAPES if options.toy else LOSS_SHAPES
+    names = list(shapes["teachers"])
+    functions = {}
+    for number in range(1, len(names) + 1):
+        some = {**shapes, "teachers": {name: shapes["teachers"][name] for name in names[:number]}}
+        distiller = build(some, options.device, options.dtype)
+        functions[str(number)] = losses_step(ours, distiller, *inputs(some, 2, options.device, options.dtype))
+    times = paired_times(functions, options.repeats)
+    return {"losses and heads": [statistics.median(values) for values in times.values()]}
+
+
+def draw(path: Path, curves: dict[str, dict[str, Any]]) -> None:
+    """A panel for each curve; logarithmic axes; dotted is growth in proportion from the first point on."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(3.6 * len(curves), 3.6), layout="constrained")
+    for axis, (name, curve) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        at = curve["at"]
+        for kind, seconds in curve["seconds"].items():
+            (line,) = axis.plot(at, seconds, marker="o", label=kind)
+            if name in ("image size", "batch"):
+                power = 2 if name == "image size" else 1
+                ideal = [seconds[0] * (value / at[0]) ** power for value in at]
+                axis.plot(at, ideal, linestyle=":", color=line.get_color())
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(at, [str(value) for value in at])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(name)
+        axis.set_ylabel("seconds")
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--picture", type=Path, default=Path("outputs/scaling.png"), help="PNG to write")
+    options = flags.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    curves: dict[str, dict[str, Any]] = {}
+    for name, values in (TOY_CURVES if options.toy else CURVES).items():
+        curves[name] = {"at": values, "seconds": measure_tower(name, values, options)}
+    seconds = measure_losses(options)
+    curves["teachers"] = {"at": list(range(1, 1 + len(seconds["losses and heads"]))), "seconds": seconds}
+    context = {**machine(), "tower": "CLIP-B/16, batch 2, 3 experts, rank 32", "repeats": options.repeats}
+    lines = ["### Time over work", "", "| over | at | what | seconds |", "|---|---|---|---|"]
+    for name, curve in curves.items():
+        for kind, values in curve["seconds"].items():
+            told = ", ".join(f"{value:.3g}" for value in values)
+            lines.append(f"| {name} | {', '.join(map(str, curve['at']))} | {kind} | {told} |")
+    print("\n".join([*lines, "", "; ".join(f"{key}: {value}" for key, value in context.items())]))
+    draw(options.picture, curves)
+    if options.out:
+        write(Path(options.out), json.dumps({"context": context, "curves": curves}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

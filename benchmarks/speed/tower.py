@@ -1,0 +1,302 @@
+"""
+Speed and memory of the tower over those of the CLIP that it replaces: `python -m benchmarks.speed.tower`.
+
+The rivals are transformers' CLIP (all layers, sdpa) and a tower built as the authors' runs are described: each expert
+after the other on all tokens, all layers, attention maps and hidden states of every layer kept.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPMLP
+
+from benchmarks.speed.measure import Row, paired_ratio, paired_times, parser, peak_memory, report
+from modeling_movekd import MoveKDVisionModel
+
+
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+PARTS = ["times", "loop", "memory", "building"]
+TOY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+
+
+class LoopOfExpertsMLP(nn.Module):
+    """The mixture as the paper writes it: every expert on every token, what was not routed to it dropped."""
+
+    def __init__(self, mlp: CLIPMLP, num_experts: int, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = mlp.fc1, mlp.fc2, mlp.activation_fn
+        width, intermediate = self.fc1.in_features, self.fc1.out_features
+        self.router = nn.Linear(width, num_experts)
+        self.fc1_experts = nn.ModuleList([_lora(width, intermediate, rank, dropout) for _ in range(num_experts)])
+        self.fc2_experts = nn.ModuleList([_lora(intermediate, width, rank, dropout) for _ in range(num_experts)])
+        self.scaling = alpha / rank
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(hidden_states).softmax(dim=-1).argmax(dim=-1, keepdim=True)
+        hidden_states = self.activation_fn(self._layer(self.fc1, self.fc1_experts, hidden_states, chosen))
+        return self._layer(self.fc2, self.fc2_experts, hidden_states, chosen)
+
+    def _layer(
+        self, linear: nn.Module, experts: nn.ModuleList, hidden_states: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        update = None
+        for index, expert in enumerate(experts):
+            output = expert(hidden_states) * self.scaling
+            update = torch.where(chosen == index, output, torch.zeros_like(output) if update is None else update)
+        return linear(hidden_states) + update
+
+
+def _lora(in_features: int, out_features: int, rank: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(in_features, rank), nn.Linear(rank, out_features))
+
+
+@dataclass
+class Case:
+    """What is measured; goes to fresh processes as JSON."""
+
+    sizes: dict[str, int] = field(default_factory=lambda: CLIP_LARGE)
+    batch_size: int = 2
+    num_experts: int = 3
+    lora_rank: int = 32
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def clip(self) -> CLIPVisionModel:
+        torch.manual_seed(0)
+        clip = CLIPVisionModel._from_config(
+            CLIPVisionConfig(**self.sizes), dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
+        )
+        return clip.to(self.device).requires_grad_(False).eval()
+
+    def tower(self, checkpointing: bool = False) -> MoveKDVisionModel:
+        """Experts and routers train; CLIP's weights do not."""
+        tower = MoveKDVisionModel.from_clip(self.clip(), num_experts=self.num_experts, lora_rank=self.lora_rank)
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_("expert" in name or "router" in name)
+        if checkpointing:
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+        return tower
+
+    def loop(self) -> CLIPVisionModel:
+        clip = self.clip()
+        clip.set_attn_implementation("eager")
+        for layer in clip.encoder.layers:
+            layer.mlp = LoopOfExpertsMLP(layer.mlp, self.num_experts, self.lora_rank, alpha=1.0, dropout=0.05)
+            for part in (layer.mlp.router, layer.mlp.fc1_experts, layer.mlp.fc2_experts):
+                part.to(self.device, getattr(torch, self.dtype))
+        return clip.eval()
+
+    def pixels(self) -> torch.Tensor:
+        size = self.sizes["image_size"]
+        draw = torch.randn(self.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return draw.to(self.device, getattr(torch, self.dtype))
+
+
+def features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What the forward is for: LLaVA's features from our tower and the loop's, the last hidden state of plain CLIP."""
+    if any(isinstance(module, LoopOfExpertsMLP) for module in model.modules()):
+        return model(pixels, output_attentions=True, output_hidden_states=True).hidden_states[-2][:, 1:]
+    # Nothing recorded; plain CLIP runs all its layers, ours has none beyond the features
+    return model(pixels).last_hidden_state[:, 1:]
+
+
+def forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return features(model.eval(), pixels)
+
+    return run
+
+
+def training_forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
+    return lambda: features(model.train(), pixels)
+
+
+def step(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
+    """Forward, a loss on the features, backward; the gradients are dropped."""
+
+    def run() -> None:
+        features(model.train(), pixels).float().square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def input_gradients(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
+    """The floor of a step: forward and the gradients of the activations, without those of any weight."""
+
+    def run() -> None:
+        features(model.eval(), pixels.clone().requires_grad_()).float().square().mean().backward()
+
+    return run
+
+
+def measured(what: str, case: dict[str, Any]) -> Callable[[], Any]:
+    """For a fresh process: build, and return what is to be run once."""
+    shapes = Case(**case)
+    pixels = shapes.pixels()
+    if what == "clip forward":
+        return forward(shapes.clip(), pixels)
+    if what == "folded forward":
+        tower = shapes.tower()
+        tower.fold_experts()
+        return forward(tower, pixels)
+    if what == "loop forward":
+        return forward(shapes.loop(), pixels)
+    if what == "loop step":
+        return step(shapes.loop(), pixels)
+    if what not in ("step", "checkpointed step"):
+        raise ValueError(f"`what` is {what!r}; it must be one of {MEMORY}.")
+    return step(shapes.tower(checkpointing=what == "checkpointed step"), pixels)
+
+
+MEMORY = ("clip forward", "folded forward", "step", "checkpointed step", "loop forward", "loop step")
+
+
+def measured_building(source: str, case: dict[str, Any]) -> Callable[[], Any]:
+    """For a fresh process: build the tower from a folder, or from CLIP in memory if `source` is empty."""
+    shapes = Case(**case)
+    clip = source or shapes.clip()
+
+    def run() -> MoveKDVisionModel:
+        tower = MoveKDVisionModel.from_clip(clip, num_experts=shapes.num_experts, lora_rank=shapes.lora_rank)
+        # Weights mapped from a file count when they are read
+        for parameter in tower.parameters():
+            parameter.sum()
+        return tower
+
+    return run
+
+
+def time_rows(case: Case, repeats: int) -> list[Row]:
+    pixels = case.pixels()
+    clip, tower, folded = case.clip(), case.tower(), case.tower()
+    folded.fold_experts()
+    times = paired_times(
+        {
+            "clip": forward(clip, pixels),
+            "folded": forward(folded, pixels),
+            "unfolded": forward(tower, pixels),
+            "training": training_forward(tower, pixels),
+            "step": step(tower, pixels),
+            "floor": input_gradients(clip, pixels),
+        },
+        repeats,
+    )
+    return [
+        time_row(times, "inference forward", "folded", 1.00, "experts folded"),
+        time_row(times, "inference forward", "unfolded", note="not folded"),
+        time_row(times, "forward in training mode", "training", 1.08),
+        time_row(times, "training step", "step", 2.25, "experts and routers train"),
+        time_row(times, "floor of a step", "floor", note="CLIP, gradients of the activations alone"),
+    ]
+
+
+def loop_rows(case: Case, repeats: int) -> list[Row]:
+    """Apart from the others, whose memory it would take (about 8 GB for a step)."""
+    pixels, clip, loop = case.pixels(), case.clip(), case.loop()
+    times = paired_times(
+        {
+            "clip": forward(clip, pixels),
+            "loop": forward(loop, pixels),
+            "loop training": training_forward(loop, pixels),
+            "loop step": step(loop, pixels),
+        },
+        repeats,
+    )
+    note = "rival tower over CLIP"
+    return [
+        time_row(times, "loop over experts, inference forward", "loop", note=note),
+        time_row(times, "loop over experts, forward in training mode", "loop training", note=note),
+        time_row(times, "loop over experts, training step", "loop step", note=note),
+    ]
+
+
+def time_row(times: dict[str, list[float]], what: str, name: str, at_most: float | None = None, note: str = "") -> Row:
+    ours, rival = times[name], times["clip"]
+    medians = statistics.median(ours), statistics.median(rival)
+    return Row(what, *medians, at_most=at_most, note=note, ratio=paired_ratio(ours, rival))
+
+
+def memory_rows(case: Case) -> list[Row]:
+    peaks = {
+        what: peak_memory("benchmarks.speed.tower:measured", {"what": what, "case": asdict(case)}) / 1e6
+        for what in MEMORY
+    }
+
+    def row(what: str, name: str, at_most: float | None = None, note: str = "") -> Row:
+        return Row(what, peaks[name], peaks["clip forward"], "MB", at_most=at_most, note=note)
+
+    return [
+        row("peak memory of the training step", "step", 2.3),
+        row("peak memory of the training step", "checkpointed step", 1.3, "activation checkpointing"),
+        row("peak memory of the inference forward", "folded forward", 1.05, "experts folded"),
+        row("loop over experts, peak memory of the forward", "loop forward", note="rival tower over CLIP"),
+        row("loop over experts, peak memory of the step", "loop step", note="rival tower over CLIP"),
+    ]
+
+
+def building_rows(case: Case) -> list[Row]:
+    tower = case.tower()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in tower.parameters()) / 1e6
+    del tower
+    with tempfile.TemporaryDirectory() as folder:
+        case.clip().save_pretrained(folder)
+        peaks = {
+            note: peak_memory(
+                "benchmarks.speed.tower:measured_building", {"source": source, "case": asdict(case)}, True
+            )
+            for note, source in (("CLIP in a folder", folder), ("CLIP in memory, not counted", ""))
+        }
+    what = "peak memory while the tower is built, over its weights"
+    return [Row(what, peak / 1e6, weights, "MB", at_most=1.2, note=note) for note, peak in peaks.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    options = parser(__doc__, repeats=5)
+    options.add_argument("--batch_size", type=int, default=2)
+    options.add_argument("--num_experts", type=int, default=3)
+    options.add_argument("--lora_rank", type=int, default=32)
+    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="of the table")
+    chosen = options.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    shapes = {name: getattr(chosen, name) for name in ("batch_size", "num_experts", "lora_rank", "device", "dtype")}
+    case = Case(TOY if chosen.toy else CLIP_LARGE, **shapes)
+    rows = []
+    if "times" in chosen.parts:
+        rows += time_rows(case, chosen.repeats)
+    if "loop" in chosen.parts:
+        rows += loop_rows(case, chosen.repeats)
+    if "memory" in chosen.parts:
+        rows += memory_rows(case)
+    if "building" in chosen.parts:
+        rows += building_rows(case)
+    context = {**{f"CLIP's {name}": value for name, value in case.sizes.items()}, **shapes, "repeats": chosen.repeats}
+    return report("The tower over plain CLIP's forward", rows, context, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

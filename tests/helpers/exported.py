@@ -1,0 +1,109 @@
+"""Tiny checkpoints for the tests of what is exported from them: towers and whole models whose every weight shows."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from hub.card_facts import weights_fingerprint
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import build_processor
+from tests.helpers.cards import RESULT
+from tests.helpers.tiny import VOCABULARY, make_tokenizer, spread
+
+
+SIZE = 16
+# Everything of a training run that has no business on the Hub
+STAYS = [
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "trainer_state.json",
+    ".env",
+    "data.jsonl",
+]
+STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3/optimizer.pt", "notes.txt"]
+
+
+def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
+    """Three layers, two after the cut; the experts do something and the routers use all of them."""
+    torch.manual_seed(seed)
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=4,
+            hidden_act=kwargs.pop("hidden_act", "quick_gelu"),
+        )
+    )
+    spread(clip, seed)
+    tower = MoveKDVisionModel.from_clip(clip, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
+    for name, part in tower.named_modules():
+        if name.endswith(("router", "experts")):
+            spread(part, seed + 1)
+    return tower.eval()
+
+
+def make_model(tower: MoveKDVisionModel, tied: bool = False, **kwargs) -> MoveKDForConditionalGeneration:
+    torch.manual_seed(2)
+    language = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=tied,
+        )
+    )
+    spread(language, 2)
+    model = MoveKDForConditionalGeneration.from_parts(tower, language, **kwargs)
+    spread(model.model.multi_modal_projector, 3)
+    if model.model.image_newline is not None:
+        model.model.image_newline.data.normal_(generator=torch.Generator().manual_seed(4))
+    return model
+
+
+def save_tower(tower: MoveKDVisionModel, folder: Path) -> Path:
+    tower.save_pretrained(folder)
+    LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    return folder
+
+
+def save_model(model: MoveKDForConditionalGeneration, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    build_processor(model.config, CLIPImageProcessor(), make_tokenizer(padding_side="left")).save_pretrained(folder)
+    (folder / "training_facts.json").write_text('{"recipe": "tiny"}')
+    evaluation = {"results": [RESULT], "weights": weights_fingerprint(folder)}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def save_images(folder: Path, count: int) -> Path:
+    """Pictures of a few large fields of colour each: neighbouring patches are alike, and no two pictures are."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    for index in range(count):
+        fields = torch.randint(256, (4, 4, 3), generator=generator).byte().numpy()
+        Image.fromarray(fields).resize((40, 24), Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def make_pixels(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6))

@@ -1,0 +1,39 @@
+"""A trainer put together as `train.stage_run.train` does, with a place to interfere before it is built."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from train import run as stage_run
+from train.build import build_distiller, build_student, build_teachers
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.data.datasets import load_conversations
+from train.trainer import MoveKDTrainer
+
+
+def build_trainer(
+    data_args: DataArguments,
+    args: MoveKDSFTConfig,
+    model_args: ModelArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+    prepare: Callable[..., Any] = lambda model, teachers, distiller: None,
+) -> MoveKDTrainer:
+    """`prepare` may change model, teachers and distiller; the trainer has not trained yet."""
+    model, processor = build_student(args, model_args)
+    teachers = build_teachers(args)
+    distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
+    dataset = load_conversations(data_args.dataset_name)
+    collator = stage_run.build_collator(args, processor, teachers)
+    stage_run.fit_feature_statistics(args, distiller, teachers, dataset, collator)
+    prepare(model, teachers, distiller)
+    return MoveKDTrainer(
+        model,
+        args,
+        teachers=teachers,
+        distiller=distiller,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )

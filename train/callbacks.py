@@ -1,0 +1,312 @@
+"""Callbacks of the trainer: a check that every trainable weight gets a gradient, and pictures of the tower."""
+
+import logging
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from modeling_movekd.experts_movekd import LoraExperts
+from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
+from train.config import MoveKDSFTConfig
+from train.forward import split_crops
+
+
+if TYPE_CHECKING:
+    from train.trainer import MoveKDTrainer
+
+logger = logging.getLogger(__name__)
+
+STEPS_WATCHED = 10
+FOLDER_NAME = "pictures"
+COMPONENTS_NAME = "components.safetensors"
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def check_pictures(args: MoveKDSFTConfig) -> None:
+    """
+    Raises:
+        ValueError: if pictures are asked for and the numbers make no sense, or no process will hold the whole tower.
+    """
+    if args.visualize_steps < 0 or args.visualize_images < 1:
+        raise ValueError(
+            f"`visualize_steps` is {args.visualize_steps} and `visualize_images` {args.visualize_images}; give steps "
+            "from 1, or 0 for no pictures, and at least one image."
+        )
+    plugin = args.deepspeed_plugin
+    sharded = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else None
+    if plugin is not None and plugin.hf_ds_config.is_zero3():
+        sharded = "ZeRO-3"
+    if args.visualize_steps and sharded:
+        raise ValueError(
+            f"`visualize_steps` is {args.visualize_steps}, but under {sharded} no process holds the whole tower to "
+            "draw. Set it to 0, and draw checkpoints by `python -m modeling_movekd.visualize`; or train with DDP or "
+            "ZeRO-2."
+        )
+
+
+class PictureCallback(TrainerCallback):
+    """
+    Draws the same images before the first step and after every `visualize_steps`, in the layer whose features feed the
+    projector. The main process draws alone, by modules that no wrapper sees, so the others have no part in it; nothing
+    of the training changes.
+
+    The images come through the trainer's collator, so that student and teachers get what they get in training; the
+    teachers are run, or read from the cache, once. The colours of the components are kept from one step to the next,
+    also where a run is resumed. Written are PNG files in `pictures/step-N/` of the output folder, and the same images
+    go to TensorBoard, Trackio and Weights & Biases where they are in `report_to`.
+
+    Args:
+        trainer: As it will train.
+        student: Its model, without any wrapper.
+    """
+
+    def __init__(self, trainer: "MoveKDTrainer", student: PreTrainedModel) -> None:
+        check_pictures(trainer.args)
+        self.trainer, self.student = trainer, student
+        self.reference: torch.Tensor | None = None
+        self.pixels = torch.empty(0)  # read by the main process alone
+        self.teacher_tokens: dict[str, torch.Tensor] = {}
+        if left_out := sorted(set(trainer.args.report_to) - set(TRACKERS)):
+            logger.warning(f"Pictures are not logged to {left_out}: they are in {FOLDER_NAME}/ of the output folder.")
+
+    def on_train_begin(
+        self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._read_images(args.visualize_images)
+            if state.global_step == 0:
+                self._draw(args, state.global_step)
+            else:
+                self._keep_colours(Path(args.output_dir) / FOLDER_NAME, state.global_step)
+
+    def on_step_end(self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and args.visualize_steps and state.global_step % args.visualize_steps == 0:
+            self._draw(args, state.global_step)
+
+    @torch.no_grad()
+    def _read_images(self, count: int) -> None:
+        """
+        Pixels of the first images of the data, and what the teachers say of them.
+
+        Raises:
+            ValueError: if the data has no image, in a stream among the rows that the run reads; or too many bad rows.
+        """
+        trainer = self.trainer
+        dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+        last = None
+        if dataset is trainer.train_dataset and isinstance(dataset, IterableDataset):
+            # It has no end, but the run reads no more rows
+            last = trainer.args.rows_of_run
+        pixels: list[torch.Tensor] = []
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
+        for row in islice(dataset, last):
+            if len(pixels) >= count:
+                break
+            if row.get("problem") is not None:
+                trainer.bad_rows.add([(row["source"], row["problem"])])
+            if not row.get("images"):
+                continue
+            batch = trainer.data_collator([row])
+            trainer.bad_rows.add(batch["bad_rows"])
+            images = len(batch["pixel_values"]) - batch["num_blank_images"]
+            # Of the tiles of anyres the first, which is the whole image
+            of_row = batch["pixel_values"] if batch["pixel_values"].dim() == 4 else batch["pixel_values"][:, 0]
+            pixels += of_row[:images]
+            inputs = batch.get("teacher_pixel_values") or batch.get("cached_features") or {}
+            whole: slice | torch.Tensor = slice(None)
+            if trainer.args.distill_tiles == "all":
+                whole, _ = split_crops(self.student, batch["image_weights"], batch["image_sizes"])
+            for name, teacher in trainer.teachers.items():
+                of_teacher = inputs[name]
+                if isinstance(of_teacher, torch.Tensor):
+                    of_teacher = of_teacher[whole]
+                tokens[name] += teacher(of_teacher).tokens[:images].cpu()
+        if not pixels:
+            raise ValueError(
+                f"`visualize_steps` is {trainer.args.visualize_steps}, but the data has no image to draw. Set it to 0."
+            )
+        self.pixels = torch.stack(pixels[:count])
+        self.teacher_tokens = {name: torch.stack(of_teacher[:count]) for name, of_teacher in tokens.items()}
+
+    def _keep_colours(self, folder: Path, step: int) -> None:
+        """Those of the last pictures that the run drew before it was interrupted."""
+        files = {int(file.parent.name.split("-")[1]): file for file in folder.glob(f"step-*/{COMPONENTS_NAME}")}
+        if earlier := [drawn for drawn in files if drawn <= step]:
+            values = load_file(files[max(earlier)])["values"]
+            self.reference = values if len(values) == len(self.pixels) else None
+
+    def _draw(self, args: MoveKDSFTConfig, step: int) -> None:
+        student, processor = self.student, self.trainer.processing_class.image_processor
+        index = student.config.vision_feature_layer
+        index = index if isinstance(index, int) else index[-1]
+        pictures = student.model.vision_tower.visualize(
+            self.pixels.to(student.device),
+            index if index < 0 else index - 1,  # of the hidden states the first is the embedding
+            image_mean=processor.image_mean,
+            image_std=processor.image_std,
+            other_tokens=self.teacher_tokens,
+            reference=self.reference,
+            smallest_side=SMALLEST_PICTURE,
+        )
+        self.reference = pictures.values
+        folder = Path(args.output_dir) / FOLDER_NAME / f"step-{step}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({"values": pictures.values.contiguous()}, temporary / COMPONENTS_NAME)
+        numbered = [(index + 1, picture_files(pictures, index)) for index in range(len(pictures.image))]
+        for number, files in numbered:
+            Image.fromarray(pictures.image[number - 1].numpy()).save(temporary / f"{number:02d}-image.png")
+            for stem, (picture, _) in files.items():
+                picture.save(temporary / f"{number:02d}-{stem}.png")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that this one resumes
+        temporary.rename(folder)
+        self._log({f"{FOLDER_NAME}/{stem}/{n}": file for n, files in numbered for stem, file in files.items()}, step)
+
+    def _log(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
+        """Names, pictures and captions, to the trackers that Trainer's own callbacks have opened."""
+        report_to = self.trainer.args.report_to
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for name, (picture, _) in pictures.items():
+                    callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if "trackio" in report_to:
+            import trackio
+
+            images = {name: trackio.Image(picture, caption) for name, (picture, caption) in pictures.items()}
+            trackio.log({**images, "train/global_step": step})
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                panels = {name: wandb.Image(picture, caption=text) for name, (picture, text) in pictures.items()}
+                wandb.log({**panels, "train/global_step": step})
+
+
+class GradientGuard(TrainerCallback):
+    """
+    Raises if a trainable parameter has no gradient after the first step, or a gradient of exactly zero throughout the
+    first ten that have an image (text alone does not reach tower and projector). Each expert of a packed tensor counts
+    by itself, and is excused where it got no token. (Under `zero` initialisation the first step's gradient of every
+    down-projection is exactly zero, hence ten.)
+
+    Gradients are seen by hooks on the parameters, since DeepSpeed leaves no `.grad` behind; FSDP2 leaves nothing else.
+
+    Args:
+        model: The model in training, before it is wrapped.
+        accelerator: Reduces what the processes saw.
+
+    Raises:
+        ValueError: naming the parameters.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.num_experts = {
+            f"{prefix}.{name}": module.weight_a.shape[0] // module.rank
+            for prefix, module in model.named_modules()
+            if isinstance(module, LoraExperts)
+            for name, _ in module.named_parameters()
+        }
+        self.reached: set[str] = set()
+        self.nonzero: dict[str, torch.Tensor] = {}
+        self.expert_tokens: torch.Tensor | None = None
+        self.has_images = True
+        self.steps, self.steps_with_images = 0, 0
+        self.handles = [
+            parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
+            for name, parameter in self.parameters.items()
+        ]
+
+    def _see(self, name: str, gradient: torch.Tensor) -> None:
+        self.reached.add(name)
+        experts = self.num_experts.get(name)
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor() if experts else gradient.to_local()
+        if experts:
+            # The up-projection holds its experts along the second dimension
+            gradient = gradient.transpose(0, -1) if name.endswith("weight_b") else gradient
+            nonzero = (gradient.reshape(experts, -1) != 0).any(dim=1)
+        else:
+            nonzero = (gradient != 0).any().reshape(1)
+        seen = self.nonzero.get(name)
+        self.nonzero[name] = nonzero if seen is None else seen | nonzero
+
+    def count_tokens(self, expert_tokens: torch.Tensor) -> None:
+        """Add the tokens each expert got, `(num_layers, num_experts)`, summed over all processes."""
+        if self.handles:
+            self.expert_tokens = expert_tokens if self.expert_tokens is None else self.expert_tokens + expert_tokens
+
+    def count_images(self, images: torch.Tensor) -> None:
+        """Take the number of images in the text of the coming step, summed over all processes."""
+        if self.handles:
+            self.has_images = bool(images)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        if not self.handles:
+            return
+        # Looked up again, because FSDP2 puts other parameters in the place of those the hooks are on
+        for name, parameter in kwargs["model"].named_parameters():
+            if name in self.parameters and name not in self.reached and parameter.grad is not None:
+                self._see(name, parameter.grad)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not self.handles:
+            return
+        self.steps += 1
+        if self.steps == 1:
+            names = list(self.parameters)
+            reached = self._reduce([torch.tensor([float(name in self.reached)]) for name in names])
+            if missing := [name for name, (seen,) in zip(names, reached, strict=True) if not seen]:
+                raise ValueError(
+                    f"{len(missing)} trainable parameters got no gradient in the first step: {missing}. The loss does "
+                    "not depend on them: freeze them, or correct the recipe (see `lambda_kd`, `lambda_balance`, "
+                    "`router_gradient`)."
+                )
+        self.steps_with_images += self.has_images
+        if self.steps_with_images == STEPS_WATCHED:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
+            if zero := self._zero_parameters():
+                raise ValueError(
+                    f"{len(zero)} trainable parameters had a gradient of exactly zero in each of the first "
+                    f"{STEPS_WATCHED} steps with images: {zero}. Freeze them, or correct what cuts them off."
+                )
+
+    def _zero_parameters(self) -> list[str]:
+        names = list(self.parameters)
+        unseen = {name: torch.zeros(self.num_experts.get(name, 1)) for name in names}
+        seen = self._reduce([self.nonzero.get(name, unseen[name]).float() for name in names])
+        zero = []
+        for name, nonzero in zip(names, seen, strict=True):
+            if name not in self.num_experts:
+                zero += [] if nonzero[0] else [name]
+                continue
+            layer = int(name.split("encoder.layers.")[1].split(".")[0])
+            for expert, value in enumerate(nonzero):
+                if not value and (self.expert_tokens is None or self.expert_tokens[layer, expert] > 0):
+                    zero.append(f"{name}[expert {expert}]")
+        return zero
+
+    def _reduce(self, flags: list[torch.Tensor]) -> list[list[float]]:
+        """Sum over the processes, in one call and one synchronisation."""
+        flat = torch.cat([flag.to(self.accelerator.device) for flag in flags])
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        return [part.tolist() for part in flat.split([flag.numel() for flag in flags])]

@@ -1,0 +1,342 @@
+"""Rows of the training data into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from modeling_movekd.images import colour, decode_image, pad_to_square, shared_crop
+from train.data.conversations import STAND_IN
+from train.data.tiles import cut_tiles
+from train.teachers.preprocessing import TeacherPreprocessor
+
+
+if TYPE_CHECKING:
+    from train.teachers.cached import FeatureCache
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+GEOMETRIES = ("shared", "per_teacher")
+LABEL_RULES = ("answers", "released")
+DISTILL_TILES = ("base", "all")
+# What stands between a question and its answer in `vicuna_v1`.
+ANSWER_SEPARATOR = " ASSISTANT: "
+
+
+def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max_length: int | None) -> list[bool]:
+    """Which tokens of a `vicuna_v1` conversation are trained on, by the bookkeeping of the authors' code.
+
+    Each round is tokenised apart and its length added up. The result is the answers with their end tokens where the
+    sum agrees with the number of tokens, and nothing at all where it does not: an empty turn, an end token or the
+    answer's heading inside a text, or a vocabulary in which a round starts with another number of tokens when it
+    stands alone.
+
+    Args:
+        text: rendered conversation, one placeholder per image.
+        input_ids: its ids, one per image, not yet cut to `max_length`.
+        tokenizer: the tokenizer that made them.
+        max_length: limit from which on a disagreement is forgiven.
+
+    Returns:
+        One boolean per id.
+    """
+    rounds = text.split(tokenizer.eos_token) if tokenizer.eos_token else [text]
+    mask = [False] * len(input_ids)
+    position = 1
+    for number, round_text in enumerate(rounds):
+        parts = round_text.split(ANSWER_SEPARATOR)
+        if len(parts) != 2:
+            break
+        # A round after the first has no prefix of its own in the whole text, unless the tokenizer is a legacy one.
+        surplus = 1 if number > 0 and not getattr(tokenizer, "legacy", True) else 0
+        round_length = len(tokenizer(round_text).input_ids) - surplus
+        # Without the first token, counted by `position`, and the space before the answer, which is the answer's.
+        question_length = len(tokenizer(parts[0] + ANSWER_SEPARATOR).input_ids) - 2 - surplus
+        for index in range(position + question_length, min(position + round_length, len(mask))):
+            mask[index] = True
+        position += round_length
+    counted = sum(token != tokenizer.pad_token_id for token in input_ids)
+    if position != counted and (max_length is None or position < max_length):
+        return [False] * len(input_ids)
+    return mask
+
+
+@dataclass
+class MoveKDCollator:
+    """Collates rows of `messages` and `images`; picklable, so that loader workers decode, cut and resize.
+
+    Every teacher gets the crop that the student's image processor makes of the image, before its resize: the image
+    padded to a centred square where that processor pads, whole for anyres, the central square otherwise. So the
+    patches of all towers lie over the same pixels. With `distill_tiles="all"` so does every tile of anyres.
+
+    Args:
+        processor: LLaVA processor with a chat template that marks answers by `{% generation %}`.
+        teacher_preprocessors: by teacher name.
+        max_length: longest row in tokens, image tokens included. Longer text is cut on the right.
+        geometry: `"shared"`, or `"per_teacher"`, the authors' way: each teacher cuts the original image itself, after
+            padding it to a square of the teacher's own mean colour where the student's image processor pads.
+        labels: `"answers"`, or `"released"`: the authors' bookkeeping, see `released_label_mask` (for `vicuna_v1`;
+            under a template without its answer headings both are the same).
+        distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
+            authors' way).
+        apply_orientation: turn images as their EXIF orientation says, see `decode_image`.
+        distill_tiles: `"base"`, or `"all"` for anyres: the teachers also get each tile that the student gets.
+        pad_to_multiple_of: pad the batch to a multiple of this many tokens.
+        feature_cache: where the teachers' features are read, in place of making their pixels.
+
+    Returns (of a call):
+        `input_ids`, `attention_mask`, `labels`: int64 [batch, length], padded on the right; labels are -100 outside
+            the answers and at image tokens.
+        `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and `image_sizes` int64
+            [num_images, 2] for anyres). Every batch has at least one image: after the images of the text come the
+            black ones, `num_blank_images` (int) of them, which no text refers to.
+        `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S]; [num_crops, 3, S, S] for all tiles, the
+            whole image and then its tiles row by row, one image after the other, without padding.
+        `cached_features`: with a feature cache instead, by teacher name what `FeatureCache.read` gives.
+        `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
+            that a batch without any other gets, so that all processes run the vision path.
+        `bad_rows`: list of (row, reason), the rows of the batch that cannot be used: an image cannot be decoded, the
+            image tokens go beyond `max_length`, or the row comes with a `problem`. The row keeps its place, with a
+            stand-in of two tokens or so in which no label is set, and has no images. Whoever takes the batch must
+            count them (`train.data.bad_rows`).
+        `image_rows`: int64 [num_images], the position in the batch of the row each image belongs to.
+
+    Raises:
+        ValueError: for an unknown choice, a template without generation markers, or a row whose placeholders or image
+            tokens are not as many as its images ask for.
+    """
+
+    processor: ProcessorMixin
+    teacher_preprocessors: Mapping[str, TeacherPreprocessor] = field(default_factory=dict)
+    max_length: int | None = None
+    geometry: str = "shared"
+    labels: str = "answers"
+    distill_text_only_rows: bool = False
+    apply_orientation: bool = True
+    distill_tiles: str = "base"
+    pad_to_multiple_of: int | None = None
+    feature_cache: "FeatureCache | None" = None
+
+    def __post_init__(self) -> None:
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"Unknown geometry {self.geometry!r}: choose from {GEOMETRIES}.")
+        if self.labels not in LABEL_RULES:
+            raise ValueError(f"Unknown labels {self.labels!r}: choose from {LABEL_RULES}.")
+        if self.distill_tiles not in DISTILL_TILES:
+            raise ValueError(f"Unknown distill_tiles {self.distill_tiles!r}: choose from {DISTILL_TILES}.")
+        if self.distill_tiles == "all" and not self._is_anyres:
+            raise ValueError(
+                "`distill_tiles` is 'all', but the student's image processor "
+                f"({type(self.processor.image_processor).__name__}) cuts no tiles: train a student with "
+                "`image_aspect_ratio: anyres`, or set `distill_tiles: base`."
+            )
+        if self.distill_tiles == "all" and (self.geometry != "shared" or self.feature_cache is not None):
+            raise ValueError(
+                f"`distill_tiles` is 'all', with the geometry {self.geometry!r} and "
+                f"{'a' if self.feature_cache is not None else 'no'} feature cache: tiles are crops that all towers "
+                "share, and no cache holds them. Use 'shared' and run the teachers, or set `distill_tiles: base`."
+            )
+        if "generation" not in (self.processor.chat_template or ""):
+            raise ValueError(
+                "The processor's chat template has no {% generation %} markers, so no token would be trained on: put "
+                "one in with modeling_movekd.chat_templates.set_chat_template."
+            )
+        if self.feature_cache is not None:
+            self.feature_cache.check_geometry(self)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        images, problems = [], {}
+        for position, row in enumerate(rows):
+            try:
+                if row.get("problem") is not None:
+                    raise ValueError(row["problem"])
+                images.append([decode_image(image, self.apply_orientation) for image in row.get("images") or []])
+            except ValueError as error:
+                images.append([])
+                problems[position] = str(error)
+        return self._collate(rows, images, problems)
+
+    def _collate(
+        self, rows: Sequence[Mapping[str, Any]], images: list[list[Image.Image]], problems: dict[int, str]
+    ) -> dict[str, Any]:
+        numbers = [int(row.get("row_index", position)) for position, row in enumerate(rows)]
+        conversations = [
+            self._with_images(STAND_IN if position in problems else row["messages"], of_row, numbers[position])
+            for position, (row, of_row) in enumerate(zip(rows, images, strict=True))
+        ]
+        encoded = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={
+                "padding": True,
+                "padding_side": "right",
+                "pad_to_multiple_of": self.pad_to_multiple_of,
+            },
+        )
+        # Not as tensors at once: the library goes through each token's offsets in Python, which costs as much as all
+        # the rest if they are tensors
+        encoded = encoded.convert_to_tensors("pt")
+        image_rows = [position for position, of_row in enumerate(images) for _ in of_row]
+        is_image = encoded["input_ids"] == self.processor.image_token_id
+        self._check_image_tokens(encoded, is_image, image_rows, numbers)
+
+        if too_long := self._too_long(is_image):
+            kept = [[] if position in too_long else of_row for position, of_row in enumerate(images)]
+            return self._collate(rows, kept, problems | too_long)
+
+        trained = encoded["assistant_masks"].bool()
+        if self.labels == "released" and ANSWER_SEPARATOR.strip() in self.processor.chat_template:
+            trained = self._released(conversations, encoded["input_ids"], is_image)
+        trained = trained & encoded["attention_mask"].bool() & ~is_image
+        trained[list(problems)] = False
+        batch: dict[str, Any] = {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": encoded["input_ids"].masked_fill(~trained, IGNORE_INDEX),
+        }
+        if self.max_length is not None:
+            batch = {name: values[:, : self.max_length] for name, values in batch.items()}
+        batch["bad_rows"] = [
+            (rows[position].get("source") or f"row {numbers[position]}", reason)
+            for position, reason in problems.items()
+        ]
+        flat = [image for of_row in images for image in of_row]
+        black_rows = []
+        if self.distill_text_only_rows:
+            black_rows = [number for number, of_row in enumerate(images) if not of_row and number not in problems]
+        batch |= self._pixels(flat, encoded, image_rows, black_rows)
+        if self.feature_cache is not None:
+            shown = [(number, row["images"]) for number, row, kept in zip(numbers, rows, images, strict=True) if kept]
+            batch["cached_features"] = self.feature_cache.read(shown, batch["num_blank_images"])
+        return batch
+
+    def _pixels(
+        self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], black_rows: list[int]
+    ) -> dict[str, Any]:
+        """What the towers get: the images of the text, then a black one for each of `black_rows`, but at least one."""
+        pixels = encoded
+        blank_rows = black_rows or ([] if images else [0])
+        if blank_rows:
+            size = self.processor.image_processor.crop_size
+            blank = Image.new("RGB", (size["width"], size["height"]))
+            images = [*images, *[blank] * len(blank_rows)]
+            pixels = self.processor(images=images, return_tensors="pt")
+        weights = torch.ones(len(images))
+        weights[len(image_rows) :] = float(bool(black_rows))
+        batch = {
+            "pixel_values": pixels["pixel_values"],
+            "image_weights": weights,
+            "num_blank_images": len(blank_rows),
+            "image_rows": torch.tensor([*image_rows, *blank_rows], dtype=torch.long),
+        }
+        if "image_sizes" in pixels:
+            batch["image_sizes"] = pixels["image_sizes"]
+        if self.teacher_preprocessors:
+            batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
+        return batch
+
+    @property
+    def _is_anyres(self) -> bool:
+        return getattr(self.processor.image_processor, "image_grid_pinpoints", None) is not None
+
+    @property
+    def _pads(self) -> bool:
+        return bool(self.processor.image_processor.do_pad) and not self._is_anyres
+
+    def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
+        return [pad_to_square(image, colour(preprocessor.mean)) for image in images] if self._pads else images
+
+    def _with_images(
+        self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
+    ) -> list[dict[str, Any]]:
+        """The messages with each image at its placeholder, in order."""
+        remaining = list(images)
+        placeholders = 0
+        filled = []
+        for message in messages:
+            parts = []
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "image":
+                    placeholders += 1
+                    part = {"type": "image", "image": remaining.pop(0)} if remaining else part
+                else:
+                    placeholders += part["text"].count(self.processor.image_token)
+                parts.append(part)
+            filled.append({"role": message["role"], "content": parts})
+        if placeholders != len(images):
+            raise ValueError(
+                f"Row {number} has {placeholders} image placeholders and {len(images)} images: read the rows with "
+                "train.data.datasets.load_conversations, which skips and reports such rows."
+            )
+        return filled
+
+    def _check_image_tokens(
+        self, encoded: Mapping[str, Any], is_image: torch.Tensor, image_rows: list[int], numbers: list[int]
+    ) -> None:
+        """Each row has the image tokens that the processor makes of the row's images."""
+        expected = [0] * len(numbers)
+        for index, position in enumerate(image_rows):
+            expected[position] += self.processor.replace_image_token(encoded, index).count(self.processor.image_token)
+        for found, wanted, number in zip(is_image.sum(dim=1).tolist(), expected, numbers, strict=True):
+            if found != wanted:
+                raise ValueError(
+                    f"Row {number} has {found} image tokens, its images ask for {wanted}: the chat template lost or "
+                    "added an image. Use one of modeling_movekd.chat_templates."
+                )
+
+    def _too_long(self, is_image: torch.Tensor) -> dict[int, str]:
+        """By position, the rows that `max_length` would cut into the images of."""
+        problems = {}
+        for position, of_row in enumerate(is_image):
+            columns = of_row.nonzero()
+            needed = int(columns[-1]) + 1 if len(columns) else 0
+            if self.max_length is not None and needed > self.max_length:
+                problems[position] = f"its image tokens end at token {needed}, above max_length {self.max_length}"
+        return problems
+
+    def _released(
+        self, conversations: list[list[dict[str, Any]]], input_ids: torch.Tensor, is_image: torch.Tensor
+    ) -> torch.Tensor:
+        tokenizer = self.processor.tokenizer
+        texts = self.processor.apply_chat_template(conversations, tokenize=False)
+        trained = torch.zeros_like(is_image)
+        for position, text in enumerate(texts):
+            short_ids = tokenizer(text).input_ids
+            # The authors cut a text-only row before they count, a row with images after.
+            if self.processor.image_token_id not in short_ids:
+                short_ids = short_ids[: self.max_length]
+            mask = released_label_mask(text, short_ids, tokenizer, self.max_length)
+            if not any(mask):
+                logger.warning("No token of the row %r is trained on under the released label rule.", text[-80:])
+            # Images are runs of tokens in the batch and one token here; neither is trained on.
+            words = [
+                keep for keep, token in zip(mask, short_ids, strict=True) if token != self.processor.image_token_id
+            ]
+            columns = (~is_image[position]).nonzero().flatten()[: len(words)]
+            trained[position, columns] = torch.tensor(words, dtype=torch.bool)
+        return trained
+
+    def _teacher_pixel_values(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        shared = self.geometry == "shared"
+        if shared and self.teacher_preprocessors:
+            images = [shared_crop(image, self.processor.image_processor) for image in images]
+        if self.distill_tiles == "all":
+            images = [crop for image in images for crop in (image, *self._tiles(image))]
+        pixels = {}
+        for name, preprocessor in self.teacher_preprocessors.items():
+            pixels[name] = preprocessor(images) if shared else preprocessor(self._padded(images, preprocessor), False)
+            if len(pixels[name]) != len(images):
+                raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
+        return pixels
+
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        image_processor = self.processor.image_processor
+        return cut_tiles(image, image_processor.image_grid_pinpoints, image_processor.crop_size["height"])
