@@ -57,15 +57,16 @@ def add_file_routes(app: FastAPI, hub: Hub) -> None:
     async def upload(request: Request) -> Any:
         oid, part, body = request.path_params["oid"], request.query_params.get("part"), bytearray()
         hub.tokens_elsewhere += "authorization" in request.headers
-        if hub.uploads_left is not None and hub.uploads_left <= 0:
-            raise Refusal(403, "Request has expired")
+        # Counted with the decision: while a body is awaited, other uploads are decided on
+        if hub.uploads_left is not None:
+            if hub.uploads_left <= 0:
+                raise Refusal(403, "Request has expired")
+            hub.uploads_left -= 1
         async for chunk in request.stream():
             body += chunk
             if hub.cut_uploads:
                 hub.cut_uploads, hub.cuts = hub.cut_uploads - 1, hub.cuts + 1
                 return Cut()
-        if hub.uploads_left is not None:
-            hub.uploads_left -= 1
         if part is None:
             keep(oid, bytes(body))
         else:

@@ -209,11 +209,12 @@ def build_app(hub: Hub) -> FastAPI:
     @app.post(API + "/commit" + AT)
     async def commit(request: Request) -> Any:
         repository = hub.find(request, write=True)
+        # Before the parent is looked up: while a body is awaited, other commits are made
+        lines = [json.loads(line) for line in (await request.body()).splitlines()]
         if hub.commit_before == repository.id:
             before, hub.commit_before = repository.refs["refs/heads/main"], None
             repository.commit("refs/heads/main", dict(repository.commits[before]), "Somebody else", before)
         parent = hub.find_commit(request, repository)
-        lines = [json.loads(line) for line in (await request.body()).splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, parent):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")

@@ -44,7 +44,8 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub: Hub, owner: Client, sta
 
 
 def test_what_arrived_before_a_break_is_not_sent_again(hub: Hub, owner: Client, staged: Path) -> None:
-    hub.uploads_left, uploads = 1, hub.uploads.copy()
+    # The files go side by side. Of their five parts three leave, in whatever order, one file whole and one not
+    hub.uploads_left, uploads = 3, hub.uploads.copy()
     try:
         with pytest.raises(ClientError, match="(?s)Request has expired.*Check that the token may write"):
             publish(owner, "org/broken", staged)
@@ -54,7 +55,7 @@ def test_what_arrived_before_a_break_is_not_sent_again(hub: Hub, owner: Client, 
     arrived = hub.uploads - uploads
     publish(owner, "org/broken", staged)
     sent = hub.uploads - uploads
-    assert len(sent) == 3 and set(sent.values()) == {1} and arrived.total() <= 1
+    assert len(sent) == 3 and set(sent.values()) == {1} and 1 <= arrived.total() <= 2
     assert len(hub.repository("org/broken").files()) == 5
 
 

@@ -1,9 +1,9 @@
 """A small checkpoint, and the Space over it, started as anybody would start it."""
 
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -51,9 +51,6 @@ def running_space(folder: Path, arguments: Sequence[str] = (), **environment: st
     shutil.copytree(SPACE, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
     temporary, log = folder / "temporary", folder / "log.txt"
     temporary.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -63,16 +60,17 @@ def running_space(folder: Path, arguments: Sequence[str] = (), **environment: st
         "PYTHONUNBUFFERED": "1",
         **environment,
     }
-    command = [sys.executable, "space/app.py", "--port", str(port), "--host", "127.0.0.1", *arguments]
+    # The Space looks for a port itself: one found free here might be taken by the time it listens
+    command = [sys.executable, "space/app.py", "--host", "127.0.0.1", *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    space = RunningSpace(f"http://127.0.0.1:{port}", process, log, temporary)
     try:
         end = time.monotonic() + 180
-        while "Running on local URL" not in log.read_text(errors="replace"):
+        # With the end of the line, lest the port be read half written
+        while not (found := re.search(r"Running on local URL:\s+(http://\S+)\n", log.read_text(errors="replace"))):
             assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")
             time.sleep(0.1)
-        yield space
+        yield RunningSpace(found[1], process, log, temporary)
     finally:
         if process.poll() is None:
             process.kill()

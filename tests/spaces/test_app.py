@@ -3,13 +3,17 @@
 import asyncio
 import base64
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
@@ -288,6 +292,14 @@ def test_tools_of_the_mcp_server(space, student):
     assert not answer.isError and [answer.content[0].text] == expected(student, [([SECOND], COUNT)], 8)
     assert refusal.isError and "Write a question" in refusal.content[0].text
     assert unopened.isError and "addresses are not opened here" in unopened.content[0].text
+
+
+def test_no_other_port_than_the_one_given(checkpoint, space, tmp_path):
+    port = str(urlsplit(space.url).port)
+    own = {"MODEL_ID": str(checkpoint), "CLIP_ID": "none", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, SPACE / "app.py", "--host", "127.0.0.1", "--port", port]
+    ended = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=180, check=False)
+    assert ended.returncode != 0 and f"Cannot find empty port in range: {port}-{port}" in ended.stderr, ended.stderr
 
 
 def test_nothing_is_kept(checkpoint, space, files):
