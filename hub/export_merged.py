@@ -47,7 +47,7 @@ def is_expert_key(key: str) -> bool:
 
 def expert_outputs(experts: LoraExperts, inputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """`u(x)`, `(num_tokens, ranks)`; with expert biases the gates follow, which multiply them."""
-    ranks, gates = experts.routed_ranks(inputs, gates)
+    ranks, gates = experts.down_project(inputs, gates)
     return ranks if experts.bias_b is None else torch.cat([ranks, gates], dim=-1)
 
 

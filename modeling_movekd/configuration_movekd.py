@@ -15,27 +15,24 @@ def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 @strict
 class MoveKDVisionConfig(CLIPVisionConfig):
     r"""
-    A CLIP vision tower whose MLPs carry a mixture of LoRA experts (MoVE-KD, arXiv 2501.01709).
+    Configuration of CLIP's vision tower with a mixture of LoRA experts in every MLP (MoVE-KD, arXiv 2501.01709).
 
-    Every field of [`~transformers.CLIPVisionConfig`] keeps its meaning; these are added:
+    Every field of [`~transformers.CLIPVisionConfig`] keeps its meaning.
 
     Args:
-        num_experts (`int`, defaults to 3): LoRA experts per MLP. 0 gives plain CLIP MLPs without a router.
-        lora_rank (`int`, defaults to 32): Rank of each expert.
-        lora_alpha (`float`, defaults to 1.0): The experts' output is scaled by `lora_alpha / lora_rank`.
-        lora_dropout (`float`, defaults to 0.05): Dropout on the input of each expert, in training only.
-        expert_bias (`bool`, defaults to `False`): Whether both projections of an expert have a bias.
-        dense_routing (`bool`, defaults to `False`): Weigh all experts by their probability instead of using the best.
-        router_gradient (`str`, defaults to `"straight_through"`): How the task reaches the router under top-1 routing:
-            `"straight_through"` or `"none"` (only a balance loss does).
-        expert_init (`str`, defaults to `"zero"`): `"zero"` starts as CLIP exactly (up-projections zero), `"kaiming"`
-            draws both projections.
-        add_pooling_layer (`bool`, defaults to `True`): Whether the tower has CLIP's final layer norm and pooled
-            output. A tower cut to the layers in use has not.
-
-    Raises:
-        ValueError: for a value outside the choices, naming the value and the choices. A value of a wrong type is
-            refused as every configuration of transformers does, by a `StrictDataclassFieldValidationError`.
+        num_experts (`int`, *optional*, defaults to 3): Number of LoRA experts per MLP. 0 gives CLIP's plain MLPs.
+        lora_rank (`int`, *optional*, defaults to 32): Rank of each expert.
+        lora_alpha (`float`, *optional*, defaults to 1.0): The experts' output is scaled by `lora_alpha / lora_rank`.
+        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout on the input of the experts during training.
+        expert_bias (`bool`, *optional*, defaults to `False`): Whether both projections of an expert have a bias.
+        dense_routing (`bool`, *optional*, defaults to `False`): Whether to sum all experts weighted by their
+            probability, instead of using the most probable expert alone.
+        router_gradient (`str`, *optional*, defaults to `"straight_through"`): Gradient of the router under top-1
+            routing. With `"straight_through"` the router learns from the task, with `"none"` only from a balance loss.
+        expert_init (`str`, *optional*, defaults to `"zero"`): `"zero"` initializes the up-projections to zero, so that
+            the tower starts as CLIP. `"kaiming"` draws both projections at random.
+        add_pooling_layer (`bool`, *optional*, defaults to `True`): Whether the tower has CLIP's final layer norm and a
+            pooled output. A tower cut to the layers in use has neither.
     """
 
     model_type = "movekd_vision"
@@ -52,17 +49,14 @@ class MoveKDVisionConfig(CLIPVisionConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # `@strict` validates too, but what it raises is no `ValueError`
+        # `@strict` calls the validators too, but raises an error that is not a `ValueError`.
         self.validate_experts()
 
     def validate_experts(self) -> None:
-        """Part of `@strict` validation, which saving repeats: ranges of the mixture's fields."""
         if self.num_experts < 0:
             raise ValueError(f"`num_experts` is {self.num_experts}; it must be 0 (plain MLP) or more.")
         if self.lora_rank < 1:
-            raise ValueError(
-                f"`lora_rank` is {self.lora_rank}; it must be at least 1 (`num_experts=0` turns MoLE off)."
-            )
+            raise ValueError(f"`lora_rank` is {self.lora_rank}; it must be at least 1. Set `num_experts=0` for none.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must be in [0, 1).")
         validate_choice("router_gradient", self.router_gradient, ("straight_through", "none"))
@@ -72,16 +66,16 @@ class MoveKDVisionConfig(CLIPVisionConfig):
 @strict
 class MoveKDConfig(LlavaNextConfig):
     r"""
-    A LLaVA-style vision-language model with a [`MoveKDVisionModel`] as its only encoder.
+    Configuration of a LLaVA-style vision-language model whose only encoder is a [`MoveKDVisionModel`].
 
-    Every field of [`~transformers.LlavaNextConfig`] keeps its meaning; `text_config` may be the configuration of any
+    Every field of [`~transformers.LlavaNextConfig`] keeps its meaning. `text_config` may be the configuration of any
     causal language model of transformers.
 
     Args:
-        image_aspect_ratio (`str`, defaults to `"pad"`): `"pad"`, one crop of the image padded to a square (LLaVA-1.5),
-            or `"anyres"`, tiles of the image beside the whole of it (LLaVA-NeXT).
-        vision_feature_layer (`int` or `list[int]`, defaults to -1): Hidden state that feeds the projector. The tower
-            is cut to the layers in use, so it is the last one; a tower with all its layers uses -2 as LLaVA does.
+        image_aspect_ratio (`str`, *optional*, defaults to `"pad"`): `"pad"` encodes the image padded to a square
+            (LLaVA-1.5). `"anyres"` encodes the whole image and tiles of it (LLaVA-NeXT).
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1): Hidden state that feeds the projector.
+            -1 suits a tower that is cut to the layers in use. A tower with all layers uses -2, as LLaVA does.
     """
 
     model_type = "movekd"
@@ -110,7 +104,7 @@ class MoveKDConfig(LlavaNextConfig):
         self.validate_image_aspect_ratio()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the place that a part was read from, which may be a folder of this machine."""
+        """As in transformers, without the parts' `_name_or_path`, which may name a folder of this machine."""
         output = super().to_dict()
         for name in self.sub_configs_defaults:
             if isinstance(output.get(name), dict):
@@ -118,7 +112,6 @@ class MoveKDConfig(LlavaNextConfig):
         return output
 
     def validate_image_aspect_ratio(self) -> None:
-        """Part of `@strict` validation, as in [`MoveKDVisionConfig`]."""
         validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))
 
 

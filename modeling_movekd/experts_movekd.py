@@ -1,7 +1,7 @@
 """Mixture of LoRA experts (MoLE) for the MLPs of a CLIP vision tower (MoVE-KD, arXiv 2501.01709)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ QUICK_GELU_SLOPE = 1.702
 
 class QuickGELUFunction(torch.autograd.Function):
     """
-    `x * sigmoid(1.702 x)`, bit for bit as transformers has it, which is `silu(1.702 x) / 1.702` for the gradient: one
-    wide tensor made instead of three, nothing kept but the input, and two passes over memory backward instead of five.
+    `x * sigmoid(1.702 * x)`, equal bit for bit to transformers' `QuickGELUActivation`.
+
+    It needs less memory: the forward allocates one tensor instead of three, and saves only its input. The backward is
+    that of `silu(1.702 * x) / 1.702`, in one kernel.
     """
 
     @staticmethod
@@ -30,12 +32,12 @@ class QuickGELUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (hidden_states,) = ctx.saved_tensors
-        # The slope inside and the division outside cancel
+        # The chain rule multiplies by the slope, which cancels the division.
         return torch.ops.aten.silu_backward(gradient, hidden_states * QUICK_GELU_SLOPE)
 
 
 class QuickGELU(nn.Module):
-    """CLIP's activation on any shape, see [`QuickGELUFunction`]."""
+    """CLIP's activation, computed by [`QuickGELUFunction`]."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return QuickGELUFunction.apply(hidden_states)
@@ -45,8 +47,8 @@ class ExpertRouter(nn.Module):
     """
     Linear router over the experts of one MLP.
 
-    A module of its own, with parameters rather than an `nn.Linear` inside, so that its output can be recorded by a
-    forward hook and neither LoRA's `"all-linear"` nor a quantizer takes it for one of the model's projections.
+    It holds parameters instead of an `nn.Linear`, so that LoRA's `"all-linear"` and quantizers leave it alone. It is a
+    module, so that a forward hook can record its output.
     """
 
     def __init__(self, config: MoveKDVisionConfig):
@@ -57,11 +59,11 @@ class ExpertRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Input of the MLP.
 
         Returns:
-            Probabilities, float32, `(batch_size, sequence_length, num_experts)`, and the index of the most probable
-            expert, int64, `(batch_size, sequence_length)`.
+            Probabilities `(batch_size, sequence_length, num_experts)` in float32, and the index of the most probable
+            expert `(batch_size, sequence_length)`.
         """
         logits = nn.functional.linear(hidden_states, self.weight, self.bias)
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
@@ -70,10 +72,10 @@ class ExpertRouter(nn.Module):
 
 class LoraExperts(nn.Module):
     """
-    All LoRA experts around one linear layer, packed: `weight_a` holds the down-projections one below the other,
-    `weight_b` the up-projections side by side. Expert `i` owns ranks `i * r` to `(i + 1) * r`.
+    All LoRA experts of one linear layer, in two packed matrices.
 
-    The parameters' names avoid `lora_`, by which PEFT would recognise them as its own.
+    Expert `i` owns rows `i * rank` to `(i + 1) * rank` of `weight_a` (down-projection A) and the same columns of
+    `weight_b` (up-projection B). The parameters' names avoid `lora_`, by which PEFT recognizes its own parameters.
     """
 
     def __init__(self, config: MoveKDVisionConfig, in_features: int, out_features: int):
@@ -95,50 +97,62 @@ class LoraExperts(nn.Module):
         self, hidden_states: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, in_place: bool = False
     ) -> torch.Tensor:
         """
-        `base + scaling * sum_i gates_i * B_i(A_i(hidden_states))`, as two products over all ranks with the ranks of
-        unrouted experts zeroed: no loop over experts and no data-dependent shape.
+        Compute `base + scaling * sum_i gates_i * B_i(A_i(hidden_states))`.
+
+        Two products cover the ranks of all experts, with those of unrouted experts set to zero. So there is no loop
+        over experts and no shape depends on the data.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, in_features)`): Input of the layer.
-            base (`torch.Tensor` of shape `(batch_size * sequence_length, out_features)`): The layer's own output.
+            base (`torch.Tensor` of shape `(batch_size * sequence_length, out_features)`): Output of the linear layer.
             gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
-            in_place: Whether `base` may be overwritten.
+            in_place (`bool`, *optional*, defaults to `False`): Whether to overwrite `base`.
 
         Returns:
             `torch.Tensor` of the shape of `base`.
         """
-        return self.add_routed(base, *self.routed_ranks(hidden_states, gates), in_place)
+        return self.add_up_projection(base, *self.down_project(hidden_states, gates), in_place)
 
-    def routed_ranks(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The down-projections of `hidden_states` and the gates, as [`LoraExperts.gate`] gives them."""
+    def down_project(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute `A(hidden_states)` for all experts and apply the gates, see [`LoraExperts.apply_gates`]."""
         ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
-        return self.gate(ranks, gates)
+        return self.apply_gates(ranks, gates)
 
-    def gate(self, ranks: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def apply_gates(self, ranks: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The down-projections `(batch_size, sequence_length, num_experts * rank)`, scaled by the gates and so zero for
-        the ranks of unrouted experts; and the scaled gates.
+        Multiply the ranks of each expert by its gate and by `scaling`.
+
+        Args:
+            ranks (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts * rank)`): Down-projections.
+            gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
+
+        Returns:
+            The gated ranks, and the gates multiplied by `scaling`.
         """
         gates = (gates * self.scaling).to(ranks.dtype)
         return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
 
-    def add_routed(self, base: torch.Tensor, ranks: torch.Tensor, gates: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """Adds the up-projections of what [`LoraExperts.gate`] gave, and the experts' biases, to `base`."""
-        # One kernel that adds into the base product, instead of a product and a sum over the wide activation
-        for weights, weight in ((ranks, self.weight_b.t()), (gates, self.bias_b)):
+    def add_up_projection(
+        self, base: torch.Tensor, ranks: torch.Tensor, gates: torch.Tensor, in_place: bool
+    ) -> torch.Tensor:
+        """Add `B(ranks)` and the gated biases of B to `base`. `ranks` and `gates` are those of `apply_gates`."""
+        for factors, weight in ((ranks, self.weight_b.t()), (gates, self.bias_b)):
             if weight is not None:
-                factors = weights.flatten(0, -2).to(base.dtype), weight.to(base.dtype)
-                base = base.addmm_(*factors) if in_place else base.addmm(*factors)
+                # addmm adds the product into the wide activation in one kernel.
+                product = factors.flatten(0, -2).to(base.dtype), weight.to(base.dtype)
+                base = base.addmm_(*product) if in_place else base.addmm(*product)
         return base
 
-    def fold_into(self, linear: nn.Linear) -> torch.Tensor:
+    def fold_up_projection(self, linear: nn.Linear) -> torch.Tensor:
         """
-        Lay the weights of `linear`, the up-projections and their biases side by side, `[W | B | b]`, so that one
-        product of `[x | ranks | gates]` gives what `linear` and the experts give. The parameters become views of the
-        result: nothing is held twice, and they keep their values and names.
+        Concatenate `[W | B | b]`: the weight of `linear`, the up-projections and their biases.
+
+        One product with `[x | ranks | gates]` then gives the output of the layer and its experts. The parameters
+        become views of the result, so that no weight is stored twice.
 
         Returns:
-            `torch.Tensor` of shape `(out_features, in_features + num_experts * rank (+ num_experts))`.
+            `torch.Tensor` of shape `(out_features, in_features + num_experts * rank)`, with `num_experts` more columns
+            for biases.
         """
         parts = [linear.weight, self.weight_b] + ([self.bias_b.t()] if self.bias_b is not None else [])
         folded = torch.cat([part.detach() for part in parts], dim=1)
@@ -148,14 +162,15 @@ class LoraExperts(nn.Module):
             self.bias_b.data = views[2].t()
         return folded
 
-    def stack_onto(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    def fold_down_projection(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Lay the weights of `linear` and the down-projections one below the other, `[W; A]`, and their biases, so that
-        one pass over a wide input gives the layer's output and the experts' ranks. Views, as in
-        [`LoraExperts.fold_into`].
+        Concatenate `[W; A]`: the weight of `linear` and the down-projections, and likewise their biases.
+
+        One product with a wide input then gives the layer's output and the experts' ranks. The parameters become views
+        of the results.
 
         Returns:
-            `torch.Tensor` of shape `(out_features + num_experts * rank, in_features)`, and the biases of its rows.
+            Weight `(out_features + num_experts * rank, in_features)` and bias `(out_features + num_experts * rank,)`.
         """
         sizes = [len(linear.weight), len(self.weight_a)]
         weight = torch.cat([linear.weight.detach(), self.weight_a.detach()])
@@ -168,11 +183,21 @@ class LoraExperts(nn.Module):
         return weight, bias
 
 
+class FoldedWeights(NamedTuple):
+    """Weights of an MLP with its experts, see [`MixtureOfLoraExpertsMLP.fold`]."""
+
+    fc1_weight: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+
+
 class MixtureOfLoraExpertsMLP(CLIPMLP):
     """
-    A CLIP MLP with a mixture of LoRA experts around both linear layers. One routing per token, taken from the MLP's
-    input, serves both. Output of each layer: `fc(x) + alpha / rank * B_i(A_i(x))` with `i` the token's expert, or
-    all experts weighed by their probability if `dense_routing`.
+    A CLIP MLP with a mixture of LoRA experts around both linear layers.
+
+    Each layer computes `y = fc(x) + alpha / rank * B_i(A_i(x))`, where `i = argmax(softmax(router))`. The router sees
+    the input of the MLP once, and its choice holds for both layers. With `dense_routing`, all experts are summed,
+    weighted by their probability.
     """
 
     def __init__(self, config: MoveKDVisionConfig):
@@ -182,30 +207,33 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         self.router = ExpertRouter(config)
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
         self.fc2_experts = LoraExperts(config, config.intermediate_size, config.hidden_size)
-        # Of the first layer the weight; of the second one the weight and the bias
-        self.folded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.folded: FoldedWeights | None = None
         if config.hidden_act == "quick_gelu":
             self.activation_fn: nn.Module = QuickGELU()
 
     def expert_gates(self, probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
-        Weight of each expert from the router's output, `(batch_size, sequence_length, num_experts)`: the probabilities
-        if dense, else one-hot. Straight-through multiplies the one by `1 + p_i - stopgrad(p_i)`: the same value, with
-        the gradient of the task for the router.
+        Turn the router's output into the weight of each expert: its probability under dense routing, else one-hot.
+
+        The straight-through form multiplies the one by `1 + p_i - stop_gradient(p_i)`. The value stays 1, and the
+        gradient of the task reaches the router.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`.
         """
         if self.dense_routing:
             return probabilities
         gates = torch.zeros_like(probabilities).scatter(-1, indices.unsqueeze(-1), 1.0)
         if self.straight_through:
-            # The bracket is exactly zero in value, so the output does not depend on the form of the gradient
+            # Subtract first: the difference is exactly zero, so the output is the same with and without a gradient.
             gates = gates * (1 + (probabilities - probabilities.detach()))
         return gates
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes `(batch_size, sequence_length, hidden_size)` in and out."""
+        """Map `(batch_size, sequence_length, hidden_size)` to the same shape."""
         gates = self.expert_gates(*self.router(hidden_states))
-        if self.folded is not None and not torch.is_grad_enabled() and not self._is_wrapped():
-            return self._folded_forward(*self.folded, hidden_states, gates)
+        if self.folded is not None and not torch.is_grad_enabled() and self._has_plain_layers():
+            return self._folded_forward(self.folded, hidden_states, gates)
         intermediate = self.activation_fn(self._layer(self.fc1, self.fc1_experts, hidden_states, gates))
         return self._layer(self.fc2, self.fc2_experts, intermediate, gates)
 
@@ -213,62 +241,56 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
     def _layer(
         linear: nn.Module, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
-        # What adapters, ZeRO-3 or a user's hooks make of the product may not be overwritten
+        # Adapters, ZeRO-3 and hooks may keep the output of `linear`, so it is not overwritten then.
         in_place = type(linear) is nn.Linear and not (linear._forward_hooks or linear._backward_hooks)
         base = linear(hidden_states.flatten(0, -2))
         return experts(hidden_states, base, gates, in_place).unflatten(0, hidden_states.shape[:-1])
 
-    def _folded_forward(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        second_bias: torch.Tensor,
-        hidden_states: torch.Tensor,
-        gates: torch.Tensor,
-    ) -> torch.Tensor:
-        ranks, scaled_gates = self.fc1_experts.routed_ranks(hidden_states, gates)
+    def _folded_forward(self, folded: FoldedWeights, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        ranks, scaled_gates = self.fc1_experts.down_project(hidden_states, gates)
         parts = [hidden_states, ranks] + ([scaled_gates] if self.fc1_experts.bias_b is not None else [])
         inputs = torch.cat(parts, dim=-1).flatten(0, -2)
-        # QuickGELU is silu(1.702 x) / 1.702: both factors come with the products, and silu overwrites its input
+        # QuickGELU is silu(slope * x) / slope. The first product multiplies by the slope, the second one divides.
         quick = isinstance(self.activation_fn, QuickGELU)
         slope = QUICK_GELU_SLOPE if quick else 1.0
-        intermediate = torch.addmm(self.fc1.bias, inputs, first.t(), beta=slope, alpha=slope)
+        intermediate = torch.addmm(self.fc1.bias, inputs, folded.fc1_weight.t(), beta=slope, alpha=slope)
         intermediate = nn.functional.silu(intermediate, inplace=True) if quick else self.activation_fn(intermediate)
-        outputs = torch.addmm(second_bias, intermediate, second.t(), alpha=1 / slope)
+        outputs = torch.addmm(folded.fc2_bias, intermediate, folded.fc2_weight.t(), alpha=1 / slope)
         base, ranks = outputs.split([self.fc2.out_features, outputs.shape[-1] - self.fc2.out_features], dim=-1)
-        routed = self.fc2_experts.gate(ranks.unflatten(0, hidden_states.shape[:-1]), gates)
-        return self.fc2_experts.add_routed(base, *routed, in_place=True).unflatten(0, hidden_states.shape[:-1])
+        gated = self.fc2_experts.apply_gates(ranks.unflatten(0, hidden_states.shape[:-1]), gates)
+        return self.fc2_experts.add_up_projection(base, *gated, in_place=True).unflatten(0, hidden_states.shape[:-1])
 
-    def _is_wrapped(self) -> bool:
-        """Adapters and quantized weights put a module of their own in a linear layer's place."""
-        return type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear or self._is_hooked()
+    def _has_plain_layers(self) -> bool:
+        """Whether no adapter or quantizer has replaced a linear layer and no hook would be skipped."""
+        return type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear and not self._has_hooks()
 
-    def _is_hooked(self) -> bool:
-        """What the folded form passes by, accelerate's `_hf_hook` brings offloaded weights among it."""
+    def _has_hooks(self) -> bool:
+        # `_hf_hook` is accelerate's, which loads offloaded weights.
         layers = (self.fc1, self.fc1_experts, self.activation_fn, self.fc2, self.fc2_experts)
         return any(layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook") for layer in layers)
 
     def fold(self) -> None:
         """
-        Fold the experts into the layers for inference: the first layer's up-projections, whose output is wide, and
-        the second one's down-projections, whose input is. Used without gradients only; see [`LoraExperts.fold_into`]
-        and [`LoraExperts.stack_onto`].
+        Fold the experts into the linear layers for inference: the up-projections into fc1, whose output is wide, and
+        the down-projections into fc2, whose input is wide. Calls with gradients enabled still use the unfolded form.
 
         Raises:
-            ValueError: while training, or where the layers are quantized, carry adapters or hooks, or are offloaded.
+            ValueError: If the MLP is in training mode, or its layers are quantized, offloaded, or have adapters or
+                hooks.
         """
-        if self.training or self._is_wrapped():
-            layers = f"{type(self.fc1).__name__} and {type(self.fc2).__name__}{' with hooks' * self._is_hooked()}"
+        if self.training or not self._has_plain_layers():
+            layers = f"{type(self.fc1).__name__} and {type(self.fc2).__name__}{' with hooks' * self._has_hooks()}"
             raise ValueError(
-                f"Experts are folded for inference into plain linear layers without hooks; these are {layers} in "
+                f"Experts fold into plain linear layers in evaluation mode, but these are {layers} in "
                 f"{'training' if self.training else 'evaluation'} mode. Call `eval()`, fold before adapters are added "
                 "or hooks registered, and leave quantized and offloaded weights as they are."
             )
         self.unfold()
-        self.folded = (self.fc1_experts.fold_into(self.fc1), *self.fc2_experts.stack_onto(self.fc2))
+        fc1_weight = self.fc1_experts.fold_up_projection(self.fc1)
+        self.folded = FoldedWeights(fc1_weight, *self.fc2_experts.fold_down_projection(self.fc2))
 
     def unfold(self) -> None:
-        """Give each parameter memory of its own again."""
+        """Give every parameter its own memory again."""
         if self.folded is not None:
             self.folded = None
             for layer in (self.fc1, self.fc1_experts, self.fc2, self.fc2_experts):
@@ -281,11 +303,11 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # A change of device or dtype gives each parameter memory of its own, apart from what was folded
+        # A change of device or dtype replaces the parameters, which would no longer be views of the folded weights.
         folded = self.folded is not None
         self.unfold()
         module = super()._apply(fn, recurse)
-        if folded and not self._is_wrapped():
+        if folded and self._has_plain_layers():
             self.fold()
         return module
 
@@ -294,7 +316,7 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # In a copy or a pickle the parameters are no views of the folded weights any more
+        # The parameters of a copy or a pickle are not views of the folded weights.
         return {**self.__dict__, "folded": None}
 
 

@@ -1,4 +1,4 @@
-"""The MoVE-KD student (arXiv 2501.01709): CLIP's vision tower with a mixture of LoRA experts in every MLP."""
+"""The vision tower of MoVE-KD (arXiv 2501.01709): CLIP with a mixture of LoRA experts in every MLP."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
 from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 
 
-# What a whole CLIP checkpoint has beside its vision tower
+# Weights of a whole CLIP checkpoint outside its vision tower
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 SHARD_SIZE = "5GB"
 
@@ -34,22 +34,22 @@ def load_strictly(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor], may_lack: Callable[[str], bool], assign: bool
 ) -> None:
     """
-    Load `state_dict` into a model built without initialisation, then initialise what it may lack, and only that.
+    Load weights into a model that was built without initialization, and initialize only the weights that are missing.
 
     Args:
-        may_lack: Whether a key of the model may be missing from `state_dict`.
-        assign: Share the tensors instead of copying them.
+        model (`PreTrainedModel`): The model to fill.
+        state_dict (`dict[str, torch.Tensor]`): The weights.
+        may_lack (`Callable`): Says for a key of the model whether `state_dict` may lack it.
+        assign (`bool`): Whether to share the tensors instead of copying them.
 
     Raises:
-        ValueError: if other keys are missing or keys are left over, listing them.
+        ValueError: If other keys are missing, or keys are left over.
     """
     expected = set(model.state_dict())
     missing = sorted(key for key in expected - set(state_dict) if not may_lack(key))
     unexpected = sorted(set(state_dict) - expected)
     if missing or unexpected:
-        raise ValueError(
-            f"The given weights do not fit {type(model).__name__}: missing {missing}, left over {unexpected}."
-        )
+        raise ValueError(f"The weights do not fit {type(model).__name__}: missing {missing}, left over {unexpected}.")
     model.load_state_dict(state_dict, strict=False, assign=assign)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if key in state_dict:
@@ -60,13 +60,15 @@ def load_strictly(
 @dataclass
 class MoveKDVisionOutput(BaseModelOutputWithPooling):
     """
+    Output of [`MoveKDVisionModel`].
+
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_patches, hidden_size)`).
-        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a cut tower.
-        router_probabilities (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches, num_experts)`, float32.
-        expert_indices (`tuple[torch.Tensor]`): per layer `(batch_size, 1 + num_patches)`, int64.
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): the [CLS] query's row of
-            the chosen layer's attention, after the softmax.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_patches, hidden_size)`): Last hidden state.
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a tower without pooling.
+        router_probabilities (`tuple[torch.Tensor]`): Per layer `(batch_size, 1 + num_patches, num_experts)`.
+        expert_indices (`tuple[torch.Tensor]`): Per layer `(batch_size, 1 + num_patches)`.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): Attention of the [CLS]
+            query to all tokens in the chosen layer, after the softmax.
     """
 
     router_probabilities: tuple[torch.Tensor, ...] | None = None
@@ -75,17 +77,17 @@ class MoveKDVisionOutput(BaseModelOutputWithPooling):
 
 
 class MoveKDCheckpointMixin(PreTrainedModel):
-    """What both publishable models share: complete loading, and folders that carry their own code."""
+    """Strict loading, and saving together with the code that `trust_remote_code=True` loads."""
 
     _auto_map: dict[str, str] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """
-        As in transformers, except that weights missing from the checkpoint are an error.
+        As in transformers, but weights missing from the checkpoint are an error instead of a logged table.
 
         Raises:
-            ValueError: listing the missing keys, where transformers would leave them random and log a table.
+            ValueError: If weights are missing.
         """
         return_loading_info = kwargs.pop("output_loading_info", False)
         model, loading_info = super().from_pretrained(
@@ -94,17 +96,17 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         if missing := sorted(loading_info["missing_keys"]):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, which would stay "
-                f"random: {missing}. Build from other checkpoints with `MoveKDVisionModel.from_clip` or "
+                f"random: {missing}. To build from another checkpoint, use `MoveKDVisionModel.from_clip` or "
                 "`MoveKDForConditionalGeneration.from_parts`."
             )
         return (model, loading_info) if return_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them.
+        As in transformers, with shards of 5 GB and the code that `trust_remote_code=True` loads.
 
         Raises:
-            ValueError: if weights are empty here because they are spread over processes, naming them.
+            ValueError: If weights are empty in this process, as under ZeRO-3.
         """
         kwargs.setdefault("max_shard_size", SHARD_SIZE)
         self.unfold_experts()
@@ -112,8 +114,8 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         weights = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
         if is_main_process and (empty := sorted(name for name, value in weights.items() if not value.numel())):
             raise ValueError(
-                f"{len(empty)} weights are spread over processes, as under ZeRO-3, and empty here: {empty}. Save by "
-                "`trainer.save_model`, or give the gathered weights as `state_dict`."
+                f"{len(empty)} weights are partitioned over processes and empty in this one: {empty}. Save with "
+                "`trainer.save_model`, or pass the gathered weights as `state_dict`."
             )
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
@@ -121,34 +123,35 @@ class MoveKDCheckpointMixin(PreTrainedModel):
             self._save_code(save_directory)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """As in transformers (shards of 5 GB), with the code that `trust_remote_code=True` loads beside them."""
+        """As in transformers, with shards of 5 GB and the code that `trust_remote_code=True` loads."""
         return super().push_to_hub(*args, **({"max_shard_size": SHARD_SIZE} | kwargs))
 
     def _save_code(self, folder: str | os.PathLike) -> None:
-        # By the class that defines the code: a wrapper such as FSDP2 puts a class of torch in front of ours
+        # FSDP2 makes a subclass defined in torch's files, so look up the class that is defined in ours.
         code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
         custom_object_save(code, folder)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        # `save_pretrained(push_to_hub=True)` uploads from within, and only what has changed since it began
+        # `save_pretrained(push_to_hub=True)` uploads before it returns, so the code is saved here too.
         self._save_code(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def fold_experts(self) -> None:
         """
-        Fold the experts into the linear layers around them, for inference: the tower then costs about what CLIP's
-        does. Outputs stay the same up to rounding. `train()`, saving and loading weights unfold.
+        Fold the experts into the linear layers for inference, which makes the tower about as fast as CLIP's.
+
+        Outputs stay the same up to rounding. `train()`, saving and loading weights unfold.
 
         Raises:
-            ValueError: in training mode, or where the tower is quantized, carries adapters, has hooks at its MLPs'
-                layers or is offloaded.
+            ValueError: If the model is in training mode, or the layers of an MLP are quantized, offloaded, or have
+                adapters or hooks.
         """
         for module in self.modules():
             if isinstance(module, MixtureOfLoraExpertsMLP):
                 module.fold()
 
     def unfold_experts(self) -> None:
-        """The inverse of `fold_experts`."""
+        """Undo `fold_experts`."""
         for module in self.modules():
             if isinstance(module, MixtureOfLoraExpertsMLP):
                 module.unfold()
@@ -158,8 +161,8 @@ class MoveKDCheckpointMixin(PreTrainedModel):
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         except ImportError as error:
             raise ImportError(
-                f"{error}\nInstall FlashAttention with `pip install flash-attn --no-build-isolation` (a CUDA toolkit "
-                "is needed), or load the model with `attn_implementation='sdpa'`."
+                f"{error}\nInstall FlashAttention with `pip install flash-attn --no-build-isolation`, which needs a "
+                "CUDA toolkit, or load the model with `attn_implementation='sdpa'`."
             ) from error
 
 
@@ -171,9 +174,13 @@ class MoveKDVisionEncoderLayer(CLIPEncoderLayer):
 
     def cls_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        The [CLS] query's row of this layer's attention, from the layer's input `(batch_size, sequence_length,
-        hidden_size)`: `(batch_size, num_heads, sequence_length)`. One row from this layer's q and k, so that the tower
-        itself may run any attention kernel.
+        Compute the attention of the [CLS] query alone, so that the layer itself may run any attention kernel.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The layer's input.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_heads, sequence_length)`.
         """
         attention = self.self_attn
         hidden_states = self.layer_norm1(hidden_states)
@@ -211,8 +218,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     """
     CLIP's vision tower with a mixture of LoRA experts in every MLP. `num_experts=0` is plain CLIP.
 
-    Recorded on request, free otherwise: `output_router_probabilities=True`, `output_expert_indices=True`,
-    `cls_attention_layer=i`, besides transformers' own `output_hidden_states` and `output_attentions`.
+    Besides transformers' `output_hidden_states` and `output_attentions`, the forward takes
+    `output_router_probabilities`, `output_expert_indices` and `cls_attention_layer`.
     """
 
     config: MoveKDVisionConfig
@@ -250,7 +257,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
         elif isinstance(module, LoraExperts):
-            # Kaiming-uniform by each expert's own fan-in, which for the up-projection is the rank and not all ranks
+            # Kaiming-uniform. The fan-in of an up-projection is the rank of one expert, not the width of `weight_b`.
             in_features, rank = module.weight_a.shape[1], module.rank
             if self.config.expert_init == "zero":
                 init.uniform_(module.weight_a, -(in_features**-0.5), in_features**-0.5)
@@ -267,18 +274,18 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         cls, clip: str | os.PathLike | PreTrainedModel, feature_layer: int | None = -2, **kwargs: Any
     ) -> "MoveKDVisionModel":
         """
-        Build the tower from any CLIP vision model, its weights copied strictly.
+        Build the tower from a CLIP vision model. All of CLIP's weights are copied or the call fails.
 
         Args:
-            clip: Hub id or folder of a CLIP checkpoint, or a loaded model with a CLIP vision tower, which stays as it
-                is.
+            clip (`str`, `os.PathLike` or `PreTrainedModel`): Hub id or folder of a CLIP checkpoint, or a loaded model
+                with a CLIP vision tower. A loaded model stays unchanged.
             feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector. The tower
-                keeps the layers up to it (23 of 24 for LLaVA), no final norm and no pooling. `None` keeps everything.
-            kwargs: Fields of [`MoveKDVisionConfig`]: `num_experts`, `lora_rank`, `lora_alpha`, ...
+                keeps the layers up to this one (23 of 24 for LLaVA), and no pooling. `None` keeps everything.
+            kwargs: Fields of [`MoveKDVisionConfig`], such as `num_experts` and `lora_rank`.
 
         Raises:
-            ValueError: if weights are missing beyond the experts' and routers', or left over beyond the cut, naming
-                them; if `feature_layer` selects no layer; if `clip` holds no CLIP vision tower.
+            ValueError: If `clip` has no CLIP vision tower, its weights do not fit, or `feature_layer` selects none of
+                its layers.
         """
         owned = not isinstance(clip, PreTrainedModel)
         if owned:
@@ -287,10 +294,10 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             missing = sorted(loading_info["missing_keys"])
             left_over = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(CLIP_TEXT_KEYS))
             if missing or left_over:
-                raise ValueError(f"{source} is no CLIP vision tower: missing {missing}, left over {left_over}.")
+                raise ValueError(f"{source} is not a CLIP vision tower: missing {missing}, left over {left_over}.")
         clip = getattr(clip, "vision_model", clip)
         if not isinstance(clip, CLIPVisionModel):
-            raise ValueError(f"`clip` is a {type(clip).__name__}; a model with a CLIP vision tower is needed.")
+            raise ValueError(f"`clip` is a {type(clip).__name__}; expected a model with a CLIP vision tower.")
 
         clip_fields = {field.name for field in fields(CLIPVisionConfig)} - {
             field.name for field in fields(PreTrainedConfig)
@@ -328,11 +335,9 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     ) -> MoveKDVisionOutput:
         r"""
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`).
-            cls_attention_layer (`int`, *optional*): Record the [CLS] row of this layer's attention.
-
-        Raises:
-            ValueError: for pixels of another rank or size than the tower's, with both.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`): The images.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept other image sizes.
+            cls_attention_layer (`int`, *optional*): Layer whose [CLS] attention is recorded.
         """
         if pixel_values.dim() != 4:
             raise ValueError(
@@ -359,21 +364,23 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         smallest_side: int = 1,
     ) -> MoveKDPictures:
         """
-        Pictures of one layer: which expert took each patch, where [CLS] looks, and the features' principal components;
-        and other encoders beside it, such as plain CLIP and the teachers, with their distance to the student.
+        Draw one layer: the expert of each patch, the [CLS] attention and the principal components of the features.
+        With `other_tokens`, also draw other encoders, such as plain CLIP or the teachers, and their distance.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`).
-            layer (`int`, defaults to -1): Counted from 0, or from the end.
-            image_mean, image_std: What the pixels were normalised with, to show the image; by default CLIP's.
-            other_tokens: By name, other encoders' patch features of the same images `(batch_size, n, width)`, on any
-                square grid, without [CLS] and registers.
-            reference: `values` of earlier pictures of the same images, whose colours are kept as far as possible.
-            smallest_side: The pictures are as large as the tower's input, or, where that has fewer pixels to a side
-                than this, larger by a whole factor.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`): The images.
+            layer (`int`, *optional*, defaults to -1): Index of the layer.
+            image_mean (`tuple[float]`, *optional*): Mean that normalized the pixels. Defaults to CLIP's.
+            image_std (`tuple[float]`, *optional*): Standard deviation that normalized the pixels. Defaults to CLIP's.
+            other_tokens (`Mapping[str, torch.Tensor]`, *optional*): Patch features `(batch_size, n, width)` of other
+                encoders for the same images, by name. Any square grid fits, without [CLS] and registers.
+            reference (`torch.Tensor`, *optional*): `values` of earlier pictures of the same images. The new colors
+                stay close to theirs.
+            smallest_side (`int`, *optional*, defaults to 1): Smallest side of the pictures in pixels. They have the
+                size of the tower's input, times a whole factor if that is smaller.
 
         Raises:
-            ValueError: for a layer that the tower has not, or features of other images or on no square grid.
+            ValueError: If the tower has no such layer, or `other_tokens` do not fit.
         """
         training = self.training
         self.eval()

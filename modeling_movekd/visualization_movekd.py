@@ -1,5 +1,6 @@
-"""Pictures of what the tower does, from tensors alone: experts, [CLS] attention, principal components, distances."""
+"""Pictures of a vision tower, drawn from tensors: experts, [CLS] attention, principal components and distances."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,8 +10,8 @@ from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart
-EXPERT_COLOURS = (
+# The colors of Okabe and Ito, which people with any color vision can tell apart
+EXPERT_COLORS = (
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -20,19 +21,19 @@ EXPERT_COLOURS = (
     (213, 94, 0),
     (153, 153, 153),
 )
-# From dark to light, even in lightness
-HEAT_COLOURS = ((10, 7, 34), (84, 15, 109), (159, 42, 99), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+# From dark to light in even steps of lightness
+HEAT_COLORS = ((10, 7, 34), (84, 15, 109), (159, 42, 99), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 
 
 class OtherPictures(NamedTuple):
     """
-    Another encoder beside the student.
+    Pictures of another encoder, compared with the student.
 
     Args:
-        components: Its features' principal components, coloured as the student's where the two agree; a picture.
-        distance: [`relational_distance`] of the student's patches over the image, dark for 0 to light for 1 (no
-            relation) and above, the same for all images and encoders; a picture.
-        distances: The same in numbers, float32 `(batch_size, num_patches)`.
+        components (`torch.Tensor`): Picture of its principal components. Equal colors mean the same as in the
+            student's picture, as far as the two encoders agree.
+        distance (`torch.Tensor`): Picture of `distances` over the image, from dark for 0 to light for 1 or more.
+        distances (`torch.Tensor` of shape `(batch_size, num_patches)`): The [`relational_distance`] to the student.
     """
 
     components: torch.Tensor
@@ -43,53 +44,59 @@ class OtherPictures(NamedTuple):
 @dataclass
 class MoveKDPictures:
     """
-    Pictures are uint8 `(batch_size, height, width, 3)` on the CPU, all of one size.
+    Pictures of one layer. Each is a uint8 tensor `(batch_size, height, width, 3)` on the CPU, and all have one size.
 
     Args:
-        image: What the tower saw.
-        experts: The expert of each patch as a colour over the image; `None` for a tower without experts.
-        expert_shares: Share of the patches that each expert got, float32 `(batch_size, num_experts)`.
-        expert_colours: RGB of each expert, uint8 `(num_experts, 3)`.
-        cls_attention: [CLS] attention, mean over heads, over the image; dark is none, light the most in this image.
-        components: The features' first three principal components as red, green and blue.
-        tokens: The features behind `components`, float32 `(batch_size, num_patches, hidden_size)`.
-        values: What `components` shows, float32 `(batch_size, num_patches, 3)`, see [`principal_components`].
-        others: By name, the pictures of the other encoders that were given.
+        image (`torch.Tensor`): The image that the tower saw.
+        experts (`torch.Tensor`): The expert of each patch as a color over the image. `None` without experts.
+        expert_shares (`torch.Tensor` of shape `(batch_size, num_experts)`): Share of the patches of each expert.
+        expert_colors (`torch.Tensor` of shape `(num_experts, 3)`): RGB color of each expert in uint8.
+        cls_attention (`torch.Tensor`): [CLS] attention, averaged over the heads, over the image. Light is the largest
+            value of each image.
+        components (`torch.Tensor`): The first three principal components of the features as red, green and blue.
+        tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`): The features.
+        values (`torch.Tensor` of shape `(batch_size, num_patches, 3)`): The [`principal_components`].
+        others (`dict[str, OtherPictures]`): Pictures of the other encoders by name.
     """
 
     image: torch.Tensor
     experts: torch.Tensor | None
     expert_shares: torch.Tensor | None
-    expert_colours: torch.Tensor | None
+    expert_colors: torch.Tensor | None
     cls_attention: torch.Tensor
     components: torch.Tensor
     tokens: torch.Tensor
     values: torch.Tensor
     others: dict[str, OtherPictures] = field(default_factory=dict)
 
+    @property
+    def expert_colours(self) -> torch.Tensor | None:
+        """Former name of `expert_colors`."""
+        warnings.warn("`expert_colours` is now `expert_colors`.", FutureWarning, stacklevel=2)
+        return self.expert_colors
+
+
+def is_square(num_patches: int) -> bool:
+    return round(num_patches**0.5) ** 2 == num_patches
+
 
 def to_grid(values: torch.Tensor) -> torch.Tensor:
-    """
-    Patches `(batch_size, num_patches, ...)`, row by row, as `(batch_size, side, side, ...)`.
-
-    Raises:
-        ValueError: if they are no square.
-    """
+    """Reshape `(batch_size, num_patches, ...)` to `(batch_size, side, side, ...)`, row by row."""
     side = round(values.shape[1] ** 0.5)
-    if side * side != values.shape[1]:
+    if not is_square(values.shape[1]):
         raise ValueError(f"{values.shape[1]} patches are no square grid; give the patches alone, without [CLS].")
     return values.unflatten(1, (side, side))
 
 
 def enlarge(grid: torch.Tensor, size: Sequence[int], smooth: bool) -> torch.Tensor:
-    """`(batch_size, rows, columns, channels)` to `(batch_size, *size, channels)`, in whole cells or smoothly."""
+    """Resize `(batch_size, rows, columns, channels)` to `(batch_size, *size, channels)`, smoothly or in cells."""
     mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest-exact"}
     return nn.functional.interpolate(grid.permute(0, 3, 1, 2).float(), size=tuple(size), **mode).permute(0, 2, 3, 1)
 
 
-def overlay(colours: torch.Tensor, image: torch.Tensor, opacity: float) -> torch.Tensor:
-    """Colours over an image, both `(batch_size, height, width, 3)` between 0 and 255; uint8."""
-    return (opacity * colours.float() + (1 - opacity) * image.float()).round().clamp(0, 255).byte()
+def overlay(colors: torch.Tensor, image: torch.Tensor, opacity: float) -> torch.Tensor:
+    """Blend colors over an image, both `(batch_size, height, width, 3)` from 0 to 255, and return uint8."""
+    return (opacity * colors.float() + (1 - opacity) * image.float()).round().clamp(0, 255).byte()
 
 
 def pixels_to_image(
@@ -99,8 +106,17 @@ def pixels_to_image(
     smallest_side: int = 1,
 ) -> torch.Tensor:
     """
-    Undo a normalisation, by default CLIP's: `(batch_size, 3, height, width)` to uint8 `(..., height, width, 3)`,
-    enlarged by a whole factor, pixel by pixel, until no side is shorter than `smallest_side`.
+    Undo the normalization of pixels, which defaults to CLIP's.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalized pixels.
+        mean (`Sequence[float]`, *optional*): Mean that normalized the pixels.
+        std (`Sequence[float]`, *optional*): Standard deviation that normalized the pixels.
+        smallest_side (`int`, *optional*, defaults to 1): Smaller images are enlarged by a whole factor, pixel by
+            pixel.
+
+    Returns:
+        uint8 `torch.Tensor` of shape `(batch_size, height, width, 3)`.
     """
     scale = torch.tensor(std or OPENAI_CLIP_STD, device=pixel_values.device).view(3, 1, 1)
     shift = torch.tensor(mean or OPENAI_CLIP_MEAN, device=pixel_values.device).view(3, 1, 1)
@@ -109,64 +125,67 @@ def pixels_to_image(
     return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
-def expert_colours(num_experts: int) -> torch.Tensor:
-    """uint8 `(num_experts, 3)`; after the eighth, evenly spaced hues."""
+def expert_colors(num_experts: int) -> torch.Tensor:
+    """Return one RGB color per expert, uint8 `(num_experts, 3)`. After the eighth, the hues are evenly spaced."""
     hues = torch.arange(num_experts)[:, None] / num_experts + torch.tensor([0, 1 / 3, 2 / 3])
-    colours = (127.5 + 127.5 * (2 * torch.pi * hues).cos()).byte()
-    known = torch.tensor(EXPERT_COLOURS, dtype=torch.uint8)[:num_experts]
-    colours[: len(known)] = known
-    return colours
+    colors = (127.5 + 127.5 * (2 * torch.pi * hues).cos()).byte()
+    known = torch.tensor(EXPERT_COLORS, dtype=torch.uint8)[:num_experts]
+    colors[: len(known)] = known
+    return colors
 
 
 def expert_map(
     indices: torch.Tensor, num_experts: int, image: torch.Tensor, opacity: float = 0.55
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The expert of each patch as a colour over the image.
+    Draw the expert of each patch as a color over the image.
 
     Args:
-        indices (`torch.Tensor` of shape `(batch_size, num_patches)`, int64).
-        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`, uint8).
+        indices (`torch.Tensor` of shape `(batch_size, num_patches)`): Index of each patch's expert.
+        num_experts (`int`): Number of experts.
+        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
+        opacity (`float`, *optional*, defaults to 0.55): Opacity of the colors.
 
     Returns:
-        The picture, uint8 as `image`, and each expert's share of the patches, float32 `(batch_size, num_experts)`.
+        The picture, and each expert's share of the patches `(batch_size, num_experts)`.
     """
-    colours = expert_colours(num_experts).to(indices.device)[indices]
+    colors = expert_colors(num_experts).to(indices.device)[indices]
     shares = nn.functional.one_hot(indices, num_experts).float().mean(dim=1)
-    return overlay(enlarge(to_grid(colours), image.shape[1:3], smooth=False), image, opacity), shares
+    return overlay(enlarge(to_grid(colors), image.shape[1:3], smooth=False), image, opacity), shares
 
 
 def heat_map(
     values: torch.Tensor, image: torch.Tensor, top: float | None = None, opacity: float = 0.6
 ) -> torch.Tensor:
     """
-    One number a patch as a colour over the image, from dark for 0 to light for `top`.
+    Draw one number per patch as a color over the image, from dark for 0 to light for `top`.
 
     Args:
-        values (`torch.Tensor` of shape `(batch_size, num_patches)`): At least 0.
-        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`, uint8).
-        top (`float`, *optional*): By default the largest value of each image.
+        values (`torch.Tensor` of shape `(batch_size, num_patches)`): Numbers of at least 0.
+        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
+        top (`float`, *optional*): The lightest value. Defaults to the largest value of each image.
+        opacity (`float`, *optional*, defaults to 0.6): Opacity of the colors.
 
     Returns:
-        The picture, uint8 as `image`.
+        The picture.
     """
     values = values.float()
     largest = values.amax(dim=1, keepdim=True) if top is None else torch.full_like(values[:, :1], top)
     grid = enlarge(to_grid(values / largest.clamp(min=1e-12)).unsqueeze(-1), image.shape[1:3], smooth=True)
-    stops = torch.tensor(HEAT_COLOURS, dtype=torch.float32, device=values.device)
-    place = grid.squeeze(-1).clamp(0, 1) * (len(stops) - 1)
-    low = place.long().clamp(max=len(stops) - 2)
-    colours = torch.lerp(stops[low], stops[low + 1], (place - low).unsqueeze(-1))
-    return overlay(colours, image, opacity)
+    stops = torch.tensor(HEAT_COLORS, dtype=torch.float32, device=values.device)
+    position = grid.squeeze(-1).clamp(0, 1) * (len(stops) - 1)
+    low = position.long().clamp(max=len(stops) - 2)
+    colors = torch.lerp(stops[low], stops[low + 1], (position - low).unsqueeze(-1))
+    return overlay(colors, image, opacity)
 
 
 def leading_eigenvectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a symmetric matrix, the three largest eigenvalues at most, largest first, and their vectors in columns."""
+    """Return the (up to) three largest eigenvalues of a symmetric matrix, largest first, and their column vectors."""
     if len(matrix) <= 256:
         values, vectors = torch.linalg.eigh(matrix)
         return values[-3:].flip(0), vectors[:, -3:].flip(1)
-    # All of them would take half a minute for a teacher of 3072 channels. The start is fixed, so that equal features
-    # give equal pictures and no random number is taken from a training run
+    # A full decomposition takes half a minute for 3072 channels. The start vectors have a generator of their own, so
+    # that equal features give equal pictures and the random state of a training run stays as it is.
     start = torch.randn(len(matrix), 3, generator=torch.Generator().manual_seed(0))
     largest = matrix.abs().max().clamp(min=1e-12)
     values, vectors = torch.lobpcg(matrix / largest, X=start.to(matrix), niter=200)
@@ -175,19 +194,20 @@ def leading_eigenvectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def principal_components(tokens: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
     """
-    The first three principal components of these images' features, one basis for all of them, with unit variance.
+    Compute the first three principal components of the features, with unit variance. All images share one basis.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`).
+        tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`): The features.
         reference (`torch.Tensor` of shape `(batch_size, n, 3)`, *optional*): Components of another encoder for the
-            same images, resampled if the grid is another. The basis is turned (orthogonal Procrustes) so that equal
-            colours mean the same in both pictures as far as they agree at all.
+            same images, resampled if its grid differs. The basis is rotated towards them (orthogonal Procrustes), so
+            that equal colors mean the same as far as the encoders agree.
 
     Returns:
-        float32 `(batch_size, num_patches, 3)`; zeros where there are fewer than three.
+        `torch.Tensor` of shape `(batch_size, num_patches, 3)`. Components that do not exist are zero.
     """
     flat = tokens.float().flatten(0, 1)
     flat = flat - flat.mean(dim=0)
+    # Decompose the smaller of the two Gram matrices.
     by_channel = len(flat) > flat.shape[1]
     variances, components = leading_eigenvectors(flat.T @ flat if by_channel else flat @ flat.T)
     if by_channel:
@@ -195,20 +215,20 @@ def principal_components(tokens: torch.Tensor, reference: torch.Tensor | None = 
     components = components * len(flat) ** 0.5 * (variances > 1e-6 * variances[:1].clamp(min=1e-12))
     components = nn.functional.pad(components, (0, 3 - components.shape[1]))
     if reference is not None:
-        aligned = resample(reference.to(tokens.device), tokens.shape[1]).float().flatten(0, 1)
-        turn, _, back = torch.linalg.svd(components.T @ aligned)
-        components = components @ turn @ back
+        target = resample(reference.to(tokens.device), tokens.shape[1]).float().flatten(0, 1)
+        left, _, right = torch.linalg.svd(components.T @ target)
+        components = components @ left @ right
     return components.view(*tokens.shape[:2], 3)
 
 
 def component_picture(components: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Components `(batch_size, num_patches, 3)` as red, green and blue, uint8 `(batch_size, *size, 3)`."""
-    # Two standard deviations to either side of grey
+    """Draw components `(batch_size, num_patches, 3)` as red, green and blue, uint8 `(batch_size, *size, 3)`."""
+    # Gray is 0, and the range ends at two standard deviations.
     return enlarge(to_grid(127.5 + 127.5 * components / 2), size, smooth=False).round().clamp(0, 255).byte()
 
 
 def resample(tokens: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """Features `(batch_size, n, width)` of one square grid brought to another, `(batch_size, num_patches, width)`."""
+    """Resize features `(batch_size, n, width)` from one square grid to another of `num_patches`."""
     if tokens.shape[1] == num_patches:
         return tokens
     side = round(num_patches**0.5)
@@ -220,25 +240,27 @@ def resample(tokens: torch.Tensor, num_patches: int) -> torch.Tensor:
 
 def relational_distance(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """
-    How differently two encoders relate a patch to the rest of its image: 1 minus the correlation of its cosine
-    similarities to all other patches in one encoder with those in the other. It compares encoders of any width, and
-    needs nothing that was trained.
+    Measure how differently two encoders relate each patch to the other patches of its image.
+
+    The distance is 1 minus the correlation between the patch's cosine similarities in one encoder and in the other.
+    It compares encoders of any width without trained parameters.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`).
-        others (`torch.Tensor` of shape `(batch_size, n, other_width)`): Resampled if the grid is another.
+        tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`): Features of one encoder.
+        others (`torch.Tensor` of shape `(batch_size, n, other_width)`): Features of the other encoder, resampled if
+            its grid differs.
 
     Returns:
-        float32 `(batch_size, num_patches)`, from 0 (the same) to 2.
+        `torch.Tensor` of shape `(batch_size, num_patches)`, from 0 (same relations) to 2.
     """
     profiles = []
-    elsewhere = ~torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    off_diagonal = ~torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
     for features in (tokens.float(), resample(others, tokens.shape[1]).float()):
-        # The mean over the image is most of every token, and says nothing of this patch
+        # Without this, the mean over the image would dominate every similarity.
         features = nn.functional.normalize(features - features.mean(dim=1, keepdim=True), dim=-1)
-        similarity = (features @ features.transpose(1, 2)) * elsewhere  # each is like itself in any encoder
+        similarity = (features @ features.transpose(1, 2)) * off_diagonal
         mean = similarity.sum(dim=-1, keepdim=True) / (tokens.shape[1] - 1)
-        profiles.append((similarity - mean) * elsewhere)
+        profiles.append((similarity - mean) * off_diagonal)
     return 1 - nn.functional.cosine_similarity(profiles[0], profiles[1], dim=-1)
 
 
@@ -252,48 +274,49 @@ def draw(
     reference: torch.Tensor | None = None,
 ) -> MoveKDPictures:
     """
-    All pictures of one layer, on the CPU.
+    Draw all pictures of one layer.
 
     Args:
-        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`, uint8).
-        tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`).
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`).
-        expert_indices (`torch.Tensor` of shape `(batch_size, num_patches)`, int64, *optional*).
-        other_tokens: By name, patch features `(batch_size, n, width)` of other encoders for the same images, of any
-            square grid and width, without [CLS] and registers.
-        reference: See [`principal_components`].
+        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
+        tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`): The student's features.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`): Attention of [CLS] to the patches.
+        expert_indices (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Index of each patch's expert.
+        num_experts (`int`): Number of experts.
+        other_tokens (`Mapping[str, torch.Tensor]`, *optional*): Patch features `(batch_size, n, width)` of other
+            encoders for the same images, by name.
+        reference (`torch.Tensor`, *optional*): See [`principal_components`].
 
-    Raises:
-        ValueError: naming the encoder, if its features are not finite, of another number of images, or on no square
-            grid.
+    Returns:
+        The [`MoveKDPictures`].
     """
     tokens, size = tokens.float(), image.shape[1:3]
     for name, features in {"the student": tokens, **(other_tokens or {})}.items():
         if not torch.isfinite(features).all():
-            raise ValueError(f"The features of {name!r} are not finite; run it in float32, or look at an earlier one.")
+            raise ValueError(
+                f"The features of {name!r} are not finite. Run the encoder in float32, or draw an earlier layer."
+            )
     values = principal_components(tokens, reference)
     others = {}
     for name, features in (other_tokens or {}).items():
         features = features.to(tokens.device).float()
-        is_square = features.dim() == 3 and round(features.shape[1] ** 0.5) ** 2 == features.shape[1]
-        if not is_square or len(features) != len(tokens):
+        if features.dim() != 3 or len(features) != len(tokens) or not is_square(features.shape[1]):
             raise ValueError(
-                f"The features of {name!r} have the shape {tuple(features.shape)}; (batch_size, num_patches, width)"
-                f" of {len(tokens)} images is expected, the patches of a square grid alone: no [CLS], no registers."
+                f"The features of {name!r} have the shape {tuple(features.shape)}. Expected the patches of a square "
+                f"grid, without [CLS] and registers: ({len(tokens)}, num_patches, width)."
             )
         distances = relational_distance(tokens, features)
         components = component_picture(principal_components(features, values), size)
         distance = heat_map(distances.clamp(min=0), image, top=1.0)
         others[name] = OtherPictures(components.cpu(), distance.cpu(), distances.cpu())
-    experts = shares = colours = None
+    experts = shares = colors = None
     if expert_indices is not None:
         experts, shares = expert_map(expert_indices, num_experts, image)
-        experts, shares, colours = experts.cpu(), shares.cpu(), expert_colours(num_experts)
+        experts, shares, colors = experts.cpu(), shares.cpu(), expert_colors(num_experts)
     return MoveKDPictures(
         image=image.cpu(),
         experts=experts,
         expert_shares=shares,
-        expert_colours=colours,
+        expert_colors=colors,
         cls_attention=heat_map(cls_attention, image).cpu(),
         components=component_picture(values, size).cpu(),
         tokens=tokens.cpu(),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .visualization_movekd import HEAT_COLOURS, MoveKDPictures
+from .visualization_movekd import HEAT_COLORS, MoveKDPictures
 
 
 # Pictures of a tower with smaller input are enlarged by a whole factor, so that they can be looked at
@@ -36,9 +36,9 @@ figcaption ul { list-style: none; margin: .25rem 0 0; padding: 0; display: flex;
 .scale { display: flex; align-items: center; gap: .5rem; font-size: .8rem; color: var(--soft); }
 .scale i { flex: 1; height: .6rem; border-radius: .3rem; }
 """
-ABOUT = """<p>Experts: the colour says which expert of the layer took the patch. [CLS] attention: where the token that
+ABOUT = """<p>Experts: the color says which expert of the layer took the patch. [CLS] attention: where the token that
 stands for the whole image looks, which is also how the distillation weighs the patches. Components: the first three
-principal components of the features as red, green and blue; equal colours are equal content, and the colours of other
+principal components of the features as red, green and blue; equal colors are equal content, and the colors of other
 encoders are turned to the student's where they agree. Distance: how differently another encoder relates the patch to
 the rest of the image, 0 if the same way and 1 if there is no relation.</p>"""
 
@@ -49,7 +49,7 @@ def to_image(picture: torch.Tensor) -> Image.Image:
 
 
 def with_legend(picture: Image.Image, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:
-    """The picture with a legend under it, a colour and a text a line; in columns as wide as the longest text."""
+    """The picture with a legend under it, a color and a text a line; in columns as wide as the longest text."""
     font = ImageFont.load_default(size=14)
     line, chip = 20, 12
     column = max(int(font.getlength(text)) for _, text in entries) + 2 * chip + 8
@@ -58,21 +58,21 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[tuple[int, int, in
     canvas = Image.new("RGB", (max(picture.width, column), picture.height + rows * line + 8), (255, 255, 255))
     canvas.paste(picture)
     pen = ImageDraw.Draw(canvas)
-    for index, (colour, text) in enumerate(entries):
+    for index, (color, text) in enumerate(entries):
         left, top = (index % columns) * column + 4, picture.height + (index // columns) * line + 6
-        pen.rectangle((left, top, left + chip, top + chip), fill=colour, outline=(90, 90, 90))
+        pen.rectangle((left, top, left + chip, top + chip), fill=color, outline=(90, 90, 90))
         pen.text((left + chip + 6, top - 3), text, fill=(20, 20, 20), font=font)
     return canvas
 
 
 def expert_entries(pictures: MoveKDPictures, index: int) -> list[tuple[tuple[int, int, int], str]]:
-    """The colour of each expert, and its share of the patches of image `index` in words."""
-    if pictures.expert_shares is None or pictures.expert_colours is None:
+    """The color of each expert, and its share of the patches of image `index` in words."""
+    if pictures.expert_shares is None or pictures.expert_colors is None:
         return []
-    shares, colours = pictures.expert_shares[index].tolist(), pictures.expert_colours.tolist()
+    shares, colors = pictures.expert_shares[index].tolist(), pictures.expert_colors.tolist()
     return [
         ((red, green, blue), f"expert {expert}: {share:.0%}")
-        for expert, ((red, green, blue), share) in enumerate(zip(colours, shares, strict=True))
+        for expert, ((red, green, blue), share) in enumerate(zip(colors, shares, strict=True))
     ]
 
 
@@ -169,8 +169,8 @@ def _section(folder: Path, name: str, position: int, layers: dict[int, MoveKDPic
             if stem == "experts":
                 # The page has a legend of its own, in text that grows and can be read out
                 chips = "".join(
-                    f'<li><span class="chip" style="background: rgb{colour}"></span> {text}</li>'
-                    for colour, text in expert_entries(pictures, index)
+                    f'<li><span class="chip" style="background: rgb{color}"></span> {text}</li>'
+                    for color, text in expert_entries(pictures, index)
                 )
                 caption, legend = caption.split(":")[0], f"<ul>{chips}</ul>"
             elif stem == "cls-attention":
@@ -189,7 +189,7 @@ def _figure(path: Path, picture: Image.Image, alt: str, caption: str, legend: st
 
 
 def _scale(low: str, high: str) -> str:
-    stops = ", ".join(f"rgb{colour}" for colour in HEAT_COLOURS)
+    stops = ", ".join(f"rgb{color}" for color in HEAT_COLORS)
     bar = f'<i style="background: linear-gradient(to right, {stops})"></i>'
     return f'<div class="scale"><span>{low}</span>{bar}<span>{high}</span></div>'
 

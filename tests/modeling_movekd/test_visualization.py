@@ -5,7 +5,7 @@ import torch
 
 from modeling_movekd.visualization_movekd import (
     component_picture,
-    expert_colours,
+    expert_colors,
     expert_map,
     heat_map,
     principal_components,
@@ -14,7 +14,7 @@ from modeling_movekd.visualization_movekd import (
 )
 
 
-GREY = torch.full((1, 8, 8, 3), 128, dtype=torch.uint8)
+GRAY = torch.full((1, 8, 8, 3), 128, dtype=torch.uint8)
 
 
 def test_pictures_of_a_layer(make_tower, pixels):
@@ -67,7 +67,7 @@ def test_other_encoders_beside_the_student(make_tower, make_model, pixels):
     pictures = tower.visualize(pixels, layer=1, other_tokens=others)
     assert torch.equal(pictures.components, alone.components)
     components, distance, distances = pictures.others["same"]
-    assert (components.int() - alone.components.int()).abs().max() <= 1, "the same colours in another basis"
+    assert (components.int() - alone.components.int()).abs().max() <= 1, "the same colors in another basis"
     assert distances.max() < 1e-4
     assert torch.equal(distance, heat_map(torch.zeros(3, 16), pictures.image, top=1.0))
     finer = pictures.others["finer"]
@@ -82,7 +82,7 @@ def test_other_encoders_beside_the_student(make_tower, make_model, pixels):
             tower.visualize(pixels, other_tokens={"clip": wrong})
 
 
-def test_colours_are_kept_from_one_step_to_the_next(make_tower, pixels):
+def test_colors_are_kept_from_one_step_to_the_next(make_tower, pixels):
     tower = make_tower()
     before = tower.visualize(pixels)
     with torch.no_grad():
@@ -95,28 +95,28 @@ def test_colours_are_kept_from_one_step_to_the_next(make_tower, pixels):
     torch.testing.assert_close(again.values, -before.values, atol=1e-3, rtol=0)
 
 
-def test_each_patch_has_the_colour_of_its_expert():
+def test_each_patch_has_the_color_of_its_expert():
     indices = torch.tensor([[0, 1, 2, 0]])
-    picture, shares = expert_map(indices, 3, GREY, opacity=1.0)
-    colours = expert_colours(3)
+    picture, shares = expert_map(indices, 3, GRAY, opacity=1.0)
+    colors = expert_colors(3)
     for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
         cell = picture[0, row : row + 4, column : column + 4].reshape(-1, 3)
-        assert (cell == colours[indices[0, patch]]).all()
+        assert (cell == colors[indices[0, patch]]).all()
     assert shares.tolist() == [[0.5, 0.25, 0.25]]
-    half, _ = expert_map(indices, 3, GREY, opacity=0.5)
+    half, _ = expert_map(indices, 3, GRAY, opacity=0.5)
     torch.testing.assert_close(half.float(), (picture.float() + 128) / 2, atol=0.5, rtol=0)
-    many = expert_colours(16)
-    assert len({tuple(colour) for colour in many.tolist()}) == 16
+    many = expert_colors(16)
+    assert len({tuple(color) for color in many.tolist()}) == 16
 
 
 def test_heat_grows_with_the_number():
     values = torch.tensor([[0.0, 0.1, 0.2, 0.4]])
-    light = heat_map(values, GREY, opacity=1.0).float().mean(dim=-1)[0]
+    light = heat_map(values, GRAY, opacity=1.0).float().mean(dim=-1)[0]
     corners = [light[0, 0], light[0, -1], light[-1, 0], light[-1, -1]]
     assert all(first < second for first, second in zip(corners, corners[1:], strict=False))
-    assert torch.equal(heat_map(values, GREY), heat_map(values * 7, GREY)), "each image has a scale of its own"
-    assert not torch.equal(heat_map(values, GREY, top=1.0), heat_map(values * 2, GREY, top=1.0))
-    assert torch.isfinite(heat_map(values * 0, GREY).float()).all()
+    assert torch.equal(heat_map(values, GRAY), heat_map(values * 7, GRAY)), "each image has a scale of its own"
+    assert not torch.equal(heat_map(values, GRAY, top=1.0), heat_map(values * 2, GRAY, top=1.0))
+    assert torch.isfinite(heat_map(values * 0, GRAY).float()).all()
 
 
 def test_components_are_the_largest_directions_and_turn_to_the_reference():
@@ -127,10 +127,10 @@ def test_components_are_the_largest_directions_and_turn_to_the_reference():
     components = principal_components(wide).flatten(0, 1)
     torch.testing.assert_close(components.T @ components / 32, torch.eye(3), atol=1e-4, rtol=0)
     # They span what the three hidden directions span
-    centred = hidden.flatten(0, 1) - hidden.flatten(0, 1).mean(dim=0)
-    left = torch.linalg.lstsq(components, centred).solution
-    torch.testing.assert_close(components @ left, centred, atol=0.05, rtol=0)
-    # Another encoder that knows the same, in another basis, gets the same colours
+    centered = hidden.flatten(0, 1) - hidden.flatten(0, 1).mean(dim=0)
+    left = torch.linalg.lstsq(components, centered).solution
+    torch.testing.assert_close(components @ left, centered, atol=0.05, rtol=0)
+    # Another encoder that knows the same, in another basis, gets the same colors
     reference = principal_components(wide)
     other = wide @ torch.linalg.qr(torch.randn(20, 20, generator=generator))[0]
     torch.testing.assert_close(principal_components(other, reference), reference, atol=1e-3, rtol=0)
@@ -181,4 +181,10 @@ def test_distance_is_of_relations_and_not_of_coordinates():
 
 def test_patches_that_are_no_square():
     with pytest.raises(ValueError, match=r"17 patches are no square grid; give the patches alone, without \[CLS\]"):
-        heat_map(torch.zeros(1, 17), GREY)
+        heat_map(torch.zeros(1, 17), GRAY)
+
+
+def test_the_former_name_of_the_colors_still_works(make_tower, pixels):
+    pictures = make_tower().visualize(pixels)
+    with pytest.warns(FutureWarning, match="`expert_colours` is now `expert_colors`"):
+        assert torch.equal(pictures.expert_colours, pictures.expert_colors)
