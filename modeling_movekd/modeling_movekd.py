@@ -1,4 +1,4 @@
-"""MoVE-KD (arXiv 2501.01709): the LLaVA-style vision-language model around the distilled vision tower."""
+"""The LLaVA-style vision-language model of MoVE-KD (arXiv 2501.01709), around the distilled vision tower."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from .visualization_movekd import MoveKDPictures
 
 @dataclass
 class MoveKDModelOutputWithPast(LlavaNextModelOutputWithPast):
-    """As LLaVA-NeXT's, with what [`MoveKDVisionOutput`] recorded, for the images in their order."""
+    """Output of LLaVA-NeXT, with the optional records of [`MoveKDVisionOutput`] for the images in their order."""
 
     router_probabilities: tuple[torch.Tensor, ...] | None = None
     expert_indices: tuple[torch.Tensor, ...] | None = None
@@ -33,7 +33,7 @@ class MoveKDModelOutputWithPast(LlavaNextModelOutputWithPast):
 
 @dataclass
 class MoveKDCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
-    """As LLaVA-NeXT's, with what [`MoveKDVisionOutput`] recorded, for the images in their order."""
+    """Output of LLaVA-NeXT, with the optional records of [`MoveKDVisionOutput`] for the images in their order."""
 
     router_probabilities: tuple[torch.Tensor, ...] | None = None
     expert_indices: tuple[torch.Tensor, ...] | None = None
@@ -55,7 +55,7 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
     """The vision tower, the projector and the language model without its head."""
 
     def __init__(self, config: MoveKDConfig):
-        # Past LlavaNextModel, which would build its tower by `AutoModel`
+        # Skip LlavaNextModel's own, which builds the tower with `AutoModel`.
         super(LlavaNextModel, self).__init__(config)
         self.vision_tower = MoveKDVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = LlavaNextMultiModalProjector(config)
@@ -70,24 +70,25 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
     ) -> MoveKDVisionOutput:
         """
-        The tower's output, with the projected features of each image in `pooler_output` (a list of
-        `(num_tokens, text_hidden_size)`).
+        Encode and project images.
 
         Args:
-            pixel_values: `(num_images, channels, height, width)` for `pad`; for `anyres` the images' tiles, padded to
-                `(num_images, num_tiles, channels, height, width)`.
-            image_sizes (`torch.Tensor` of shape `(num_images, 2)`): Height and width of each image, for `anyres`.
+            pixel_values (`torch.Tensor`): The images `(num_images, channels, height, width)` for `pad`, or their tiles
+                `(num_images, num_tiles, channels, height, width)` for `anyres`.
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`, *optional*): Height and width of each image.
+                Needed for `anyres`.
 
-        Raises:
-            ValueError: if `anyres` gets no image sizes, or another number of them than of images, or too few tiles.
+        Returns:
+            The tower's output, where `pooler_output` lists the projected features `(num_tokens, text_hidden_size)` of
+            each image.
         """
         if self.config.image_aspect_ratio == "pad":
             return LlavaModel.get_image_features(self, pixel_values, **kwargs)
         if image_sizes is None or len(image_sizes) != len(pixel_values):
             raise ValueError(
                 "`image_sizes` must hold (height, width) of each image for `image_aspect_ratio='anyres'`: got "
-                f"{'none' if image_sizes is None else len(image_sizes)} for {len(pixel_values)} images. "
-                "LlavaNextProcessor returns them beside `pixel_values`."
+                f"{'none' if image_sizes is None else len(image_sizes)} for {len(pixel_values)} images. Pass the "
+                "`image_sizes` that LlavaNextProcessor returns."
             )
         tiles = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
@@ -96,18 +97,18 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         if pixel_values.dim() != 5 or max(tiles) > pixel_values.shape[1]:
             raise ValueError(
                 f"`pixel_values` of shape {tuple(pixel_values.shape)} do not hold the {max(tiles)} tiles that "
-                "`image_sizes` ask for; (num_images, num_tiles, channels, height, width) is expected."
+                "`image_sizes` ask for; expected (num_images, num_tiles, channels, height, width)."
             )
         return super().get_image_features(pixel_values, image_sizes, **kwargs)
 
     def _check_no_image_tokens(self, input_ids: torch.LongTensor) -> None:
-        """Image tokens of a prompt without images would be taken for words."""
+        """Refuse image tokens without images, which the language model would take for words."""
         if torch.compiler.is_compiling():
             return
         if image_tokens := int((input_ids == self.config.image_token_id).sum()):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {image_tokens}, features: 0. Pass "
-                "`pixel_values` beside `input_ids`."
+                "`pixel_values` with `input_ids`."
             )
 
     @can_return_tuple
@@ -125,12 +126,12 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         cls_attention_layer: int | None = None,
         **kwargs: Any,
     ) -> MoveKDModelOutputWithPast:
-        """As LLaVA-NeXT's, with the tower's records on request (see [`MoveKDVisionModel`])."""
+        """As in LLaVA-NeXT, with the options of [`MoveKDVisionModel`]'s forward that record the tower's outputs."""
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        # `generate` gives its first forward a dict of what it encoded, even an empty one, and later ones none
-        prompt = kwargs.get("past_key_values") is None or mm_encoder_outputs is not None
-        if prompt and pixel_values is None and not mm_encoder_outputs and input_ids is not None:
+        # `generate` passes a dict of encoder outputs, which may be empty, to its first forward only.
+        is_prompt = kwargs.get("past_key_values") is None or mm_encoder_outputs is not None
+        if is_prompt and pixel_values is None and not mm_encoder_outputs and input_ids is not None:
             self._check_no_image_tokens(input_ids)
         if pixel_values is not None and mm_encoder_outputs is None:
             vision_outputs = self.get_image_features(
@@ -158,7 +159,7 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
 
 class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
     """
-    The student alone, as it is published: one vision tower, the projector and a causal language model.
+    The published student: a vision tower, a projector and a causal language model.
 
     `AutoModel` and `AutoModelForImageTextToText` both load it from a checkpoint with `trust_remote_code=True`.
     """
@@ -174,7 +175,7 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoveKDModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # Where the language model keeps its embedding differs between architectures
+        # The name of the embedding differs between architectures.
         embedding = self.model.language_model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -188,8 +189,8 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(*args, **kwargs)
 
     def visualize(self, pixel_values: torch.Tensor, layer: int = -1, **kwargs: Any) -> MoveKDPictures:
-        """See [`MoveKDVisionModel.visualize`]. Of the tiles of `anyres` the first, which is the whole image."""
-        if pixel_values.dim() == 5:
+        """See [`MoveKDVisionModel.visualize`]."""
+        if pixel_values.dim() == 5:  # the first tile of `anyres` is the whole image
             pixel_values = pixel_values[:, 0]
         return self.model.vision_tower.visualize(pixel_values, layer, **kwargs)
 
@@ -202,58 +203,37 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> "MoveKDForConditionalGeneration":
         """
-        Join a vision tower and a causal language model by a new projector. The parts' weights become the model's own:
-        they are shared, not copied, except where the data type or the vocabulary changes.
+        Join a vision tower and a causal language model by a new projector.
+
+        The model shares the weights of both parts, except where the data type or the vocabulary changes.
 
         Args:
-            vision: The tower, as from [`MoveKDVisionModel.from_clip`]; cast to the language model's dtype and
-                unfolded.
-            language: Any causal language model of transformers, loaded.
-            image_token_id (`int`, *optional*): Id of `<image>`; by default the first after the vocabulary. An id
-                outside the vocabulary enlarges the embeddings, the new rows drawn by transformers' resize.
+            vision (`MoveKDVisionModel`): The tower. It is unfolded and cast to the dtype of the language model.
+            language (`PreTrainedModel`): Any causal language model of transformers.
+            image_token_id (`int`, *optional*): Id of `<image>`. Defaults to the first id after the vocabulary. An id
+                outside the vocabulary enlarges the embeddings.
             kwargs: Fields of [`MoveKDConfig`], such as `image_aspect_ratio`.
 
         Raises:
-            ValueError: if a weight of a part has no place in the model or a place gets no weight, naming the keys; if
-                `language` has no head, or one that does more than multiply.
+            ValueError: If a weight has no counterpart in the model, or `language` has no head or one that scales or
+                caps its logits.
         """
         if language.get_output_embeddings() is None:
-            raise ValueError(f"`language` is a {type(language).__name__}; a causal language model is needed.")
+            raise ValueError(f"`language` is a {type(language).__name__}; expected a causal language model.")
         vocab_size = language.config.vocab_size
         image_token_id = vocab_size if image_token_id is None else image_token_id
-        patches = (vision.config.image_size // vision.config.patch_size) ** 2
-        settings = {
-            "vision_feature_layer": -2 if vision.config.add_pooling_layer else -1,
-            "image_seq_length": patches,
-            "tie_word_embeddings": bool(language.config.tie_word_embeddings),
-            **kwargs,
-        }
-        if "image_grid_pinpoints" not in settings:
-            # LLaVA-NeXT's grid shapes, in units of this tower's image size
-            grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-            size = vision.config.image_size
-            settings["image_grid_pinpoints"] = [[rows * size, columns * size] for rows, columns in grids]
-        config = MoveKDConfig(
-            vision_config=vision.config.to_dict(),
-            text_config=language.config.to_dict(),
-            image_token_index=image_token_id,
-            **settings,
-        )
-        config._attn_implementation = {
-            "vision_config": vision.config._attn_implementation,
-            "text_config": language.config._attn_implementation,
-        }
+        config = cls._config_from_parts(vision, language, image_token_id, **kwargs)
         with init.no_init_weights():
             model = cls._from_config(config, dtype=language.dtype)
-        head = next(name for name, module in language.named_modules() if module is language.get_output_embeddings())
-        places = {f"{language.base_model_prefix}.": "model.language_model.", f"{head}.": "lm_head."}
-        vision.unfold_experts()  # folded, several weights are views of one memory
+        vision.unfold_experts()  # folded weights are views of one memory
         state_dict = {
             f"model.vision_tower.{key}": value for key, value in vision.to(language.dtype).state_dict().items()
         }
+        head = next(name for name, module in language.named_modules() if module is language.get_output_embeddings())
+        mapping = {f"{language.base_model_prefix}.": "model.language_model.", f"{head}.": "lm_head."}
         for key, value in language.state_dict().items():
-            part = next((part for part in places if key.startswith(part)), "")
-            state_dict[places.get(part, "") + key.removeprefix(part)] = value
+            prefix = next((prefix for prefix in mapping if key.startswith(prefix)), "")
+            state_dict[mapping.get(prefix, "") + key.removeprefix(prefix)] = value
         new = ("model.multi_modal_projector.", "model.image_newline")
         load_strictly(model, state_dict, may_lack=lambda key: key.startswith(new), assign=True)
         model.to(language.device)
@@ -265,19 +245,44 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
             model.resize_token_embeddings(image_token_id + 1)
         return model.eval()
 
+    @staticmethod
+    def _config_from_parts(
+        vision: MoveKDVisionModel, language: PreTrainedModel, image_token_id: int, **kwargs: Any
+    ) -> MoveKDConfig:
+        # The grid shapes of LLaVA-NeXT, in units of the tower's image size
+        size, grids = vision.config.image_size, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        settings = {
+            "vision_feature_layer": -2 if vision.config.add_pooling_layer else -1,
+            "image_seq_length": (size // vision.config.patch_size) ** 2,
+            "image_grid_pinpoints": [[rows * size, columns * size] for rows, columns in grids],
+            "tie_word_embeddings": bool(language.config.tie_word_embeddings),
+            **kwargs,
+        }
+        config = MoveKDConfig(
+            vision_config=vision.config.to_dict(),
+            text_config=language.config.to_dict(),
+            image_token_index=image_token_id,
+            **settings,
+        )
+        config._attn_implementation = {
+            "vision_config": vision.config._attn_implementation,
+            "text_config": language.config._attn_implementation,
+        }
+        return config
+
     @torch.no_grad()
     def _check_against(self, language: PreTrainedModel) -> None:
-        """Some architectures scale or cap their logits outside of the head, which would be lost without a word."""
+        """Refuse architectures that scale or cap their logits after the head, which this model does not do."""
         input_ids = torch.arange(min(4, language.config.vocab_size), device=language.device)[None]
         training = language.training
         expected = language.eval()(input_ids, use_cache=False).logits
         language.train(training)
         difference = (self.eval()(input_ids, use_cache=False).logits - expected).abs().max()
-        # Rounding enters where a cast of the whole language model has cast its rotary frequencies too
+        # The tolerance is for rotary frequencies, which a cast of the whole language model has rounded.
         if difference > 16 * torch.finfo(expected.dtype).eps * expected.abs().max():
             raise ValueError(
-                f"{type(language).__name__} does more for its logits than apply a linear head to hidden states (they "
-                f"differ by up to {difference:.3g}). Such a language model is not supported."
+                f"{type(language).__name__} scales or caps the logits of its head (they differ by up to "
+                f"{difference:.3g}). Choose a language model whose logits are its head's output."
             )
 
     @can_return_tuple
@@ -300,12 +305,10 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): One image token per image feature.
-            pixel_values, image_sizes: See [`MoveKDModel.get_image_features`].
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no loss.
-
-        Raises:
-            ValueError: if image tokens and features differ in number (both are named), for pixels of a wrong size, and
-                for missing image sizes under `anyres`.
+            pixel_values (`torch.Tensor`, *optional*): See [`MoveKDModel.get_image_features`].
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`, *optional*): Height and width of each image.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, or -100 to
+                leave a position out of the loss.
         """
         outputs = self.model(
             input_ids,

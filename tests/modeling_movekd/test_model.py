@@ -135,7 +135,7 @@ def test_language_whose_head_does_more_than_multiply(make_tower, make_language):
     """Granite divides its logits, which a plain head would leave out without a word."""
     sizes = {name: getattr(make_language().config, name) for name in ("vocab_size", "hidden_size")}
     config = GraniteConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, logits_scaling=3)
-    with pytest.raises(ValueError, match="GraniteForCausalLM does more for its logits"):
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps the logits"):
         MoveKDForConditionalGeneration.from_parts(make_tower(), GraniteForCausalLM(config))
 
 
