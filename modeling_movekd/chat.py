@@ -1,11 +1,11 @@
 """
-Talk to a checkpoint in a terminal, or over a pipe (one question a line, one answer after the other).
+Talk to a checkpoint in a terminal, or over a pipe with one question per line.
 
     python -m modeling_movekd.chat outputs/demo --image picture.png
 
-    /image PATH   show an image with the next question (again for several)
+    /image PATH   add an image to the next question
     /reset        begin a new conversation
-    /history      what was said so far
+    /history      show the conversation
     /help, /exit
 """
 
@@ -19,16 +19,16 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from .images import decode_image
-from .inference import Conversation, add_arguments, load_checkpoint, sampling
+from .inference import Conversation, add_loading_arguments, add_sampling_arguments, load_checkpoint, sampling
 
 
 def read_lines(is_terminal: bool) -> Iterator[str]:
-    """Lines of standard input until it ends; with a prompt and line editing in a terminal."""
+    """Yield the lines of standard input, with a prompt and line editing in a terminal."""
     if not is_terminal:
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     try:
-        import readline  # noqa: F401  (gives `input` its history; not on every platform)
+        import readline  # noqa: F401  (gives `input` a history, where the platform has it)
     except ImportError:
         pass
     while True:
@@ -47,12 +47,7 @@ def show_history(conversation: Conversation) -> None:
 
 
 def converse(conversation: Conversation, images: list[Image.Image], lines: Iterator[str]) -> int:
-    """
-    Answer line by line. What goes wrong with a line is said on standard error, and the next one is read.
-
-    Returns:
-        The number of lines that went wrong.
-    """
+    """Answer line by line, print errors on standard error, and return the number of lines that failed."""
     failed = 0
     for line in lines:
         command, _, argument = line.strip().partition(" ")
@@ -69,7 +64,7 @@ def converse(conversation: Conversation, images: list[Image.Image], lines: Itera
             elif command == "/image":
                 images.append(decode_image(argument.strip()))
             elif command.startswith("/"):
-                raise ValueError(f"{command} is no command; /help lists them.")
+                raise ValueError(f"{command} is no command; /help lists the commands.")
             elif line.strip():
                 streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 conversation.ask(line.strip(), images, streamer=streamer)
@@ -78,7 +73,7 @@ def converse(conversation: Conversation, images: list[Image.Image], lines: Itera
             failed += 1
             print(error, file=sys.stderr, flush=True)
         except KeyboardInterrupt:
-            print("\n(stopped; the question is not part of the conversation)", file=sys.stderr, flush=True)
+            print("\nStopped. The question is not part of the conversation.", file=sys.stderr, flush=True)
     return failed
 
 
@@ -89,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="Hub id or folder")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    add_arguments(parser)
+    add_sampling_arguments(parser)
+    add_loading_arguments(parser)
     options = parser.parse_args(arguments)
 
     is_terminal = sys.stdin.isatty()

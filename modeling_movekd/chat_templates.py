@@ -1,9 +1,10 @@
-"""LLaVA's two conversation formats as chat templates: `vicuna_v1` to converse, `plain` to train on bare captions.
+"""
+LLaVA's two conversation formats as chat templates: `vicuna_v1` for conversations, `plain` to train on bare captions.
 
-Both accept a message's content as a string or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
-parts, and both move a turn's images in front of its text, as LLaVA does. An `<image>` written inside a string counts
-as an image. Answers stand between `{% generation %}` markers, so that a trainer can ask for their mask.
-The beginning-of-sequence token is left to the tokenizer, as in the templates of the stock LLaVA checkpoints.
+Both take the content of a message as a string, where `<image>` stands for an image, or as a list of
+`{"type": "image"}` and `{"type": "text", "text": ...}` parts. They move the images of a turn in front of its text, as
+LLaVA does. `{% generation %}` marks the answers for a trainer's loss. The tokenizer adds the beginning-of-sequence
+token.
 """
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -15,12 +16,11 @@ DEFAULT_SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# LLaVA tokenises the text on either side of an image apart, so the text after it starts with the word-boundary mark of
-# a SentencePiece vocabulary. In one string that mark is a space after the placeholder.
+# LLaVA tokenizes the text after an image separately, so that SentencePiece puts a word-boundary mark in front of it.
+# In one string, a space after the placeholder gives that mark.
 _IMAGE_SUFFIX = "{%- set image_suffix = ' ' -%}"
 _NO_IMAGE_SUFFIX = "{%- set image_suffix = '' -%}"
 
-# `number_of_images(content)` and `text_of(content)`, for strings and for lists of parts.
 _MACROS = """
 {%- macro number_of_images(content) -%}
 {%- if content is string -%}{{ content.split('<image>') | length - 1 }}
@@ -86,27 +86,27 @@ CHAT_TEMPLATES: dict[str, str] = {
 
 
 def chat_template_for(processor: ProcessorMixin | PreTrainedTokenizerBase, name: str) -> str:
-    """One of `CHAT_TEMPLATES` as a processor or tokenizer needs it.
+    """
+    Return one of `CHAT_TEMPLATES`, adapted to a tokenizer.
 
-    A tokenizer that marks the beginning of a word after a special token by itself, or that marks no words at all, gets
-    the template without the space after the image placeholder: either way the ids are those of text tokenised apart
-    from the image.
+    Some tokenizers mark the beginning of a word after a special token by themselves, or mark no words. Their template
+    has no space after `<image>`. In both forms the token ids equal those of LLaVA, which tokenizes the text after an
+    image separately.
 
     Args:
-        processor: processor or tokenizer that knows the `<image>` token.
-        name: a key of `CHAT_TEMPLATES`.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): A tokenizer that knows `<image>`, or its processor.
+        name (`str`): Key of `CHAT_TEMPLATES`.
 
     Raises:
-        ValueError: for an unknown name, or if `<image>` is not a token of the vocabulary (it would be split into
-            pieces and no image would reach the model).
+        ValueError: If the name is unknown, or the tokenizer would split `<image>` into several tokens.
     """
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"Unknown chat template {name!r}: choose from {sorted(CHAT_TEMPLATES)}.")
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.tokenize(IMAGE_TOKEN) != [IMAGE_TOKEN]:
         raise ValueError(
-            f"{IMAGE_TOKEN!r} is tokenised as {tokenizer.tokenize(IMAGE_TOKEN)}, not as one token. Add it first: "
-            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{IMAGE_TOKEN!r}]}})."
+            f"{IMAGE_TOKEN!r} is tokenized as {tokenizer.tokenize(IMAGE_TOKEN)}, not as one token. Add it with "
+            "`modeling_movekd.processing.add_image_token(tokenizer)`."
         )
     template = CHAT_TEMPLATES[name]
     if tokenizer.tokenize(IMAGE_TOKEN + "\nA")[1:] == tokenizer.tokenize("\nA"):
@@ -117,14 +117,7 @@ def chat_template_for(processor: ProcessorMixin | PreTrainedTokenizerBase, name:
 def set_chat_template(
     processor: ProcessorMixin | PreTrainedTokenizerBase, name: str
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Put one of `CHAT_TEMPLATES`, by its name, into a processor (and its tokenizer) or a tokenizer, in place.
-
-    Returns:
-        The same object.
-
-    Raises:
-        ValueError: as [`chat_template_for`].
-    """
+    """Set one of `CHAT_TEMPLATES` on a tokenizer, or on a processor and its tokenizer, and return the same object."""
     template = chat_template_for(processor, name)
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.chat_template = template

@@ -1,4 +1,4 @@
-"""Decoding one image that nobody has looked at before, of a data set or from a visitor."""
+"""Decode and crop images from a data set or a visitor, which may be broken or malicious."""
 
 import io
 import os
@@ -11,37 +11,35 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 
-# The formats of photographs. Pillow knows many more, some of which run other programs (EPS starts Ghostscript).
+# Formats of photographs. Pillow reads many more, and starts other programs for some (Ghostscript for EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-# Longest side of an image in pixels. Padded to a square it takes 3 bytes per pixel, which is 270 MB here; Pillow warns
-# of a decompression bomb from the same number of pixels on.
+# Longest side of an image in pixels. A square of this side takes 270 MB, and from there on Pillow warns of a
+# decompression bomb.
 MAX_SIDE = 9459
 
 
 class _Unusable(Exception):
-    """An image that is refused before it is decoded; its text is the reason."""
+    """An image is refused before it is decoded. The message is the reason."""
 
 
 def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX_SIDE) -> PILImage.Image:
-    """Open one image of a row as RGB.
+    """
+    Decode an image as RGB.
 
-    Grey images get three equal channels, 16-bit ones keep their upper 8 bits, CMYK and palettes are converted. What is
-    transparent shows the colour stored under it, and of an animation the first frame is taken: both as the authors do
-    (`convert("RGB")`).
+    Gray images get three equal channels, and 16-bit images keep their upper 8 bits. As in the original code, a
+    transparent pixel shows the color stored under it, and an animation shows its first frame.
 
     Args:
-        image: PIL image, path, or mapping with `bytes` or `path`.
-        apply_orientation: turn the image as its EXIF orientation says, as transformers' `load_image` does at
-            inference. The authors train on the pixels as stored.
-        max_side: longest side in pixels, at most `MAX_SIDE`; a larger image is refused before it is decoded.
-
-    Returns:
-        PIL image of mode RGB, fully loaded.
+        image (`PIL.Image.Image`, `str`, `os.PathLike` or `Mapping`): An image, a path, or a mapping with `bytes` or
+            `path`.
+        apply_orientation (`bool`, *optional*, defaults to `True`): Whether to rotate the image as its EXIF orientation
+            says, as transformers' `load_image` does. The original code trains on the pixels as stored.
+        max_side (`int`, *optional*, defaults to `MAX_SIDE`): Longest side in pixels. Larger images are refused before
+            they are decoded.
 
     Raises:
-        ValueError: with the reason, if there is no image, its format is none of `FORMATS`, it cannot be decoded
-            completely, its longest side is above `max_side`, or its values have no known range (32-bit integers and
-            floats).
+        ValueError: If the image is missing, broken, too large, in another format than `FORMATS`, or has values without
+            a known range (32-bit integers and floats).
     """
     if isinstance(image, Mapping):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
@@ -54,26 +52,24 @@ def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX
         if (os.path.getsize(image) if name else image.getbuffer().nbytes) == 0:
             raise _Unusable("an image of 0 bytes")
         with warnings.catch_warnings():
-            # The size is checked below, before a pixel is decoded
+            # `_rgb` checks the size before a pixel is decoded.
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            with PILImage.open(image, formats=_readable()) as opened:
+            with PILImage.open(image, formats=_readable_formats()) as opened:
                 return _rgb(opened, apply_orientation, max_side)
     except _Unusable as error:
         raise ValueError(f"{name}{error}") from None
     except PILImage.UnidentifiedImageError as error:
         raise ValueError(f"{name}not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:
-        # A broken file makes Pillow raise nearly anything
+        # Pillow raises nearly any exception for a broken file.
         raise ValueError(f"{name}an image that cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def path_in_folder(folder: str | os.PathLike, name: str) -> str:
     """
-    The path of an image by the name that a data set gives it. Links are not resolved: those in the folder lead where
-    whoever made it wants them to, as a snapshot's in the Hub's cache do.
+    Return the path of an image that a data set names, and refuse names that lead out of the folder.
 
-    Raises:
-        ValueError: if the name leads out of the folder.
+    Links are not resolved, because the snapshots in the Hub's cache consist of links.
     """
     folder = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(folder, name))
@@ -82,8 +78,8 @@ def path_in_folder(folder: str | os.PathLike, name: str) -> str:
     return path
 
 
-def _readable() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow has."""
+def _readable_formats() -> list[str]:
+    """Return the formats of `FORMATS` that this build of Pillow supports."""
     PILImage.init()
     return [name for name in FORMATS if name in PILImage.OPEN]
 
@@ -98,18 +94,13 @@ def _rgb(image: PILImage.Image, apply_orientation: bool, max_side: int) -> PILIm
     if apply_orientation:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        # convert() would clip at 255, which leaves a white image
+        # `convert` alone would clip at 255, which leaves a white image.
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def pad_to_square(image: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
-    """The image in the middle of a square of its longer side, as LLaVA pads.
-
-    Args:
-        image: RGB image.
-        background: colour of the margins, 0 to 255.
-    """
+    """Center the image on a square of its longer side, as LLaVA does."""
     if image.width == image.height:
         return image
     side = max(image.size)
@@ -119,21 +110,23 @@ def pad_to_square(image: PILImage.Image, background: tuple[int, int, int]) -> PI
 
 
 def color(mean: Sequence[float]) -> tuple[int, int, int]:
-    """A mean of pixels in [0, 1] as a colour, rounded down as LLaVA does."""
+    """Turn a mean of pixels in [0, 1] into a color, rounded down as in LLaVA."""
     red, green, blue = (int(value * 255) for value in mean)
     return red, green, blue
 
 
 def center_square(image: PILImage.Image) -> PILImage.Image:
-    """The central square of the image's shorter side."""
+    """Crop the central square of the image's shorter side."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 def shared_crop(image: PILImage.Image, image_processor: Any) -> PILImage.Image:
-    """What the student's image processor makes of an RGB image before its resize, so that other encoders get the same:
-    padded to a square where it pads, whole for anyres (to be stretched), the central square otherwise."""
+    """
+    Crop or pad an RGB image as the student's image processor does before it resizes, so that other encoders see the
+    same pixels. For anyres the image stays whole, to be stretched.
+    """
     if getattr(image_processor, "image_grid_pinpoints", None) is not None:
         return image
     if getattr(image_processor, "do_pad", False):

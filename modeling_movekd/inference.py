@@ -1,4 +1,4 @@
-"""Asking a checkpoint: what the command lines of this package share."""
+"""Load checkpoints and ask them: what the commands of this package share."""
 
 import argparse
 import os
@@ -7,11 +7,29 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
 
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .modeling_movekd import MoveKDForConditionalGeneration
-from .vision_movekd import MoveKDVisionOutput
+from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
+
+
+def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrainedConfig:
+    # Registered classes are preferred over code in the checkpoint.
+    for config_class in (MoveKDConfig, MoveKDVisionConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+
+
+def _choose_device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_checkpoint(
@@ -22,39 +40,82 @@ def load_checkpoint(
     fold: bool = True,
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
     """
-    A model ready to be asked, and its processor.
+    Load a whole model for inference, and its processor.
 
     Args:
-        checkpoint: Hub id or folder of a whole model (not of an encoder alone).
-        device: By default the first GPU, else the CPU.
-        dtype: Name of a torch dtype; by default that of the weights on a GPU, float32 on a CPU.
-        fold: Fold the experts, see [`MoveKDVisionModel.fold_experts`].
+        checkpoint (`str` or `os.PathLike`): Hub id or folder.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+        dtype (`str`, *optional*): Name of a torch dtype. Defaults to that of the weights on a GPU, float32 on a CPU.
+        fold (`bool`, *optional*, defaults to `True`): Whether to call `fold_experts`.
 
     Raises:
-        ValueError: if the checkpoint is of another kind of model, naming it.
+        ValueError: If the checkpoint is of another kind of model.
     """
-    # This package's own code is used, whatever code lies in the folder
-    for config_class in (MoveKDConfig, MoveKDVisionConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    config = _read_config(checkpoint, revision)
     if not isinstance(config, MoveKDConfig):
         raise ValueError(
-            f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' is needed. `hub/convert.py` makes one from "
-            "LLaVA's or the MoVE-KD authors'."
+            f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' is needed. `hub/convert.py` converts LLaVA "
+            "checkpoints and original MoVE-KD checkpoints."
         )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _choose_device(device)
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     model = MoveKDForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     model = model.to(device).eval()
     if fold:
         model.fold_experts()
-    # Training resizes with PIL; torchvision's resize differs by up to 0.015 after normalisation
+    # Training resizes with PIL. Pixels resized by torchvision differ by up to 0.015.
     processor = AutoProcessor.from_pretrained(checkpoint, revision=revision, backend="pil", trust_remote_code=False)
     return model, processor
 
 
+class _TowerOfModel(MoveKDVisionModel):
+    """Loads the tower alone from the files of a whole model."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(model|lm_head)\."]
+
+
+def load_tower(
+    checkpoint: str | os.PathLike, revision: str | None = None, device: str | torch.device | None = None
+) -> tuple[MoveKDVisionModel, BaseImageProcessor]:
+    """
+    Load the vision tower of a whole model or of an encoder in float32, and its image processor.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Hub id or folder.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
+
+    Raises:
+        ValueError: If the checkpoint is of another kind of model, or has no image processor.
+    """
+    config = _read_config(checkpoint, revision)
+    settings: dict[str, Any] = {"revision": revision or "main", "dtype": torch.float32}
+    if isinstance(config, MoveKDConfig):
+        tower = _TowerOfModel.from_pretrained(
+            checkpoint, config=config.vision_config, key_mapping={r"^model\.vision_tower\.": ""}, **settings
+        )
+    elif isinstance(config, MoveKDVisionConfig):
+        tower = MoveKDVisionModel.from_pretrained(checkpoint, config=config, **settings)
+    else:
+        raise ValueError(
+            f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' or 'movekd_vision' is needed. To draw "
+            "another encoder, pass it as --teacher together with a student."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            checkpoint, revision=revision or "main", backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP model that the "
+            "student was made from into its folder."
+        ) from error
+    return tower.to(_choose_device(device)).eval(), processor
+
+
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    """A turn of the user's in the form chat templates take: its images, then its text."""
+    """Return a user's turn as chat templates take it: the images, then the text."""
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
@@ -62,7 +123,7 @@ def user_message(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any
 def prepare(
     processor: ProcessorMixin, conversations: Sequence[Sequence[Mapping[str, Any]]], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """A batch of conversations as the model's inputs, padded on the left, each ending where an answer begins."""
+    """Turn conversations into one batch of model inputs, padded on the left and ready for an answer."""
     inputs = processor.apply_chat_template(
         list(conversations),
         add_generation_prompt=True,
@@ -74,32 +135,49 @@ def prepare(
     return dict(inputs.to(device))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command line that asks a checkpoint: where it is, where it runs, how tokens are chosen."""
+@torch.inference_mode()
+def answer_batch(
+    model: MoveKDForConditionalGeneration,
+    processor: ProcessorMixin,
+    inputs: dict[str, torch.Tensor],
+    **generation: Any,
+) -> list[str]:
+    """Generate and decode the answers to a batch from [`prepare`]. `generation` holds arguments of `generate`."""
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    output = model.generate(**inputs, **generation)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--device", help="defaults to the first GPU, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16; defaults to that of the weights on a GPU, float32 on a CPU")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
-    parser.add_argument("--device", help="by default the first GPU, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `generate` for the temperature that [`add_arguments`] has read."""
+    """Turn the options of [`add_sampling_arguments`] into arguments of `generate`."""
     if options.temperature > 0:
         return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     return {"do_sample": False}
 
 
 def longest_context(model: MoveKDForConditionalGeneration) -> int | None:
-    """Positions of the language model, for prompt and answer together; `None` where it has no bound."""
+    """Return how many tokens the prompt and the answer may have together, or `None` if there is no limit."""
     return getattr(model.config.text_config, "max_position_embeddings", None)
 
 
 def check_length(model: MoveKDForConditionalGeneration, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> None:
     """
     Raises:
-        ValueError: if the prompt and the answer are longer than the language model's positions, with both lengths.
+        ValueError: If the prompt and the answer together are longer than the language model's context.
     """
     length = inputs["input_ids"].shape[1]
     longest = longest_context(model)
@@ -112,13 +190,15 @@ def check_length(model: MoveKDForConditionalGeneration, inputs: Mapping[str, tor
 
 class Conversation:
     """
-    Several turns with one model. Each image passes the vision tower once, in the turn that brings it.
+    A conversation with one model, which encodes each image only once.
 
     Args:
+        model (`MoveKDForConditionalGeneration`): The model.
+        processor (`ProcessorMixin`): Its processor.
         generation: Arguments of `generate`, such as `max_new_tokens`, `do_sample` and `temperature`.
 
     Attributes:
-        messages: The turns so far, in the form chat templates take.
+        messages (`list[dict]`): The turns so far, in the form that chat templates take.
     """
 
     def __init__(self, model: MoveKDForConditionalGeneration, processor: ProcessorMixin, **generation: Any) -> None:
@@ -133,10 +213,10 @@ class Conversation:
     @torch.inference_mode()
     def ask(self, text: str, images: Sequence[Image.Image] = (), streamer: Any = None, **generation: Any) -> str:
         """
-        The answer to the next turn, which is noted only once it is there.
+        Answer the next turn. A turn that fails does not become part of the conversation.
 
         Raises:
-            ValueError: if the conversation is too long for the language model.
+            ValueError: If the conversation is longer than the language model's context.
         """
         settings = {**self.generation, **generation}
         messages = [*self.messages, user_message(text, images)]

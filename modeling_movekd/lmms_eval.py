@@ -1,10 +1,9 @@
 """
-A checkpoint as a model of lmms-eval, found by the entry point `lmms_eval.models`:
+The model `movekd` of lmms-eval, which finds it by the entry point `lmms_eval.models`:
 
     python -m lmms_eval --model movekd --model_args pretrained=CHECKPOINT --tasks pope --batch_size 8 --output_path out
 
-`python -m benchmarks.evaluate` runs the paper's benchmarks with it, and fails where lmms-eval's own command line,
-after a crash, exits as if nothing had happened.
+Prefer `python -m benchmarks.evaluate` for the paper's benchmarks: lmms-eval's own command exits with 0 after a crash.
 """
 
 import hashlib
@@ -24,35 +23,37 @@ from tqdm import tqdm
 
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
-from .inference import check_length, load_checkpoint, longest_context, prepare
+from .inference import answer_batch, check_length, load_checkpoint, longest_context, prepare
 from .predict_answers import Answers
 
 
-# LLaVA's, for tasks that state none
+# LLaVA's value, for tasks without one
 MAX_NEW_TOKENS = 128
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives lmms-eval: the name `movekd` and the class behind it."""
+    """Return the model's name and class for lmms-eval's entry point."""
     return ModelManifest(model_id="movekd", chat_class_path=f"{__name__}.MoveKDEvaluation")
 
 
 class MoveKDEvaluation(lmms):
     """
+    A checkpoint that answers the requests of lmms-eval.
+
     Args:
-        pretrained: Hub id or folder of a whole model.
-        device: By default that of this process (`accelerate launch` gives each its own).
-        dtype: Name of a torch dtype; by default that of the weights on a GPU, float32 on a CPU.
-        batch_size: Requests answered at once.
-        max_batch_size: Taken from lmms-eval's command line and not used: the batch size is the one given.
-        answers: File of JSON lines that takes each answer as it is given. What is in it already is not asked again: an
-            interrupted run goes on. Several processes write one file each beside it.
-        identity: What tells this model from others whose answers could be in that file; by default `pretrained` and
-            `revision`, which do not change when the weights in a folder do.
+        pretrained (`str`): Hub id or folder of a whole model.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str`, *optional*): Defaults to the device that `accelerate launch` gave this process.
+        dtype (`str`, *optional*): Name of a torch dtype. Defaults to that of the weights on a GPU, float32 on a CPU.
+        batch_size (`int`, *optional*, defaults to 1): Number of requests answered at once.
+        max_batch_size (`int`, *optional*): Ignored. lmms-eval's command passes it.
+        answers (`str` or `os.PathLike`, *optional*): File of JSON lines for the answers, which lets an interrupted run
+            continue. Each process writes a file of its own, with its rank before the suffix.
+        identity (`str`, *optional*): Name of the model in `answers`. Defaults to `pretrained` and `revision`, which
+            stay the same when the weights in a folder change.
 
     Raises:
-        ValueError: if the checkpoint is no whole model, the batch size no positive number, `answers` holds those of
-            another model, or the processes do not know of each other.
+        ValueError: If an argument is wrong, `answers` belong to another model, or the processes are not connected.
     """
 
     is_simple = False
@@ -70,13 +71,16 @@ class MoveKDEvaluation(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"`batch_size` is {batch_size!r}, expected a positive number ('auto' is not known here).")
+            raise ValueError(f"`batch_size` is {batch_size!r}, expected a positive number; 'auto' is not supported.")
         self.batch_size = int(batch_size)
         on_cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
-        state = PartialState(cpu=on_cpu)  # unless told so, processes without a GPU would not know of each other
-        expected = int(os.environ.get("WORLD_SIZE", "1"))  # what lmms-eval goes by
+        state = PartialState(cpu=on_cpu)  # without `cpu=True`, processes on CPUs would not connect
+        expected = int(os.environ.get("WORLD_SIZE", "1"))  # lmms-eval reads the same variable
         if expected != state.num_processes:
-            raise ValueError(f"{expected} processes were started, but this one knows of {state.num_processes}.")
+            raise ValueError(
+                f"{expected} processes were started, but this one knows of {state.num_processes}. Start them with "
+                "`accelerate launch`."
+            )
         self._rank, self._world_size = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         identity = identity or f"{pretrained}@{revision or 'main'}"
@@ -88,7 +92,7 @@ class MoveKDEvaluation(lmms):
         self.model, self.processor = load_checkpoint(pretrained, revision, self.device, dtype)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """One answer a request, in their order, cut at the task's stop strings."""
+        """Answer the requests in their order, with each answer cut at the task's stop strings."""
         answers: dict[int, str] = {}
         with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
             for indices, conversations, keys, settings in self._batches(requests, answers, progress):
@@ -105,8 +109,9 @@ class MoveKDEvaluation(lmms):
         self, requests: Sequence[Instance], answers: dict[int, str], progress: tqdm
     ) -> Iterator[tuple[list[int], list[list[dict[str, Any]]], list[str], dict[str, Any]]]:
         """
-        Batches of one task and one set of generation settings, with indices, conversations and keys. Requests whose
-        answers are there from an interrupted run go straight into `answers`.
+        Yield batches of one task and one set of generation settings: indices, conversations, keys and settings.
+
+        Answers of an interrupted run go straight into `answers`.
         """
         groups: dict[tuple[str, str], list[int]] = {}
         for index, request in enumerate(requests):
@@ -118,7 +123,7 @@ class MoveKDEvaluation(lmms):
                 _, to_messages, settings, row, task, split = requests[index].args
                 conversation = to_conversation(to_messages(self.task_dict[task][split][row]))
                 key = request_key(task, split, row, conversation, settings)
-                # An answer that was drawn by chance stands for itself alone
+                # A sampled answer must not be used for an equal request.
                 found = None if self.answers is None or settings.get("temperature") else self.answers.get(key)
                 if found is not None:
                     answers[index] = found
@@ -130,20 +135,20 @@ class MoveKDEvaluation(lmms):
                     yield indices, conversations, keys, settings
                     batch = []
 
-    @torch.inference_mode()
     def answer(self, conversations: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]) -> list[str]:
         """
-        Answers to conversations, as one batch.
+        Answer a batch of conversations.
 
         Args:
-            settings: The task's `generation_kwargs`; without a temperature above 0 the likeliest token is taken. An
-                answer ends where the language model's positions do, if `max_new_tokens` reaches beyond.
+            conversations (`Sequence`): Conversations in the form that chat templates take.
+            settings (`Mapping[str, Any]`): The task's `generation_kwargs`. Sampling needs a temperature above 0, and
+                `max_new_tokens` is cut to the room that the context leaves.
 
         Raises:
-            ValueError: if there is no room for an answer beside the longest of the prompts.
+            ValueError: If the longest prompt leaves no room for an answer.
         """
         generation = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **settings}
-        generation.pop("image_aspect_ratio", None)  # the checkpoint's own holds, as in lmms-eval's LLaVA
+        generation.pop("image_aspect_ratio", None)  # ignored, as by lmms-eval's LLaVA
         until = generation.pop("until", None) or []
         temperature, top_p = generation.pop("temperature", None) or 0.0, generation.pop("top_p", None)
         generation["do_sample"] = temperature > 0 and generation.get("do_sample") is not False
@@ -154,54 +159,35 @@ class MoveKDEvaluation(lmms):
         if (longest := longest_context(self.model)) is not None:
             room = longest - inputs["input_ids"].shape[1]
             generation["max_new_tokens"] = min(generation["max_new_tokens"], room)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        output = self.model.generate(**inputs, **generation)
-        texts = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        # lmms-eval's own stop string is an empty line, which may stand before an answer
-        texts = [text.strip() for text in texts]
+        # The texts are stripped already: lmms-eval's default stop string is an empty line, which may begin an answer.
+        texts = answer_batch(self.model, self.processor, inputs, **generation)
         for stop in [until] if isinstance(until, str) else until:
             texts = [text.split(stop)[0] if stop else text for text in texts]
         return [text.strip() for text in texts]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """
-        Raises:
-            NotImplementedError: always; lmms-eval itself asks chat models for text alone.
-        """
-        raise NotImplementedError(
-            "Tasks that compare likelihoods cannot be run; choose one that is answered in words."
-        )
+        raise NotImplementedError("Tasks that compare likelihoods cannot be run. Choose a task with text answers.")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("Tasks of several rounds cannot be run; choose one with a single answer.")
+        raise NotImplementedError("Tasks of several rounds cannot be run. Choose a task with a single answer.")
 
 
 def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """
-    lmms-eval's messages in the form chat templates take.
-
-    Raises:
-        ValueError: for anything but text and images, an image that cannot be decoded, or a text that says `<image>`.
-    """
+    """Convert lmms-eval's messages to the form that chat templates take."""
     conversation = []
     for message in messages:
         content: list[dict[str, Any]] = []
         for part in message["content"]:
             if part["type"] == "text":
                 if IMAGE_TOKEN in part["text"]:
-                    raise ValueError(f"{IMAGE_TOKEN} stands in a text, where it means an image: {part['text']!r}.")
+                    raise ValueError(f"A text of the task contains {IMAGE_TOKEN}: {part['text']!r}.")
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
                 image = part["url"]
                 image = image.convert("RGB") if isinstance(image, Image.Image) else decode_image(Path(image))
                 content.append({"type": "image", "image": image})
             else:
-                raise ValueError(f"The task brings {part['type']!r}; the model takes text and images.")
+                raise ValueError(f"The task contains {part['type']!r}; the model takes text and images.")
         conversation.append({"role": message["role"], "content": content})
     return conversation
 
@@ -209,7 +195,7 @@ def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def request_key(
     task: str, split: str, row: Any, conversation: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> str:
-    """What an answer depends on beside the model, as a SHA-256 in hex: text, pixels and generation settings."""
+    """Return a SHA-256 of everything besides the model that an answer depends on."""
     digest = hashlib.sha256(json.dumps([task, split, row, dict(settings)], sort_keys=True, default=str).encode())
     for message in conversation:
         digest.update(f"\0{message['role']}".encode())

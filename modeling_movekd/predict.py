@@ -1,12 +1,12 @@
 """
-Answer a file of questions, in LLaVA's form:
+Answer a file of questions, in LLaVA's format:
 
     python -m modeling_movekd.predict CHECKPOINT QUESTIONS.jsonl ANSWERS.jsonl --image-folder images
 
-A question is a line {"question_id": 1, "image": "1.jpg", "text": "What is this?"}; `image` may be missing (text alone)
-or a list. An answer is {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}. Started again after an
-interruption it goes on where it stopped, from ANSWERS.jsonl.part, if that is of the same checkpoint and settings.
-Questions that cannot be asked are skipped, counted and listed with their line in ANSWERS.jsonl.bad_rows.jsonl.
+A question is a line {"question_id": 1, "image": "1.jpg", "text": "What is this?"}. `image` may also be a list or
+missing. An answer is a line {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}.
+An interrupted run continues from ANSWERS.jsonl.part when it is started again with the same checkpoint and settings.
+Questions that cannot be asked are skipped and listed in ANSWERS.jsonl.bad_rows.jsonl.
 """
 
 import argparse
@@ -25,15 +25,25 @@ from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import resolve_revision
 
+from .files import new_file
 from .images import decode_image, path_in_folder
-from .inference import add_arguments, check_length, load_checkpoint, prepare, sampling, user_message
+from .inference import (
+    add_loading_arguments,
+    add_sampling_arguments,
+    answer_batch,
+    check_length,
+    load_checkpoint,
+    prepare,
+    sampling,
+    user_message,
+)
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .predict_answers import Answers
 
 
 @dataclass
 class Question:
-    """A line of the file that can be asked; `line` counts from 1."""
+    """A question of the file. `line` counts from 1."""
 
     line: int
     question_id: Any
@@ -42,24 +52,18 @@ class Question:
 
     @property
     def key(self) -> str:
-        """What its answer is noted under."""
+        """The key of the answer on disk."""
         return json.dumps([self.question_id, self.text, self.images])
 
 
 def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
-    """
-    Returns:
-        The questions, and for each bad line, counted from 1, what is wrong with it.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
+    """Read a file of questions, and return them and the reason for each bad line, by its number from 1."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     questions: list[Question] = []
     bad: dict[int, str] = {}
     seen: dict[str, int] = {}
-    # Not `splitlines`, which ends lines at characters that JSON may hold as they are, such as U+2028
+    # `splitlines` would also split at characters that JSON strings may contain, such as U+2028.
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -76,17 +80,13 @@ def read_questions(path: Path) -> tuple[list[Question], dict[int, str]]:
 
 
 def parse_question(number: int, line: bytes) -> Question:
-    """
-    Raises:
-        ValueError: with the field that is missing or of a wrong type.
-    """
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # JSON may escape half a character, which no tokenizer takes
+        json.dumps(row, ensure_ascii=False).encode()  # tokenizers fail on lone surrogates, which JSON may escape
     except (json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is needed, got a {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, got a {type(row).__name__}")
     if not isinstance(row.get("question_id"), int | str):
         raise ValueError(f"`question_id` must be a number or a string, got {row.get('question_id')!r}")
     if not isinstance(row.get("text"), str) or not row["text"].strip():
@@ -94,20 +94,16 @@ def parse_question(number: int, line: bytes) -> Question:
     images = row.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"`image` must be a file name or a list of them, got {row['image']!r}")
+        raise ValueError(f"`image` must be a file name or a list of file names, got {row['image']!r}")
     return Question(number, row["question_id"], row["text"].replace("<image>", "").strip(), images)
 
 
 def load_image(folder: Path, name: str) -> Image.Image:
-    """
-    Raises:
-        ValueError: if the name leads out of the folder, or the image cannot be decoded.
-    """
     return decode_image(path_in_folder(folder, name))
 
 
 def identify(checkpoint: str, revision: str | None = None) -> str:
-    """What tells a checkpoint from others: its commit on the Hub, or its folder and when its weights were saved."""
+    """Identify the weights of a checkpoint: by the commit on the Hub, or by the folder and the time of its weights."""
     if not (folder := Path(checkpoint)).is_dir():
         return f"{checkpoint}@{revision.resolved if isinstance(revision, ResolvedRevision) else revision}"
     saved = max((path.stat().st_mtime_ns for path in folder.glob("model*.safetensors")), default=0)
@@ -115,45 +111,83 @@ def identify(checkpoint: str, revision: str | None = None) -> str:
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, under a temporary name first."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare_fitting(
+class BadQuestions:
+    """
+    Questions that cannot be asked, listed in a file.
+
+    Args:
+        path (`Path`): File of JSON lines, which exists only if there are bad questions.
+        total (`int`): Number of lines with questions.
+        max_share (`float`): Largest share of them that may be bad.
+    """
+
+    def __init__(self, path: Path, total: int, max_share: float) -> None:
+        self.path, self.total, self.max_share = path, total, max_share
+        self.reasons: dict[int, str] = {}
+        path.unlink(missing_ok=True)
+
+    def add(self, reasons: dict[int, str]) -> None:
+        """
+        Args:
+            reasons (`dict[int, str]`): The reason for each bad line, by its number from 1.
+
+        Raises:
+            ValueError: If more questions are bad than may be.
+        """
+        self.reasons.update(reasons)
+        if self.reasons:
+            rows = [{"line": line, "reason": reason} for line, reason in sorted(self.reasons.items())]
+            write_lines(self.path, rows)
+        if len(self.reasons) > self.max_share * self.total:
+            first = "; ".join(f"line {line}: {reason}" for line, reason in sorted(self.reasons.items())[:3])
+            raise ValueError(
+                f"{len(self.reasons)} of {self.total} questions cannot be asked "
+                f"({len(self.reasons) / self.total:.1%}; {self.max_share:.1%} may be). {first}. All are listed in "
+                f"{self.path}: repair them or raise --max-bad-share."
+            )
+
+
+def prepare_questions(
     model: MoveKDForConditionalGeneration,
     processor: ProcessorMixin,
-    conversations: Sequence[Sequence[dict[str, Any]]],
+    questions: Sequence[Question],
+    image_folder: Path,
     new_tokens: int,
-) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """A batch of those conversations that the language model has room for; of the others, by index, what they need."""
+) -> tuple[list[Question], dict[str, torch.Tensor], dict[int, str]]:
+    """
+    Turn questions into one batch of model inputs.
+
+    Returns:
+        The questions in the batch, their inputs, and for each other question the reason by its line.
+    """
+    batch: list[Question] = []
+    conversations: list[list[dict[str, Any]]] = []
+    bad: dict[int, str] = {}
+    for question in questions:
+        try:
+            images = [load_image(image_folder, name) for name in question.images]
+        except ValueError as error:
+            bad[question.line] = str(error)
+            continue
+        batch.append(question)
+        conversations.append([user_message(question.text, images)])
+    if not batch:
+        return [], {}, bad
     inputs = prepare(processor, conversations, model.device)
-    problems = {}
+    fitting = []
     for index, (tokens, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
         try:
             check_length(model, {"input_ids": tokens[mask.bool()][None]}, new_tokens)
+            fitting.append(index)
         except ValueError as error:
-            problems[index] = str(error)
-    if problems:
-        fitting = [conversation for index, conversation in enumerate(conversations) if index not in problems]
-        inputs = prepare(processor, fitting, model.device) if fitting else {}
-    return inputs, problems
-
-
-@torch.inference_mode()
-def answer_batch(
-    model: MoveKDForConditionalGeneration,
-    processor: ProcessorMixin,
-    inputs: dict[str, torch.Tensor],
-    **generation: Any,
-) -> list[str]:
-    """Answers to a batch of [`prepare`]'s."""
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, **generation)
-    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+            bad[batch[index].line] = str(error)
+    if len(fitting) < len(batch):
+        inputs = prepare(processor, [conversations[index] for index in fitting], model.device) if fitting else {}
+    return [batch[index] for index in fitting], inputs, bad
 
 
 def predict(
@@ -170,68 +204,54 @@ def predict(
     **generation: Any,
 ) -> dict[int, str]:
     """
-    Answer the questions of a file; see the module.
+    Answer the questions of a file.
 
     Args:
-        max_bad_share: Largest share of the lines that may be bad, between 0 and 1.
-        prompt_suffix: Text after each question, such as LLaVA's request for a single word.
-        identity: What tells this model from others, see [`identify`]; by default `model_id`.
+        model (`MoveKDForConditionalGeneration`): The model.
+        processor (`ProcessorMixin`): Its processor.
+        questions_path (`Path`): File of questions.
+        answers_path (`Path`): File of answers.
+        model_id (`str`): Name of the model in the answers.
+        image_folder (`Path`): Folder of the images.
+        batch_size (`int`, *optional*, defaults to 8): Number of questions answered at once.
+        max_bad_share (`float`, *optional*, defaults to 0.01): Largest share of the questions that may be bad.
+        prompt_suffix (`str`, *optional*, defaults to `""`): Text after each question.
+        identity (`str`, *optional*): Identifies the weights, see [`identify`]. Defaults to `model_id`.
         generation: Arguments of `generate`.
 
     Returns:
-        For each bad line, counted from 1, what is wrong with it.
+        The reason for each bad line, by its number from 1.
 
     Raises:
-        ValueError: if more lines are bad than may be (they are listed then too), if an interrupted run has left
-            answers of another checkpoint or with other settings, or if the batch size is no positive number.
+        ValueError: If too many questions are bad, or the file of an interrupted run has other settings.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, expected a positive number.")
-    questions, bad = read_questions(questions_path)
+    questions, bad_lines = read_questions(questions_path)
     questions = [replace(question, text=question.text + prompt_suffix) for question in questions]
     partial = answers_path.with_name(f"{answers_path.name}.part")
-    bad_path = answers_path.with_name(f"{answers_path.name}.bad_rows.jsonl")
-    total = len(questions) + len(bad)
     settings = {"model": identity or model_id, "dtype": model.dtype, "image_folder": image_folder.resolve()}
     answers = Answers(partial, json.dumps(settings | generation, default=str))
-
-    def note(new: dict[int, str]) -> None:
-        bad.update(new)
-        if bad:
-            write_lines(bad_path, [{"line": line, "reason": reason} for line, reason in sorted(bad.items())])
-        if len(bad) > max_bad_share * total:
-            first = "; ".join(f"line {line}: {reason}" for line, reason in sorted(bad.items())[:3])
-            raise ValueError(
-                f"{len(bad)} of {total} questions cannot be asked ({len(bad) / total:.1%}; {max_bad_share:.1%} may be)"
-                f". {first}. All are listed in {bad_path}: repair them or raise --max-bad-share."
-            )
-
-    bad_path.unlink(missing_ok=True)
-    note({})
+    bad_path = answers_path.with_name(f"{answers_path.name}.bad_rows.jsonl")
+    bad = BadQuestions(bad_path, len(questions) + len(bad_lines), max_bad_share)
+    bad.add(bad_lines)
     unanswered = [question for question in questions if answers.get(question.key) is None]
     with tqdm(total=len(questions), initial=len(questions) - len(unanswered)) as progress:
         for start in range(0, len(unanswered), batch_size):
-            batch: list[Question] = []
-            conversations: list[list[dict[str, Any]]] = []
-            found: dict[int, str] = {}
-            for question in unanswered[start : start + batch_size]:
-                try:
-                    images = [load_image(image_folder, name) for name in question.images]
-                except ValueError as error:
-                    found[question.line] = str(error)
-                    continue
-                batch.append(question)
-                conversations.append([user_message(question.text, images)])
-            if batch:
-                new_tokens = generation.get("max_new_tokens", 0)
-                inputs, problems = prepare_fitting(model, processor, conversations, new_tokens)
-                found |= {batch[index].line: problem for index, problem in problems.items()}
-                batch = [question for index, question in enumerate(batch) if index not in problems]
-            note(found)
+            asked = unanswered[start : start + batch_size]
+            new_tokens = generation.get("max_new_tokens", 0)
+            batch, inputs, reasons = prepare_questions(model, processor, asked, image_folder, new_tokens)
+            bad.add(reasons)
             texts = answer_batch(model, processor, inputs, **generation) if batch else []
-            for question, answer in zip(batch, texts, strict=True):
-                answers.add(question.key, answer)
-            progress.update(len(batch) + len(found))
+            for question, text in zip(batch, texts, strict=True):
+                answers.add(question.key, text)
+            progress.update(len(asked))
+    write_answers(answers_path, questions, answers, model_id)
+    partial.unlink(missing_ok=True)
+    return bad.reasons
+
+
+def write_answers(path: Path, questions: Sequence[Question], answers: Answers, model_id: str) -> None:
     rows = [
         {
             "question_id": question.question_id,
@@ -244,12 +264,10 @@ def predict(
         for question in questions
         if (text := answers.get(question.key)) is not None
     ]
-    write_lines(answers_path, rows)
-    partial.unlink(missing_ok=True)
-    return bad
+    write_lines(path, rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_movekd.predict",
         description=__doc__,
@@ -264,14 +282,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--prompt-suffix", default="", help="text after each question")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
-    add_arguments(parser)
+    add_sampling_arguments(parser)
+    add_loading_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         parser.error(f"--batch-size is {options.batch_size}, expected a positive number")
 
     set_seed(options.seed)
     try:
-        # One commit, whose answers are known as its own when a branch has moved on
+        # A branch is resolved to its commit, so that answers of an older commit are not mixed in.
         revision = resolve_revision(options.checkpoint, options.revision)
         model, processor = load_checkpoint(options.checkpoint, revision, options.device, options.dtype)
         bad = predict(

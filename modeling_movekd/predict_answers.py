@@ -1,4 +1,4 @@
-"""Answers on disk, so that an interrupted run goes on where it stopped."""
+"""Answers on disk, which let an interrupted run continue."""
 
 import json
 import os
@@ -9,15 +9,15 @@ from typing import Any
 
 class Answers:
     """
-    Answers on disk, one JSON line each, written as they are given.
+    A file of answers, one JSON line each.
 
     Args:
-        path: File that takes new answers. A line that an interruption has cut short is removed from it.
-        identity: What answers depend on beside their question: the model and how it is asked.
-        others: More files to take answers from.
+        path (`Path`): File for new answers. An incomplete last line is removed.
+        identity (`str`): The model and its settings, which all answers must come from.
+        others (`Iterable[Path]`, *optional*): More files with answers.
 
     Raises:
-        ValueError: if those there were given by another identity, with both.
+        ValueError: If a file has answers of another identity.
     """
 
     def __init__(self, path: Path, identity: str, others: Iterable[Path] = ()) -> None:
@@ -31,7 +31,7 @@ class Answers:
                 os.truncate(part, complete)
 
     def _read(self, path: Path) -> int:
-        """Bytes up to the end of the last complete line."""
+        """Read the answers of a file, and return the number of bytes of its complete lines."""
         complete = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -40,26 +40,20 @@ class Answers:
                 row = json.loads(line)
                 if (identity := row.get("identity")) != self.identity:
                     raise ValueError(
-                        f"{path}, line {number}, is an answer of {identity}; asked is {self.identity}. Remove the "
-                        "file to begin anew, or choose another folder."
+                        f"{path}, line {number}, is an answer of {identity}, but this run is {self.identity}. Remove "
+                        "the file to begin anew, or choose another folder."
                     )
                 self._texts[row["key"]] = row["answer"]
                 complete += len(line)
         return complete
 
     def get(self, key: str) -> str | None:
-        """The answer noted under that key, if there is one."""
+        """Return the answer of a question, if there is one."""
         return self._texts.get(key)
 
-    def add(self, key: str, answer: str, **facts: Any) -> None:
-        """
-        Note an answer; it is on disk when this returns.
-
-        Args:
-            key: Tells its question from others.
-            facts: What else its line says.
-        """
-        row = {"identity": self.identity, "key": key} | facts | {"answer": answer}
+    def add(self, key: str, answer: str, **fields: Any) -> None:
+        """Append an answer, with more fields for its line, to the file."""
+        row = {"identity": self.identity, "key": key} | fields | {"answer": answer}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._texts[key] = answer

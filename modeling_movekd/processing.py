@@ -1,11 +1,6 @@
-"""Joins an image processor and a tokenizer into the stock LLaVA processor that a MoVE-KD model expects."""
+"""Join an image processor and a tokenizer into transformers' LLaVA processor."""
 
-from transformers import (
-    BaseImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import BaseImageProcessor, LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -14,7 +9,7 @@ from .configuration_movekd import MoveKDConfig
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make `<image>` a special token of the tokenizer, if it is not yet, and return its id."""
+    """Make `<image>` a special token of the tokenizer and return its id."""
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -26,17 +21,17 @@ def build_processor(
     chat_template: str = "vicuna_v1",
 ) -> LlavaProcessor | LlavaNextProcessor:
     """
-    The stock `LlavaProcessor` for `pad`, `LlavaNextProcessor` for `anyres`, with CLIP's mean and standard deviation
-    and the model's own image size. Images are resized by PIL, as CLIP and LLaVA were trained.
+    Build a `LlavaProcessor` for `pad` or a `LlavaNextProcessor` for `anyres`. Both resize with PIL, as CLIP's and
+    LLaVA's training did.
 
     Args:
-        config: The model's configuration.
-        image_processor: The CLIP checkpoint's image processor, from which mean and standard deviation are taken.
-        tokenizer: The language model's tokenizer; `<image>` must be the token `config.image_token_index`.
-        chat_template: A name of `CHAT_TEMPLATES` or a jinja template.
+        config (`MoveKDConfig`): Configuration of the model, which gives the image size.
+        image_processor (`BaseImageProcessor`): The CLIP checkpoint's, which gives mean and standard deviation.
+        tokenizer (`PreTrainedTokenizerBase`): The language model's tokenizer.
+        chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): Name in `CHAT_TEMPLATES`, or a jinja template.
 
     Raises:
-        ValueError: if the tokenizer's `<image>` is another id than the model's, naming both.
+        ValueError: If `<image>` has another id in the tokenizer than in the model.
     """
     image_token_id = add_image_token(tokenizer)
     if image_token_id != config.image_token_index:
@@ -63,7 +58,7 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # [CLS], which the default strategy takes off again
+        num_additional_image_tokens=1,  # [CLS], which the default strategy removes again
         image_token=IMAGE_TOKEN,
         chat_template=chat_template,
     )

@@ -1,11 +1,11 @@
 """
-Serve a checkpoint to OpenAI's client and whatever else speaks its chat completions.
+Serve a checkpoint by OpenAI's chat completions API.
 
     python -m modeling_movekd.serve outputs/demo --port 8000
 
-Listens on this machine alone by default, takes images as data URLs, and answers one request after another. There is no
-authentication: with another --host, whoever reaches the port may use it.
-Needs more packages: pip install "movekd[serve]"
+The server takes images as data URLs and answers one request after another. It has no authentication and listens on
+127.0.0.1 only. With another --host, everyone who reaches the port may use it.
+It needs more packages: pip install "movekd[serve]"
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
-from .inference import load_checkpoint
+from .inference import add_loading_arguments, load_checkpoint
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -24,7 +24,7 @@ MAX_CONNECTIONS = 100
 
 
 def serve(options: argparse.Namespace, listener: socket.socket) -> int:
-    """Load the checkpoint and answer whoever connects, until a signal ends it."""
+    """Load the checkpoint and serve it until a signal ends the process."""
     import uvicorn
 
     from .serve_openai import ChatHandler, Limits, build_app
@@ -47,7 +47,7 @@ def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     app = build_app(handler, LOOPBACK if host in LOOPBACK else ("*",))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS))
     handler.stopping = lambda: server.should_exit
-    print(f"{name} on {model.device} at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    print(f"{name} on {model.device} at http://{host}:{port}/v1 (stop with Ctrl-C)", flush=True)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
@@ -60,23 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m modeling_movekd.serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--name", help="what clients call the model; by default CHECKPOINT as written")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--device", help="by default the first GPU, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=1024, help="longest answer, and that of those who ask none"
-    )
+    parser.add_argument("--name", help="name of the model in requests; defaults to CHECKPOINT")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, and the default of requests")
     parser.add_argument("--max-prompt-characters", type=int, default=100_000)
     parser.add_argument("--max-images", type=int, default=8, help="in all messages of a request")
     parser.add_argument("--max-image-side", type=int, default=4096, help="in pixels")
     parser.add_argument(
         "--allow-image-urls",
         action="store_true",
-        help="download images from http(s) addresses; the server then\nconnects wherever a client says",
+        help="download images from http(s) addresses; clients can then\nmake the server connect to any address",
     )
+    add_loading_arguments(parser)
     options = parser.parse_args(arguments)
 
     if not is_serve_available():
@@ -86,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        # Before the model is loaded, which takes longer: a client that comes early waits
+        # The port is opened before the model loads, so that early clients wait instead of failing.
         listener = socket.create_server(
             (options.host, options.port), family=socket.AF_INET6 if ":" in options.host else socket.AF_INET
         )

@@ -253,8 +253,8 @@ def test_what_cannot_be_asked_is_refused(in_data, tmp_path, monkeypatch):
         with pytest.raises(NotImplementedError):
             method([])
     for part, message in [
-        ({"type": "video", "url": "film.mp4"}, "The task brings 'video'"),
-        ({"type": "text", "text": "What is <image>?"}, "stands in a text, where it means an image"),
+        ({"type": "video", "url": "film.mp4"}, "The task contains 'video'"),
+        ({"type": "text", "text": "What is <image>?"}, "A text of the task contains <image>"),
         ({"type": "image", "url": str(checkpoint / "config.json")}, "config.json"),
     ]:
         with pytest.raises(ValueError, match=message):
