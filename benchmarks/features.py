@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.speed.measure import write
 from modeling_movekd.images import decode_image, shared_crop
+from modeling_movekd.inference import load_tower
 from modeling_movekd.vision_encoders import OtherEncoder
-from modeling_movekd.visualize import load_tower
 
 
 NEIGHBOURS = 20

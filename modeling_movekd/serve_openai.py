@@ -1,11 +1,9 @@
 """
-OpenAI's chat completions over one loaded model, by the handler behind `transformers serve`.
+OpenAI's chat completions for one loaded model.
 
-That command itself cannot serve a MoVE-KD checkpoint (it looks the class up in transformers), opens any address or
-file that a message names as an image, and loads whatever model is asked for. Its queue, its streaming and its answers
-are used here; what comes in is read by this module, within `Limits`. Requests are answered one after another.
-
-Needs fastapi, uvicorn and openai: `pip install "movekd[serve]"`.
+The queue, the streaming and the form of the answers come from the handler behind `transformers serve`. That command
+itself cannot serve a MoVE-KD checkpoint, opens any address or file that a message names as an image, and loads any
+model that a request names. So this module reads and limits the requests by itself.
 """
 
 import asyncio
@@ -50,17 +48,17 @@ DOWNLOAD_SECONDS = 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """
+    Limits of one request.
 
-    Attributes:
-        images: Number of images in all its messages.
-        image_side: Longest side of an image in pixels.
-        image_bytes: Size of an image's file.
-        prompt_characters: Length of all texts, checked before they are tokenised; in tokens the language model's
-            positions are the limit.
-        new_tokens: Longest answer, which is also that of a request that names none.
-        image_urls: Download images from http(s) addresses. The server then connects wherever a client says, to hosts
-            that only the server can reach too.
+    Args:
+        images (`int`, *optional*, defaults to 8): Number of images.
+        image_side (`int`, *optional*, defaults to 4096): Longest side of an image in pixels.
+        image_bytes (`int`, *optional*, defaults to 20 MiB): Size of an image file.
+        prompt_characters (`int`, *optional*, defaults to 100,000): Characters of all texts together.
+        new_tokens (`int`, *optional*, defaults to 1024): Longest answer, and the default length.
+        image_urls (`bool`, *optional*, defaults to `False`): Whether to download images from http(s) addresses.
+            Clients can then make the server connect to any host that it reaches.
     """
 
     images: int = 8
@@ -72,7 +70,7 @@ class Limits:
 
 
 class _Fields(BaseModel):
-    """Refuses a field it does not know, unless it is null: an option that is dropped in silence misleads."""
+    """Refuses unknown fields unless they are null, because an ignored option would mislead the client."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -91,7 +89,7 @@ class TextPart(_Fields):
 
 class ImageURL(_Fields):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # of no effect: the checkpoint's processor decides
+    detail: Literal["auto", "low", "high"] = "auto"  # has no effect
 
 
 class ImagePart(_Fields):
@@ -110,7 +108,7 @@ class Message(_Fields):
 
 
 class ChatRequest(_Fields):
-    """The fields of a chat completion that are served. Of `n`, penalties and `logprobs` only what changes nothing."""
+    """The supported fields of a chat completion. `n`, `logprobs` and the penalties must have their defaults."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MAX_PARTS)
@@ -124,22 +122,17 @@ class ChatRequest(_Fields):
     logprobs: Literal[False] = False
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
-    stream_options: dict[str, Any] | None = None  # a stream always ends with the usage
+    stream_options: dict[str, Any] | None = None  # has no effect: a stream always ends with the usage
     user: str | None = None
 
 
 def read_image(url: str, limits: Limits) -> Image.Image:
-    """
-    The image of a data URL, or of an address if `limits.image_urls`.
-
-    Raises:
-        ValueError: with the reason, if it may not be read, is too large or is no image.
-    """
+    """Decode the image of a data URL, or of an http(s) address if `limits.image_urls`."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         header, _, payload = url.partition(",")
         if not header.endswith(";base64"):
-            raise ValueError("a data URL begins with data:image/png;base64, (or another type), then the bytes")
+            raise ValueError("a data URL begins with data:image/png;base64, or another image type")
         if len(payload) * 3 // 4 > limits.image_bytes:
             raise ValueError(f"{len(payload) * 3 // 4} bytes; at most {limits.image_bytes} are read")
         try:
@@ -158,7 +151,7 @@ def _download(url: str, most: int) -> bytes:
     content, end = b"", time.monotonic() + DOWNLOAD_SECONDS
     try:
         with urlopen(URLRequest(url, headers={"User-Agent": "movekd"}), timeout=DOWNLOAD_SECONDS) as response:
-            # The timeout is of each read: what comes in drops would hold up all requests
+            # `timeout` limits each read only, and a slow download would block all requests.
             while len(content) <= most and (part := response.read1()):
                 content += part
                 if time.monotonic() > end:
@@ -171,7 +164,7 @@ def _download(url: str, most: int) -> bytes:
 
 
 class Abandoned(StoppingCriteria):
-    """Ends an answer that nobody waits for, by an error on the thread that generates."""
+    """Stops the generation of an answer that no client waits for, by an error in its thread."""
 
     def __init__(self, handler: "ChatHandler") -> None:
         self.handler, self.left = handler, threading.Event()
@@ -180,43 +173,38 @@ class Abandoned(StoppingCriteria):
         if self.left.is_set():
             raise HTTPException(499, "The client left.")
         if self.handler.stopping():
-            raise HTTPException(503, "The server is being stopped.")
+            raise HTTPException(503, "The server is stopping.")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class Streamed:
-    """The model as a stream asks it, where the library logs no failure and sends the failure's text as it is."""
+    """Wraps the model for streaming, where the library logs no error and sends its text to the client."""
 
     def __init__(self, model: MoveKDForConditionalGeneration) -> None:
         self.model, self.config = model, model.config
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
-        """
-        As the model's.
-
-        Raises:
-            RuntimeError: with a sentence that gives nothing away, for a failure, which is logged.
-        """
         try:
             return self.model.generate(**kwargs)
         except (_GenerationCancelled, HTTPException):
             raise
         except Exception:
-            logger.exception("An answer has failed while it was streamed.")
+            logger.exception("A streamed answer failed.")
             raise RuntimeError(FAILED) from None
 
 
 class ChatHandler(ChatCompletionHandler):
     """
-    Answers the requests for one model.
+    Answers the requests for one model, one after another.
 
     Args:
-        name: What clients call the model.
-
-    Attributes:
-        stopping: Says whether to give up what is being generated. Never, by default.
+        name (`str`): Name of the model in requests.
+        model (`MoveKDForConditionalGeneration`): The model.
+        processor (`ProcessorMixin`): Its processor.
+        limits (`Limits`, *optional*): Limits of one request.
     """
 
+    # Set by the server: returns whether to stop the current generation.
     stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(
@@ -226,20 +214,15 @@ class ChatHandler(ChatCompletionHandler):
         processor: ProcessorMixin,
         limits: Limits = Limits(),
     ) -> None:
-        super().__init__(model_manager=None, generation_state=GenerationState())  # the one model is there already
+        super().__init__(model_manager=None, generation_state=GenerationState())  # no other models are loaded
         self.name, self.model, self.processor, self.limits = name, model, processor, limits
-        # Requests are prepared one at a time, which bounds the memory for images, and with a tokenizer apart from the
-        # one that decodes on another thread meanwhile: padding changes a tokenizer's state
+        # Requests are prepared one at a time to bound the memory for images. Padding changes a tokenizer's state, so
+        # that this thread needs another tokenizer than the thread that decodes.
         self._preparing = asyncio.Lock()
         self._own_processor = copy.deepcopy(processor)
 
     async def handle_request(self, request: ChatRequest, request_id: str, connection: Request) -> Response:
-        """
-        The answer, or the stream of it. It is given up when the client leaves.
-
-        Raises:
-            HTTPException: 404 for another model, 400 with a sentence for what cannot be answered.
-        """
+        """Return the answer or a stream of it. The generation stops when the client leaves."""
         if request.model != self.name:
             raise HTTPException(404, f"There is no model {request.model[:200]!r}; this server has {self.name!r}.")
         try:
@@ -249,14 +232,14 @@ class ChatHandler(ChatCompletionHandler):
             raise HTTPException(400, str(error)) from error
         manager = self.generation_state.get_manager(self.name)
         if request.seed is not None:
-            # The same queue, so that no other request comes between the seed and what it is for
+            # Queued, so that no other request runs between the seed and its generation.
             manager.submit(set_torch_seed, request.seed)
-        # What goes to `generate` besides its configuration goes with the inputs
+        # The library passes the inputs to `generate`, so other arguments of `generate` travel with them.
         abandoned = Abandoned(self)
         inputs["stopping_criteria"] = StoppingCriteriaList([abandoned])
         model = Streamed(self.model) if request.stream else self.model
         arguments = (request_id, model, self.processor, self.name, inputs, generation)
-        if request.stream:  # which the library ends when the client leaves
+        if request.stream:  # the library ends a stream when the client leaves
             return self._streaming(*arguments, gen_manager=manager)
         watch = asyncio.create_task(_wait_until_left(connection, abandoned.left))
         try:
@@ -271,10 +254,10 @@ class ChatHandler(ChatCompletionHandler):
         return inputs, self._generation(request, inputs)
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """In the form chat templates take, with the images decoded."""
+        """Convert messages to the form that chat templates take, and decode their images."""
         parts = [part for message in messages for part in message.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        text = "".join(texts)  # as templates join the parts of a message
+        text = "".join(texts)  # templates join the parts of a message, too
         if len(text) > self.limits.prompt_characters:
             raise ValueError(f"The messages have {len(text)} characters; at most {self.limits.prompt_characters}.")
         try:
@@ -282,7 +265,7 @@ class ChatHandler(ChatCompletionHandler):
         except UnicodeEncodeError as error:
             raise ValueError(f"A text is not valid Unicode ({error.reason}).") from error
         if (token := self.processor.image_token) in text:
-            raise ValueError(f"A text contains {token}; send images as parts of type 'image_url'.")
+            raise ValueError(f"A text contains {token}. Send images as parts of type 'image_url'.")
         if (images := len(parts) - len(texts)) > self.limits.images:
             raise ValueError(f"The messages have {images} images; at most {self.limits.images}.")
         read, converted = 0, []
@@ -293,7 +276,7 @@ class ChatHandler(ChatCompletionHandler):
                     content.append({"type": "text", "text": part.text})
                     continue
                 if message.role != "user":
-                    raise ValueError(f"A message of the {message.role} holds an image; only the user's may.")
+                    raise ValueError(f"A message of the {message.role} has an image; only the user's may.")
                 read += 1
                 try:
                     content.append({"type": "image", "image": read_image(part.image_url.url, self.limits)})
@@ -304,7 +287,7 @@ class ChatHandler(ChatCompletionHandler):
         return converted
 
     def _generation(self, request: ChatRequest, inputs: dict[str, Any]) -> GenerationConfig:
-        """The checkpoint's own settings, except for what the request says. A temperature above 0 samples."""
+        """Override the checkpoint's generation settings by those of the request."""
         asked = request.max_completion_tokens or request.max_tokens
         if asked is not None and asked > self.limits.new_tokens:
             raise ValueError(f"max_tokens is {asked}; this server's answers have at most {self.limits.new_tokens}.")
@@ -317,7 +300,7 @@ class ChatHandler(ChatCompletionHandler):
         generation.max_new_tokens, generation.max_length = asked, None
         if request.temperature is not None or request.top_p is not None:
             generation.do_sample = request.temperature != 0
-            # Below, the scores overflow, which on a GPU no later request survives
+            # Scores overflow at lower temperatures, and on a GPU every later request would then fail.
             generation.temperature = max(request.temperature or 1.0, 0.01)
             generation.top_p = request.top_p or 1.0
         return generation
@@ -330,18 +313,19 @@ async def _wait_until_left(connection: Request, left: threading.Event) -> None:
 
 
 def refusal(status: int, message: str) -> JSONResponse:
-    """An error in the form OpenAI's clients read."""
+    """Return an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
 
 def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
     """
-    `/v1/models`, `/v1/chat/completions` and `/health`.
+    Build the server with `/v1/models`, `/v1/chat/completions` and `/health`.
 
     Args:
-        allowed_hosts: Names by which clients may address the server. On a machine of one's own these are its own names
-            alone, or else a web page in its browser could reach the server under another.
+        handler (`ChatHandler`): Answers the requests.
+        allowed_hosts (`Sequence[str]`, *optional*, defaults to `("*",)`): Host names in requests. A server for its own
+            machine should allow only local names, or a web page could reach it by DNS rebinding.
     """
     app = FastAPI(openapi_url=None, max_body_size=MAX_REQUEST_BYTES)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
@@ -367,17 +351,17 @@ def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> Fa
     async def chat_completions(request: ChatRequest, connection: Request) -> Response:
         return await handler.handle_request(request, f"chatcmpl-{uuid.uuid4().hex}", connection)
 
-    facts = {"id": handler.name, "object": "model", "created": 0, "owned_by": "movekd"}
+    metadata = {"id": handler.name, "object": "model", "created": 0, "owned_by": "movekd"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [facts]}
+        return {"object": "list", "data": [metadata]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != handler.name:
             raise HTTPException(404, f"There is no model {name[:200]!r}; this server has {handler.name!r}.")
-        return facts
+        return metadata
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The pictures of [`modeling_movekd.visualize`] as PNG files, and the page that shows them."""
+"""The PNG files and the HTML page of `modeling_movekd.visualize`."""
 
 import html
 import re
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .visualization_movekd import HEAT_COLORS, MoveKDPictures
 
 
-# Pictures of a tower with smaller input are enlarged by a whole factor, so that they can be looked at
+# Smaller pictures are enlarged by a whole factor.
 SMALLEST_PICTURE = 336
 PAGE_NAME, PICTURES_NAME = "index.html", "pictures"
 GENERATOR = '<meta name="generator" content="modeling_movekd.visualize">'
@@ -36,20 +36,19 @@ figcaption ul { list-style: none; margin: .25rem 0 0; padding: 0; display: flex;
 .scale { display: flex; align-items: center; gap: .5rem; font-size: .8rem; color: var(--soft); }
 .scale i { flex: 1; height: .6rem; border-radius: .3rem; }
 """
-ABOUT = """<p>Experts: the color says which expert of the layer took the patch. [CLS] attention: where the token that
-stands for the whole image looks, which is also how the distillation weighs the patches. Components: the first three
-principal components of the features as red, green and blue; equal colors are equal content, and the colors of other
-encoders are turned to the student's where they agree. Distance: how differently another encoder relates the patch to
-the rest of the image, 0 if the same way and 1 if there is no relation.</p>"""
+ABOUT = """<p>Experts: the color shows the expert of each patch. [CLS] attention: where the token of the whole image
+looks; the distillation weighs the patches by it. Components: the first three principal components of the features as
+red, green and blue. Equal colors mean similar features, between encoders too as far as they agree. Distance: how
+differently another encoder relates the patch to the rest of the image, from 0 (equally) to 1 (no relation).</p>"""
 
 
 def to_image(picture: torch.Tensor) -> Image.Image:
-    """One picture, uint8 `(height, width, 3)`."""
+    """Turn a picture, uint8 `(height, width, 3)`, into an image."""
     return Image.fromarray(picture.numpy())
 
 
 def with_legend(picture: Image.Image, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:
-    """The picture with a legend under it, a color and a text a line; in columns as wide as the longest text."""
+    """Draw a legend of colors and texts under a picture, in columns as wide as the longest text."""
     font = ImageFont.load_default(size=14)
     line, chip = 20, 12
     column = max(int(font.getlength(text)) for _, text in entries) + 2 * chip + 8
@@ -66,7 +65,7 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[tuple[int, int, in
 
 
 def expert_entries(pictures: MoveKDPictures, index: int) -> list[tuple[tuple[int, int, int], str]]:
-    """The color of each expert, and its share of the patches of image `index` in words."""
+    """Return the color of each expert and a text with its share of the patches of one image."""
     if pictures.expert_shares is None or pictures.expert_colors is None:
         return []
     shares, colors = pictures.expert_shares[index].tolist(), pictures.expert_colors.tolist()
@@ -77,32 +76,32 @@ def expert_entries(pictures: MoveKDPictures, index: int) -> list[tuple[tuple[int
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name."""
+    """Turn a name into a part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "image"
 
 
 def picture_files(pictures: MoveKDPictures, index: int) -> dict[str, tuple[Image.Image, str]]:
-    """Of image `index`, by the stem of a file: the picture, and what it shows."""
+    """Return the pictures of one image and their captions, by the stem of the file name."""
     files = {}
     if pictures.experts is not None:
         entries = expert_entries(pictures, index)
         drawn = with_legend(to_image(pictures.experts[index]), entries)
         files["experts"] = (drawn, "Experts: " + ", ".join(text for _, text in entries))
-    files["cls-attention"] = (to_image(pictures.cls_attention[index]), "[CLS] attention, the lightest is the most")
+    files["cls-attention"] = (
+        to_image(pictures.cls_attention[index]),
+        "[CLS] attention, from dark (none) to light (most)",
+    )
     files["components"] = (to_image(pictures.components[index]), "Components of the student")
     for name, other in pictures.others.items():
         distance = other.distances[index].mean().item()
         files[f"components-{slug(name)}"] = (to_image(other.components[index]), f"Components of {name}")
-        caption = f"Distance of the student to {name}, {distance:.2f} in the mean"
+        caption = f"Distance of the student to {name}, {distance:.2f} on average"
         files[f"distance-{slug(name)}"] = (to_image(other.distance[index]), caption)
     return files
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        ValueError: if `out` is a file, or a folder that holds something else than an earlier page, unless `overwrite`.
-    """
+    """Refuse a file, and a folder with anything but an earlier page unless `overwrite`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder as --out.")
     if not out.is_dir() or overwrite or not any(out.iterdir()):
@@ -110,8 +109,8 @@ def check_writable(out: Path, overwrite: bool) -> None:
     page = out / PAGE_NAME
     if not page.is_file() or GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(
-            f"{out} is not empty, and what it holds is not of this command. Give another folder as --out, or "
-            f"--overwrite to replace {PAGE_NAME} and {PICTURES_NAME}/ in it."
+            f"{out} holds files that this command did not write. Give another folder as --out, or --overwrite to "
+            f"replace {PAGE_NAME} and {PICTURES_NAME}/ in it."
         )
 
 
@@ -119,18 +118,17 @@ def write_page(
     out: Path, title: str, names: Sequence[str], batches: Iterable[dict[int, MoveKDPictures]], overwrite: bool = False
 ) -> Path:
     """
-    Write PNG files and the page into a temporary folder, and put them in place when all are there. Other files in the
-    folder stay.
+    Write the pictures and the page, and move them into place when all are complete. Other files in the folder stay.
 
     Args:
-        names: Of the images, in the order of the batches.
-        batches: Pictures by layer, a batch of images after the other.
+        out (`Path`): The folder.
+        title (`str`): Name of the checkpoint.
+        names (`Sequence[str]`): Names of the images, in the order of the batches.
+        batches (`Iterable`): For each batch of images, the pictures by layer.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether the folder may hold other files.
 
     Returns:
-        The page's path.
-
-    Raises:
-        ValueError: see [`check_writable`].
+        The path of the page.
     """
     check_writable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +151,7 @@ def write_page(
 
 
 def _section(folder: Path, name: str, position: int, layers: dict[int, MoveKDPictures], index: int) -> str:
-    """Save the pictures of one image, and give its part of the page."""
+    """Save the pictures of one image, and return its section of the page."""
     own = Path(PICTURES_NAME) / f"{position + 1:03d}-{slug(Path(name).stem)}"
     (folder / own).mkdir(parents=True)
     first = next(iter(layers.values()))
@@ -167,7 +165,7 @@ def _section(folder: Path, name: str, position: int, layers: dict[int, MoveKDPic
             picture.save(folder / path)
             alt, legend = f"{name}, layer {layer}: {caption}", ""
             if stem == "experts":
-                # The page has a legend of its own, in text that grows and can be read out
+                # The page repeats the legend as text, for other font sizes and screen readers.
                 chips = "".join(
                     f'<li><span class="chip" style="background: rgb{color}"></span> {text}</li>'
                     for color, text in expert_entries(pictures, index)

@@ -205,7 +205,7 @@ REFUSED = {
         "65 x 2 pixels.* 1 to 64",
     ),
     "too many": ([asked("?", [GOOD] * 2), asked("?", [GOOD] * 2)], {}, "4 images; at most 3"),
-    "assistant's": ([{**asked("?", [GOOD]), "role": "assistant"}], {}, "message of the assistant holds an image"),
+    "assistant's": ([{**asked("?", [GOOD]), "role": "assistant"}], {}, "message of the assistant has an image"),
     "placeholder": ([asked("<image>\nWhat?")], {}, "contains <image>"),
     "in two": ([{"role": "user", "content": [PART | {"text": t} for t in ("<ima", "ge>")]}], {}, "contains <image>"),
     "long": ([asked("x" * 1300)], {}, "language model takes 1200"),

@@ -123,7 +123,7 @@ def test_answers_that_nobody_waits_for_are_given_up(endless):
     endless.stopping = lambda: True
     call = Call(build_app(endless))
     asyncio.run(call.run)
-    assert call.answer() == (503, {"error": failure("The server is being stopped.")})
+    assert call.answer() == (503, {"error": failure("The server is stopping.")})
 
 
 def test_a_failure_is_told_without_its_details(endless):
@@ -145,7 +145,7 @@ def test_a_failure_of_a_stream_is_logged_and_told_without_its_details(endless, c
     endless.stopping = lambda: True
     call = Call(build_app(endless), stream=True)
     asyncio.run(call.run)
-    assert b"The server is being stopped." in call.sent[-2]["body"] and len(caplog.records) == 1
+    assert b"The server is stopping." in call.sent[-2]["body"] and len(caplog.records) == 1
 
 
 def test_a_request_too_large_is_not_read(endless):

@@ -32,8 +32,9 @@ from transformers import (
 
 from modeling_movekd import visualize
 from modeling_movekd.images import pad_to_square, shared_crop
+from modeling_movekd.inference import load_tower
 from modeling_movekd.vision_encoders import OtherEncoder
-from modeling_movekd.visualize import choose_layers, draw_layers, load_tower
+from modeling_movekd.visualize import choose_layers, draw_layers
 from modeling_movekd.visualize_page import expert_entries, with_legend
 
 
@@ -175,13 +176,13 @@ def test_a_student_that_is_still_clip_is_at_no_distance(folder, photos):
     assert trained.others["plain CLIP"].distances.mean() > 0.05
 
 
-def test_legend_has_the_colours_and_room_for_every_expert():
+def test_legend_has_the_colors_and_room_for_every_expert():
     picture = Image.new("RGB", (60, 40), (1, 2, 3))
     entries = [((10 * i, 200 - i, 50), f"expert {i}: {i}%") for i in range(9)]
     drawn = with_legend(picture, entries)
     assert drawn.crop((0, 0, 60, 40)).tobytes() == picture.tobytes()
-    colours = {colour for _, colour in drawn.getcolors(10_000)}
-    assert {colour for colour, _ in entries} <= colours and (20, 20, 20) in colours, "chips and letters"
+    colors = {color for _, color in drawn.getcolors(10_000)}
+    assert {color for color, _ in entries} <= colors and (20, 20, 20) in colors, "chips and letters"
 
 
 def test_layers():
@@ -241,7 +242,7 @@ def test_folders_that_are_not_ours_stay_as_they_are(folder, photos, tmp_path, ca
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     assert visualize.main(command) == 1
-    assert "is not empty, and what it holds is not of this command" in capsys.readouterr().err
+    assert "holds files that this command did not write" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     assert visualize.main([*command, "--overwrite"]) == 0
     assert (out / "thesis.txt").read_text() == "mine"
