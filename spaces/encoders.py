@@ -1,4 +1,4 @@
-"""Other encoders to set beside the student: plain CLIP, and the teachers that are at hand."""
+"""Other encoders to compare with the student: plain CLIP and the teachers."""
 
 import os
 from pathlib import Path
@@ -16,15 +16,14 @@ DEMO_TOWERS = CLONE / "train" / "demo" / "weights"
 
 class Encoder:
     """
-    Any vision model that transformers loads.
+    A vision model of transformers.
 
     Args:
-        name: What the pictures call it.
-        follows_layer: Show the layer that is chosen of the student, as makes sense for the CLIP it was made of; else
-            the last.
-
-    Raises:
-        ValueError: if weights are missing from the checkpoint, which would stay random.
+        name (`str`): Name in the pictures.
+        model_id (`str`): Hub id or folder.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        student (`Student`): The student, which gives device, dtype and crop.
+        follows_layer (`bool`): Whether to show the chosen layer, as for plain CLIP, instead of the last.
     """
 
     def __init__(self, name: str, model_id: str, revision: str | None, student: Student, follows_layer: bool) -> None:
@@ -39,17 +38,14 @@ class Encoder:
         images = student.processor.image_processor
         self.tiles = student.model.config.image_aspect_ratio == "anyres"
         self.pads = getattr(images, "do_pad", False)
-        # Cut, not rounded, as the student's own processor fills up its squares
+        # Rounded down, as by the student's image processor
         self.mean = tuple(int(255 * value) for value in images.image_mean)
 
     def caption(self, layer: int) -> str:
         return f"{self.name}, layer {layer + 1}" if self.follows_layer else f"{self.name}, last layer"
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """
-        What the student sees of the image (all of it, padded or stretched to a square, or its central square) in this
-        encoder's size and normalisation.
-        """
+        """Crop, pad or stretch the image as the student's processor does, then resize and normalize it as our own."""
         side = max(image.size)
         if self.tiles:
             square = image.resize((side, side), Image.Resampling.BICUBIC)
@@ -62,14 +58,14 @@ class Encoder:
             square = image.crop((left, top, left + side, top + side))
         settings: dict[str, Any] = {}
         if getattr(self.processor, "do_center_crop", False):
-            # A crop would show another part of the image than the student's
+            # The crop would show another part of the image than the student sees.
             crop = dict(self.processor.crop_size)
             settings = {"do_center_crop": False, "size": {"height": crop["height"], "width": crop["width"]}}
         return self.processor(square, return_tensors="pt", **settings)["pixel_values"]
 
     @torch.inference_mode()
     def features(self, image: Image.Image, layer: int) -> torch.Tensor:
-        """The patches' features `(1, num_patches, width)`, without [CLS] and registers."""
+        """Return the features of the patches `(1, num_patches, width)`, without [CLS] and registers."""
         pixels = self.pixels(image).to(self.model.device, self.model.dtype)
         outputs = self.model(pixels, output_hidden_states=self.follows_layer)
         tokens = outputs.hidden_states[layer + 1] if self.follows_layer else outputs.last_hidden_state
@@ -84,15 +80,16 @@ class Encoder:
 
 def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
     """
-    Name, id, revision and whether it is the student's origin, for each encoder to load: `CLIP_ID` (with
-    `CLIP_REVISION`; `none` for none) and `TEACHER_IDS` (`name=id@revision` or ids, separated by commas). By default
-    the CLIP that the checkpoint's facts name; of the demo also the teachers, which a clone has.
+    Return name, id, revision and `follows_layer` of each encoder to load.
+
+    The variables `CLIP_ID`, `CLIP_REVISION` and `TEACHER_IDS` name them. The default is the CLIP in the checkpoint's
+    metadata, and for the demo also the teachers of the clone.
     """
-    facts, found = student.facts, []
-    teachers = {entry["name"]: entry for entry in facts.get("teachers", [])}
-    origin = next((entry for entry in facts.get("base_models", []) if entry.get("role") == "vision_model"), None)
+    metadata, found = student.metadata, []
+    teachers = {entry["name"]: entry for entry in metadata.get("teachers", [])}
+    origin = next((entry for entry in metadata.get("base_models", []) if entry.get("role") == "vision_model"), None)
     origin = origin or teachers.get("clip", {})
-    clip = os.environ.get("CLIP_ID") or _at_hand(student, facts.get("vision_model") or origin.get("model"))
+    clip = os.environ.get("CLIP_ID") or _locate(student, metadata.get("vision_model") or origin.get("model"))
     if clip and clip != "none":
         found.append(("plain CLIP", clip, os.environ.get("CLIP_REVISION") or origin.get("revision"), True))
     if given := os.environ.get("TEACHER_IDS"):
@@ -102,14 +99,14 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
             found.append((name or source.rsplit("/", 1)[-1], source, revision or None, False))
     else:
         for name, entry in teachers.items():
-            local = _at_hand(student, entry.get("model"))
+            local = _locate(student, entry.get("model"))
             if local and local != clip and Path(local).is_dir():
                 found.append((name, local, None, False))
     return found
 
 
-def _at_hand(student: Student, name: str | None) -> str | None:
-    """A Hub id as it is; of a checkpoint in a folder also the name of one of the demo's towers, which a clone has."""
+def _locate(student: Student, name: str | None) -> str | None:
+    """Return a Hub id unchanged, and the folder of a tower of the demo if the student is a folder in a clone."""
     if name and name.count("/") == 1 and not os.path.exists(name):
         return name
     folder = DEMO_TOWERS / Path(name or "").name
@@ -117,7 +114,7 @@ def _at_hand(student: Student, name: str | None) -> str | None:
 
 
 def load_encoders(student: Student) -> tuple[list[Encoder], list[str]]:
-    """Those that could be loaded, and a sentence for each that could not."""
+    """Load the encoders, and return a sentence for each that failed."""
     encoders: list[Encoder] = []
     failures: list[str] = []
     for name, model_id, revision, follows in wanted(student):

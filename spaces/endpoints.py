@@ -1,4 +1,4 @@
-"""What the page and programs can ask for: answers, pictures and the speed."""
+"""The functions behind the page and the API: answers, pictures and the speed."""
 
 import html
 import threading
@@ -14,18 +14,19 @@ from uploads import decode, read_conversation
 
 
 def add_picture(image: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
-    """What is being written, with one more image."""
+    """Add an image to the message in the textbox."""
     message = message or {"text": "", "files": []}
     return {**message, "files": [*message["files"], *([image] if image else [])]}
 
 
 class Endpoints:
     """
-    Nothing is shared between visitors but the model.
+    The endpoints. Visitors share nothing but the model.
 
     Args:
-        failures: A sentence for each encoder that could not be loaded.
-        at_a_time: How many may use the model at once, all endpoints together, as they share one memory.
+        student (`Student`): The model.
+        failures (`Sequence[str]`): A sentence for each encoder that failed to load.
+        at_a_time (`int`): How many requests may use the model at once, over all endpoints.
     """
 
     def __init__(self, student: Student, failures: Sequence[str], at_a_time: int) -> None:
@@ -55,7 +56,7 @@ class Endpoints:
         top_p: float,
         max_new_tokens: float,
     ) -> Iterator[str | gr.ChatMessage]:
-        """The next turn on the page, where a refusal takes the answer's place."""
+        """Answer the next turn on the page, and show errors in place of the answer."""
         try:
             with explained():
                 yield from self.answer(read_conversation(history, message), temperature, top_p, max_new_tokens)
@@ -71,13 +72,13 @@ class Endpoints:
         max_new_tokens: float = 64,
     ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """
-        The next turn of this client's conversation. Streams the answer so far.
+        Answer the next turn of this client's conversation, as a stream of the answer so far.
 
         Args:
-            message: `text`, the question, and `files`, images for it (no addresses).
-            temperature: 0 takes the likeliest token, more draws.
-            top_p: Of the likeliest tokens, those that make up this share are drawn from.
-            max_new_tokens: The longest answer, in tokens.
+            message: The question as `text` and its images as `files`. Addresses are not opened.
+            temperature: 0 takes the likeliest token, a higher value samples.
+            top_p: Share of the probability that the sampled tokens make up.
+            max_new_tokens: The longest answer in tokens.
         """
         with explained():
             messages = read_conversation(history, message)
@@ -94,21 +95,21 @@ class Endpoints:
         max_new_tokens: float = 64,
     ) -> Iterator[str]:
         """
-        Ask one question, about an image or without one. Streams the answer so far.
+        Ask one question, with or without an image, and get a stream of the answer so far.
 
         Args:
-            image: The image, or nothing. From a tool a `data:` URL; addresses are not opened.
-            question: What to ask.
-            temperature: 0 takes the likeliest token, more draws.
-            top_p: Of the likeliest tokens, those that make up this share are drawn from.
-            max_new_tokens: The longest answer, in tokens.
+            image: The image, or nothing. Tools send a `data:` URL. Addresses are not opened.
+            question: The question.
+            temperature: 0 takes the likeliest token, a higher value samples.
+            top_p: Share of the probability that the sampled tokens make up.
+            max_new_tokens: The longest answer in tokens.
         """
         with explained():
             messages = read_conversation([], {"text": question, "files": [image] if image else []})
             yield from self.answer(messages, temperature, top_p, max_new_tokens)
 
     def see(self, image: str | None, layer: float) -> Any:
-        """The checkpoint's own pictures of one layer, counted from 1."""
+        """Return the checkpoint's pictures of one layer, counted from 1."""
         picture = decode(image)
         if layer not in range(1, self.depth + 1):
             raise ValueError(f"Layer {layer:g} is none of this encoder's: 1 to {self.depth}.")
@@ -116,7 +117,7 @@ class Endpoints:
             return self.student.visualize(picture, int(layer) - 1)
 
     def page_pictures(self, image: str | None, layer: float) -> str:
-        """The pictures as a part of the page."""
+        """Return the pictures as HTML."""
         if not image:
             return "<p>Choose an image above.</p>"
         try:
@@ -127,13 +128,13 @@ class Endpoints:
 
     def pictures(self, image: str, layer: float) -> tuple[list[tuple[Any, str]], list[dict[str, Any]]]:
         """
-        Look into the vision encoder at one image: pictures of the experts, the [CLS] attention, the features'
-        principal components and the distance to other encoders, each with a title; and each expert's share of the
-        patches.
+        Draw what the vision encoder does with an image: the experts, the [CLS] attention, the principal components of
+        the features and the distance to other encoders. Each picture has a title. The second result is the share of
+        the patches of each expert.
 
         Args:
-            image: The image. From a tool a `data:` URL; addresses are not opened.
-            layer: Layer of the vision encoder, counted from 1; by default the last.
+            image: The image. Tools send a `data:` URL. Addresses are not opened.
+            layer: Layer of the vision encoder, counted from 1. Defaults to the last.
         """
         with explained():
             seen = self.see(image, layer)
@@ -142,16 +143,16 @@ class Endpoints:
 
     def experts(self, image: str, layer: float) -> list[dict[str, Any]]:
         """
-        Which share of an image's patches each expert of the vision encoder took.
+        Return the share of an image's patches of each expert of the vision encoder.
 
         Args:
-            image: The image. From a tool a `data:` URL; addresses are not opened.
-            layer: Layer of the vision encoder, counted from 1; by default the last.
+            image: The image. Tools send a `data:` URL. Addresses are not opened.
+            layer: Layer of the vision encoder, counted from 1. Defaults to the last.
         """
         with explained():
             return shares(self.see(image, layer))
 
     def speed(self, image: str, question: str) -> str:
-        """A measurement made now, as a sentence."""
+        """Measure the speed, and return it as a sentence."""
         with explained(), self.turns:
             return speed_sentence(self.student, read_conversation([], {"text": question, "files": [image]}))

@@ -1,4 +1,4 @@
-"""What goes wrong, in a sentence for whoever asked."""
+"""Errors as sentences for the visitor."""
 
 import sys
 import traceback
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import gradio as gr
 
 
-NOT_ANSWERED = "Not answered"  # title of what the page says in an answer's place
+NOT_ANSWERED = "Not answered"  # title of an error that the page shows instead of an answer
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Whatever goes wrong, as one sentence to the visitor; of what is our own fault the place goes to the log."""
+    """Turn errors into one sentence for the visitor, and log only the line of unexpected errors."""
     try:
         yield
     except gr.Error:
@@ -21,7 +21,7 @@ def explained() -> Iterator[None]:
     except ValueError as error:
         raise gr.Error(str(error), duration=None, title=NOT_ANSWERED, print_exception=False) from None
     except Exception as error:
-        # The text of an error may hold what a visitor wrote
+        # The text of the error may contain what a visitor wrote.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         print(f"{type(error).__name__} at {frame.filename}:{frame.lineno}", file=sys.stderr, flush=True)
         sentence = (

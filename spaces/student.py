@@ -1,4 +1,4 @@
-"""The checkpoint: how it is loaded, how it answers token by token, and how fast it does so on this machine."""
+"""Load the checkpoint, stream its answers, measure its speed and draw its pictures."""
 
 import json
 import threading
@@ -28,18 +28,12 @@ MEASURED_TOKENS = 32
 
 
 def load_student(model_id: str, revision: str | None) -> "Student":
-    """
-    A whole checkpoint with the code it brings along.
-
-    Raises:
-        ValueError: for a repository on the Hub without a revision, whose code could change between two starts; for a
-            folder that is none; and for another kind of checkpoint, naming it.
-    """
+    """Load a whole model with the code in its checkpoint. A repository needs a revision, since its code can change."""
     is_folder = Path(model_id).is_dir()
     if not is_folder and not revision:
         raise ValueError(
-            f"MODEL_ID is {model_id} and MODEL_REVISION is not set. The checkpoint's own code will run here: name the "
-            "commit you trust (or a branch, if you trust whatever it will hold)."
+            f"MODEL_ID is {model_id} and MODEL_REVISION is not set. The checkpoint's own code will run here: name a "
+            "commit that you trust, or a branch if you trust its future commits."
         )
     kind = json.loads(read_text(model_id, revision, "config.json") or "{}").get("model_type")
     if kind != "movekd":
@@ -52,21 +46,16 @@ def load_student(model_id: str, revision: str | None) -> "Student":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.type == "cuda" else torch.float32
     model = AutoModel.from_pretrained(model_id, config=config, dtype=dtype, **settings).to(device).eval()
-    if hasattr(model, "fold_experts") and not ON_ZERO_GPU:  # there the weights reach the GPU later
+    if hasattr(model, "fold_experts") and not ON_ZERO_GPU:  # ZeroGPU moves the weights later
         model.fold_experts()
-    # Training resizes with PIL; torchvision's resize differs by up to 0.015 after normalisation
+    # Training resizes with PIL. Pixels resized by torchvision differ by up to 0.015.
     processor = AutoProcessor.from_pretrained(model_id, backend="pil", **settings)
-    facts = json.loads(read_text(model_id, revision, "training_facts.json") or "{}")
-    return Student(model_id, settings["revision"], model, processor, facts)
+    metadata = json.loads(read_text(model_id, revision, "training_facts.json") or "{}")
+    return Student(model_id, settings["revision"], model, processor, metadata)
 
 
 def read_text(model_id: str, revision: str | None, name: str) -> str | None:
-    """
-    A file of a checkpoint, in a folder or on the Hub; `None` if it has no such file.
-
-    Raises:
-        ValueError: if there is no such checkpoint.
-    """
+    """Read a file of a checkpoint in a folder or on the Hub, or return `None` if it has no such file."""
     folder = Path(model_id)
     if folder.is_dir():
         return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
@@ -79,7 +68,7 @@ def read_text(model_id: str, revision: str | None, name: str) -> str | None:
 
 
 class StopWhen(StoppingCriteria):
-    """Ends `generate` after the token at hand once the event is set."""
+    """Ends `generate` after the current token once the event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -89,7 +78,7 @@ class StopWhen(StoppingCriteria):
 
 
 class Clock(BaseStreamer):
-    """Notes when each token came; the first entry is that of the prompt."""
+    """Records the time of each token. The first entry is the prompt's."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -103,13 +92,17 @@ class Clock(BaseStreamer):
 
 class Student:
     """
+    A loaded checkpoint. On ZeroGPU, each call of `stream`, `speed` and `visualize` runs in its own process.
+
     Args:
-        model_id, revision: Where it came from.
-        facts: What training noted beside it, `{}` if nothing.
+        model_id (`str`): Hub id or folder.
+        revision (`str`, *optional*): Revision of a Hub repository.
+        model (`PreTrainedModel`): The model.
+        processor (`ProcessorMixin`): Its processor.
+        metadata (`dict`): The checkpoint's metadata file, or an empty dict.
 
     Attributes:
-        encoders: Others to set beside it, see `encoders.py`.
-        stream, speed, visualize: On ZeroGPU each call runs in a process of its own.
+        encoders (`list[Encoder]`): Other encoders to compare with.
     """
 
     def __init__(
@@ -118,9 +111,9 @@ class Student:
         revision: str | None,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> None:
-        self.model_id, self.revision, self.facts = model_id, revision, facts
+        self.model_id, self.revision, self.metadata = model_id, revision, metadata
         self.model, self.processor = model, processor
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -130,12 +123,7 @@ class Student:
         self.visualize = on_gpu(self._visualize)
 
     def encode(self, messages: Sequence[dict[str, Any]], max_new_tokens: int) -> dict[str, torch.Tensor]:
-        """
-        A conversation as the model's inputs.
-
-        Raises:
-            ValueError: if it is longer than the language model's positions, with both lengths.
-        """
+        """Turn a conversation into the model's inputs, and refuse one that is longer than the context."""
         inputs = self.processor.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -148,7 +136,7 @@ class Student:
         return dict(inputs.to(self.model.device, self.model.dtype))
 
     def unknown_words(self, text: str) -> bool:
-        """Whether the vocabulary lacks some of the text."""
+        """Return whether the vocabulary lacks words of the text."""
         tokenizer = self.processor.tokenizer
         return (
             tokenizer.unk_token_id is not None
@@ -158,7 +146,7 @@ class Student:
     def _stream(
         self, messages: Sequence[dict[str, Any]], max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[str]:
-        """The answer so far, after every word. Closing the iterator ends the generation after the token at hand."""
+        """Yield the answer so far after every word. Closing the iterator ends the generation."""
         inputs = self.encode(messages, max_new_tokens)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
@@ -173,7 +161,7 @@ class Student:
                     self.model.generate(**inputs, **settings, streamer=streamer, stopping_criteria=criteria)
             except Exception as error:
                 errors.append(error)
-                streamer.end()  # else the loop below would wait for ever
+                streamer.end()  # otherwise the loop below would never end
 
         thread = threading.Thread(target=generate, name="generate")
         thread.start()
@@ -193,7 +181,7 @@ class Student:
 
     @torch.inference_mode()
     def _speed(self, messages: Sequence[dict[str, Any]]) -> tuple[float, float, int]:
-        """Seconds to the first token, the image's encoding included, tokens per second after it, and their number."""
+        """Return the seconds to the first token (with the image's encoding), tokens per second, and their number."""
         room = (self.context_length or MEASURED_TOKENS + 1) - self.encode(messages, 0)["input_ids"].shape[1]
         count = min(MEASURED_TOKENS, room)
         for tokens in (2, count):  # the first run warms up
@@ -206,9 +194,9 @@ class Student:
 
     @torch.inference_mode()
     def _visualize(self, image: Any, layer: int) -> Any:
-        """The pictures of one layer (from 0) of one image, with those of the other encoders; see the model's own."""
+        """Draw one layer (from 0) and the other encoders by the model's `visualize`."""
         if not hasattr(self.model, "visualize"):
-            raise ValueError(f"The code in {self.model_id} draws no pictures; save the checkpoint again to renew it.")
+            raise ValueError(f"The code in {self.model_id} draws no pictures. Save the checkpoint again to renew it.")
         processor = self.processor.image_processor
         pixels = processor(image, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)
         others = {encoder.name: encoder.features(image, layer) for encoder in self.encoders}

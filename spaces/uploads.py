@@ -1,4 +1,4 @@
-"""What visitors send: one image, or a conversation, within bounds, and refused with a sentence beyond them."""
+"""Read and limit what visitors send. Each `ValueError` here is a sentence for the visitor."""
 
 import time
 import warnings
@@ -13,23 +13,19 @@ from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, travers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-# Photographs; Pillow knows formats that run other programs (EPS)
+# Formats of photographs. Pillow starts other programs for some other formats (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_MB = 20
 MAX_SIDE = 10_000
 MAX_MEGAPIXELS = 64
-KEPT_SIDE = 2048  # larger pictures are reduced to this, several times what any tower sees
+KEPT_SIDE = 2048  # larger images are reduced to this side, which is several times that of any tower
 MAX_IMAGES = 8
 MAX_CHARACTERS = 4_000
 KEPT_SECONDS = 3600
 
 
 def refuse_addresses(inputs: Any) -> None:
-    """
-    Raises:
-        ValueError: a sentence for whoever sent the address of a file instead of the file. Gradio would download it, as
-            large as it is.
-    """
+    """Refuse addresses instead of files, because Gradio would download a file of any size."""
 
     def check(file: dict[str, Any]) -> dict[str, Any]:
         if is_http_url_like(file["path"]):
@@ -41,11 +37,10 @@ def refuse_addresses(inputs: Any) -> None:
 
 def decode(path: str | None, name: str = "The image") -> Image.Image:
     """
-    One image as RGB, upright, no side above `KEPT_SIDE`; of 16 bits the upper 8, as in training.
+    Decode an image as RGB, upright and with no side above `KEPT_SIDE`.
 
-    Raises:
-        ValueError: a sentence for whoever sent it: no image, broken, too large, or of values without a known range
-            (integers of 32 bits, as which Pillow reads a PGM of 16 bits too, and floats).
+    Images of 16 bits keep their upper 8, as in training. Values without a known range are refused: floats and 32-bit
+    integers, which Pillow also makes of a 16-bit PGM.
     """
     if not path:
         raise ValueError(f"{name} is missing: choose one first.")
@@ -63,7 +58,7 @@ def decode(path: str | None, name: str = "The image") -> Image.Image:
                     raise _Refused(f"{name} has values without a known range. Send it with 8 bits per channel.")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16"):
-                    # `convert` alone would clip at 255
+                    # `convert` alone would clip at 255.
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = image.convert("RGB")
     except Image.DecompressionBombError as error:
@@ -75,7 +70,7 @@ def decode(path: str | None, name: str = "The image") -> Image.Image:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:
-        # A broken file makes Pillow raise nearly anything
+        # Pillow raises nearly any exception for a broken file.
         raise ValueError(f"{name} is broken and cannot be read.") from error
     image.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS)
     return image
@@ -86,7 +81,7 @@ class _Refused(Exception):
 
 
 def _readable() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow has."""
+    """Return the formats of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -95,32 +90,32 @@ def _check_sides(image: Image.Image, name: str) -> None:
     if max(image.size) > MAX_SIDE or image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
         raise _Refused(
             f"{name} has {image.width} x {image.height} pixels; sides of {MAX_SIDE} and {MAX_MEGAPIXELS} megapixels "
-            "are the most that is taken. Send it smaller."
+            "are the limits. Send it smaller."
         )
 
 
 def delete_old(folder: Path, own: Collection[bytes], seconds: float = KEPT_SECONDS) -> None:
     """
-    Delete every file below a folder that is older than this, except copies of the Space's own (given as contents).
-    Gradio deletes what visitors upload, but of the pictures it writes for them keeps a copy.
+    Delete old files below a folder, except those with the contents `own`. Gradio deletes uploads by itself, but keeps
+    copies of the pictures that it writes.
     """
     for path in folder.rglob("*"):
         try:
             if path.is_file() and time.time() - path.stat().st_mtime > seconds and path.read_bytes() not in own:
                 path.unlink()
         except FileNotFoundError:
-            pass  # Gradio was faster
+            pass  # Gradio has deleted it
 
 
 def keep_deleting(folder: Path, own: Collection[bytes], every: float = 60) -> None:
-    """[`delete_old`] from time to time, until the process ends."""
+    """Call [`delete_old`] every so many seconds until the process ends."""
     while True:
         time.sleep(every)
         delete_old(folder, own)
 
 
 def read_content(content: Any) -> tuple[list[str], str]:
-    """The paths of the images and the text of a message, in any of the forms in which Gradio notes one."""
+    """Return the image paths and the text of a message, in any of Gradio's forms."""
     paths, texts = [], []
     for part in content if isinstance(content, list | tuple) else [content]:
         if isinstance(part, str):
@@ -134,11 +129,8 @@ def read_content(content: Any) -> tuple[list[str], str]:
 
 def read_conversation(history: Sequence[dict[str, Any]], message: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    The turns so far and a new one in the form that chat templates take, images decoded. Questions that were not
-    answered (refused, or stopped before the first word) are left out.
-
-    Raises:
-        ValueError: a sentence for the visitor if anything is beyond the bounds.
+    Convert a conversation to the form that chat templates take, with decoded images. Questions without an answer,
+    which were refused or stopped before the first word, are left out.
     """
     turns = []
     for question, answer in pairwise(history):

@@ -1,11 +1,11 @@
-"""The folder for what visitors send: this run's own, which nobody else may read and which ends with it."""
+"""The folder for the files of visitors, which only this process can read and which is deleted when it ends."""
 
 import os
 import tempfile
 from pathlib import Path
 
 
-# Gradio reads the variable when it is imported, so this comes first; Python removes the folder when it ends
+# Gradio reads the variable on import, so this module must be imported first.
 _FOLDER = tempfile.TemporaryDirectory(prefix="movekd-", ignore_cleanup_errors=True)
 FOLDER = Path(_FOLDER.name)
 os.environ["GRADIO_TEMP_DIR"] = _FOLDER.name

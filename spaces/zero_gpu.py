@@ -1,4 +1,4 @@
-"""ZeroGPU, where the Space runs on it. Imported before torch, as its package asks."""
+"""Support for ZeroGPU, whose package `spaces` must be imported before torch."""
 
 import inspect
 import os
@@ -15,14 +15,14 @@ except ImportError:
 from errors import explained
 
 
-# Without the package a clone's own folder of this name can be found in its place
+# In a clone without the package, this folder can be imported under its name.
 ON_ZERO_GPU = hasattr(spaces, "GPU") and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
 def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """
-    The function as it is; on ZeroGPU it runs in a process that has a GPU for as long as it takes. Of an error there
-    nothing but a sentence comes back, and nothing of what was said goes to the log.
+    On ZeroGPU, run the function in a process with a GPU. Its errors come back as one sentence, so that no text of a
+    visitor goes to the log. Elsewhere, return the function unchanged.
     """
     if not ON_ZERO_GPU:
         return function

@@ -255,7 +255,8 @@ def test_pictures_are_the_models_own(client, student, encoders, layer):
         assert (shown.float() - tensor[0].repeat_interleave(7, 0).repeat_interleave(7, 1).float()).abs().max() <= 2
     for title in ("Reader, last layer", "Distance to reader, last layer"):
         assert pictures[title].size == (448, 448) and len(pictures[title].getcolors(10**6)) > 8
-    assert [row["expert"] for row in shares] == [1, 2, 3] and len({row["colour"] for row in shares}) == 3
+    assert [row["expert"] for row in shares] == [1, 2, 3] and len({row["color"] for row in shares}) == 3
+    assert all(row["colour"] == row["color"] for row in shares), "the former name"
     assert [row["share"] for row in shares] == pytest.approx(drawn.expert_shares[0].tolist(), abs=1e-4)
     assert client.predict(handle_file(SECOND), layer, api_name="/experts") == shares
 

@@ -140,6 +140,14 @@ def test_tiles_and_other_data_types(modules, checkpoint, encoders, tmp_path, mon
     assert 'role="alert"' in endpoints.page_pictures(str(SPACE / "app.py"), 2)
 
 
+@pytest.mark.parametrize("name", ["expert_colors", "expert_colours"])
+def test_code_of_older_checkpoints_names_the_colors_otherwise(modules, name):
+    pictures = SimpleNamespace(expert_shares=torch.tensor([[0.25, 0.75]]))
+    setattr(pictures, name, torch.tensor([[230, 159, 0], [86, 180, 233]], dtype=torch.uint8))
+    rows = modules["drawing"].shares(pictures)
+    assert [(row["color"], row["share"]) for row in rows] == [("#e69f00", 0.25), ("#56b4e9", 0.75)]
+
+
 def test_history_of_the_page(modules):
     """Gradio notes a message in several forms; questions without an answer, and refusals, are not told the model."""
     history = [
@@ -230,19 +238,19 @@ def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypat
 
 
 def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path):
-    """By default those of the demo that its facts name; one that cannot be loaded is said, and the rest is shown."""
+    """By default those of the demo that its metadata name; one that cannot be loaded is said, and the rest is shown."""
     student = modules["student"].load_student(str(checkpoint), None)
     wanted = modules["encoders"].wanted
     monkeypatch.delenv("CLIP_ID", raising=False)
     monkeypatch.delenv("TEACHER_IDS", raising=False)
     assert wanted(student) == []
-    student.facts = {"teachers": [{"name": name, "model": name} for name in ("clip", "detector", "gone")]}
+    student.metadata = {"teachers": [{"name": name, "model": name} for name in ("clip", "detector", "gone")]}
     towers = ROOT / "train" / "demo" / "weights"
     assert wanted(student) == [
         ("plain CLIP", str(towers / "clip"), None, True),
         ("detector", str(towers / "detector"), None, False),
     ]
-    student.facts["base_models"] = [{"role": "vision_model", "model": "openai/clip", "revision": "abc"}]
+    student.metadata["base_models"] = [{"role": "vision_model", "model": "openai/clip", "revision": "abc"}]
     assert wanted(student)[0] == ("plain CLIP", "openai/clip", "abc", True)
     monkeypatch.setenv("CLIP_ID", "none")
     monkeypatch.setenv("TEACHER_IDS", f"one={towers / 'detector'}, facebook/two@v1, three={tmp_path}")
