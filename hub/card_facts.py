@@ -1,7 +1,6 @@
 """The two files a card is written from: what training noted of a run, and what an evaluation measured."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -11,12 +10,9 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hub.files import save_json
+from modeling_movekd.files import CONVERSION_NAME, EVALUATION_NAME, TRAINING_FACTS_NAME, read_json, save_json
 
 
-TRAINING_FACTS_NAME = "training_facts.json"
-EVALUATION_NAME = "evaluation.json"
-CONVERSION_NAME = "conversion.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -57,22 +53,9 @@ def without_paths(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """
-    What the file holds; `None` if there is none.
-
-    Raises:
-        ValueError: if it is no JSON object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Restore it, or remove it to go without.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
-    return content
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or `None` if there is no such file."""
+    return read_json(path) if path.is_file() else None
 
 
 def read_training_facts(folder: Path) -> dict[str, Any] | None:
@@ -85,9 +68,9 @@ def read_training_facts(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it is no JSON object, or an entry that is a list of objects is none.
     """
-    facts = read_json(folder / TRAINING_FACTS_NAME)
+    facts = read_optional_json(folder / TRAINING_FACTS_NAME)
     if facts is None:
-        conversion = read_json(folder / CONVERSION_NAME)
+        conversion = read_optional_json(folder / CONVERSION_NAME)
         if conversion is None:
             return None
         models = {"checkpoint": conversion.get("source"), "vision_model": conversion.get("vision_model")}
@@ -114,12 +97,7 @@ def note_license(folder: Path, license: str) -> None:
     """State a checkpoint's licence in the file that its facts are read from, from which every later card has it."""
     names = (TRAINING_FACTS_NAME, CONVERSION_NAME)
     path = next((folder / name for name in names if (folder / name).is_file()), folder / TRAINING_FACTS_NAME)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        save_json((read_json(path) or {}) | {"license": license}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_json((read_optional_json(path) or {}) | {"license": license}, path)
 
 
 @dataclass
@@ -182,7 +160,7 @@ def read_evaluation(folder: Path) -> list[EvaluationResult]:
             than those in the folder.
     """
     path = folder / EVALUATION_NAME
-    content = read_json(path)
+    content = read_optional_json(path)
     if content is None:
         return []
     if not isinstance(content.get("results"), list) or not content.keys() <= {"results", "weights"}:
@@ -212,7 +190,7 @@ def copy_evaluation(folder: Path, dest: Path) -> None:
     Raises:
         ValueError: as [`read_evaluation`] of `folder`.
     """
-    content = read_json(folder / EVALUATION_NAME)
+    content = read_optional_json(folder / EVALUATION_NAME)
     if content is None:
         return
     read_evaluation(folder)  # else results of other weights would get the fingerprint of these

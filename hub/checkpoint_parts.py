@@ -7,8 +7,9 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, BaseImageProcessor, CLIPImageProcessor
 from transformers import initialization as init
 
-from hub.files import read_json, weight_files
+from hub.files import weight_files
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.files import read_json
 from modeling_movekd.vision_movekd import load_strictly
 
 

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from transformers import BaseImageProcessor, ProcessorMixin, set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
-from hub.card_facts import CONVERSION_NAME
 from hub.convert_layouts import DISTILLER, collect, embedding_dtype, empty_model, make_pieces
 from hub.convert_sources import (
     STAGE_1_FILES,
@@ -37,9 +36,10 @@ from hub.convert_sources import (
     load_tokenizer,
     read_source,
 )
-from hub.convert_to_original import DISTILLER_NAME, TOKENIZER_FILES, convert_to_authors
-from hub.files import new_folder, read_json, resolve_source, save_json
+from hub.convert_to_original import TOKENIZER_FILES, convert_to_original
+from hub.files import new_folder, resolve_source
 from hub.weights import MAX_SHARD_SIZE, write_weights
+from modeling_movekd.files import CONVERSION_NAME, DISTILLER_NAME, read_json, save_json
 from modeling_movekd.processing import add_image_token, build_processor
 
 
@@ -91,7 +91,7 @@ def convert(
         raise ValueError(f"{ignored} say how a checkpoint of ours is made; leave them out to convert to 'authors'.")
     folder = resolve_source(source, revision, extra_patterns=(*STAGE_1_FILES, DISTILLER_NAME))
     if to == "authors":
-        return convert_to_authors(folder, dest, vision_model, language_model, max_shard_size)
+        return convert_to_original(folder, dest, vision_model, language_model, max_shard_size)
 
     read = read_source(folder, vision_model, language_model, image_aspect_ratio, experts)
     tokenizer = load_tokenizer(read)

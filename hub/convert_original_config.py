@@ -47,7 +47,7 @@ EXPERT_FIELDS = {
     "moe_encoder_dense": "dense_routing",
 }
 # What the authors' code does and their configuration does not say
-AUTHORS_EXPERTS = {"expert_bias": True, "router_gradient": "none", "expert_init": "kaiming", "lora_dropout": 0.05}
+ORIGINAL_EXPERTS = {"expert_bias": True, "router_gradient": "none", "expert_init": "kaiming", "lora_dropout": 0.05}
 # Written even where they have their default
 LLAMA_FIELDS = (
     "attention_bias",
@@ -70,7 +70,7 @@ LLAMA_FIELDS = (
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
-def experts_from_authors(config: dict[str, Any]) -> dict[str, Any]:
+def experts_from_original(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of [`MoveKDVisionConfig`] from the authors' field `moe`; `num_experts` is 0 where it is off."""
     moe = dict(config.get("moe") or {})
     if not moe.pop("moe_encoder", False):
@@ -78,7 +78,7 @@ def experts_from_authors(config: dict[str, Any]) -> dict[str, Any]:
     missing, unknown = sorted(EXPERT_FIELDS.keys() - moe.keys()), sorted(moe.keys() - EXPERT_FIELDS.keys())
     if missing or unknown:
         raise ValueError(f"The field `moe` lacks {missing} and has {unknown}, which cannot be mapped.")
-    return AUTHORS_EXPERTS | {ours: moe[theirs] for theirs, ours in EXPERT_FIELDS.items()}
+    return ORIGINAL_EXPERTS | {ours: moe[theirs] for theirs, ours in EXPERT_FIELDS.items()}
 
 
 def text_config_from_original(config: dict[str, Any]) -> PreTrainedConfig:
@@ -163,7 +163,7 @@ def config_from_original(
     return settings
 
 
-def config_to_authors(
+def config_to_original(
     config: MoveKDConfig, vision_model: str, distilled: bool, vocab_size: int, pads: bool
 ) -> dict[str, Any]:
     """

@@ -1,7 +1,6 @@
 """The key map between the layout of the MoVE-KD authors' checkpoints and ours, both ways."""
 
 import re
-from collections import defaultdict
 
 import torch
 
@@ -42,7 +41,7 @@ def _replace_prefix(key: str, prefixes: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def key_from_authors(key: str) -> tuple[str, int | None]:
+def key_from_original(key: str) -> tuple[str, int | None]:
     """Our key for one of the authors', and which expert of the packed tensor it holds (`None` for all else)."""
     expert = None
     if match := _THEIR_EXPERT.fullmatch(key):
@@ -51,7 +50,7 @@ def key_from_authors(key: str) -> tuple[str, int | None]:
     return _replace_prefix(key.replace("original_module.", ""), PREFIXES), expert
 
 
-def key_to_authors(key: str, expert: int | None = None) -> str:
+def key_to_original(key: str, expert: int | None = None) -> str:
     """The authors' key for one of ours; `expert` says which, for a packed tensor."""
     if match := _OUR_EXPERT.fullmatch(key):
         mlp, group, tensor = match.groups()
@@ -79,37 +78,3 @@ def unpack_experts(key: str, packed: torch.Tensor, num_experts: int) -> list[tor
     if key.endswith("bias_b"):
         return list(packed.unbind())
     return [part.contiguous() for part in packed.chunk(num_experts, dim=1 if key.endswith("weight_b") else 0)]
-
-
-def state_dict_from_authors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A state dict of the authors' under our keys; the distillation adapters' begin with `distiller.`.
-
-    Raises:
-        ValueError: if experts of a layer are missing from their sequence, naming the key and the indices found.
-    """
-    converted: dict[str, torch.Tensor] = {}
-    experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    for their_key, tensor in state_dict.items():
-        key, expert = key_from_authors(their_key)
-        if expert is None:
-            converted[key] = tensor
-        else:
-            experts[key][expert] = tensor
-    for key, parts in experts.items():
-        if sorted(parts) != list(range(len(parts))):
-            raise ValueError(f"{key} needs the experts 0 to {len(parts) - 1}; the checkpoint has {sorted(parts)}.")
-        converted[key] = pack_experts(key, [parts[index] for index in range(len(parts))])
-    return converted
-
-
-def state_dict_to_authors(state_dict: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
-    """The inverse of [`state_dict_from_authors`]."""
-    converted = {}
-    for key, tensor in state_dict.items():
-        if is_packed(key):
-            for expert, part in enumerate(unpack_experts(key, tensor, num_experts)):
-                converted[key_to_authors(key, expert)] = part
-        else:
-            converted[key_to_authors(key)] = tensor
-    return converted

@@ -20,13 +20,14 @@ from hub.convert_original_config import (
     LANGUAGE_TYPES,
     config_from_original,
     dropped_fields,
-    experts_from_authors,
+    experts_from_original,
     text_config_from_original,
 )
-from hub.convert_original_keys import key_from_authors
-from hub.files import read_json, resolve_source, safe_files, weight_files
+from hub.convert_original_keys import key_from_original
+from hub.files import resolve_source, safe_files, weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig
+from modeling_movekd.files import read_json
 
 
 STAGE_1_FILES = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")
@@ -115,7 +116,7 @@ def _from_original(
     language = folder
     text_config = text_config_from_original(config)
     if paths := weight_files(folder):
-        origins = [Origin(WeightFiles(paths), key_from_authors)]
+        origins = [Origin(WeightFiles(paths), key_from_original)]
     elif paths := [folder / name for name in STAGE_1_FILES if (folder / name).is_file()]:
         language = _named(folder, language_model, config.get("_name_or_path"), "--language-model", weights=True)
         language_config = AutoConfig.from_pretrained(language, trust_remote_code=False)
@@ -129,7 +130,7 @@ def _from_original(
             )
         origins = [
             Origin(_weights(language), language_rename(language_config)),
-            Origin(WeightFiles(paths), key_from_authors),
+            Origin(WeightFiles(paths), key_from_original),
         ]
     else:
         raise ValueError(f"{folder} has neither weights (safetensors or .bin) nor any of {list(STAGE_1_FILES)}.")
@@ -148,7 +149,7 @@ def _from_original(
         text_config=text_config,
         clip_config=clip_config,
         # Those of LLaVA are made to begin from; one of the authors' may have been trained without experts
-        experts=experts_from_authors(config) if "moe" in config else {},
+        experts=experts_from_original(config) if "moe" in config else {},
         origins=origins,
         vision_model=str(name),
         tokenizer=folder if own_files & {"tokenizer.model", "tokenizer.json"} else language,

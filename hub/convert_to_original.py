@@ -6,21 +6,20 @@ from pathlib import Path
 
 import torch
 
-from hub.card_facts import CONVERSION_NAME, TRAINING_FACTS_NAME
 from hub.checkpoint_parts import load_image_processor
 from hub.convert_layouts import DISTILLER, empty_model, expected_weights, vocabulary_keys
-from hub.convert_original_config import config_to_authors
-from hub.convert_original_keys import is_packed, key_to_authors, unpack_experts
-from hub.files import new_folder, read_json, resolve_source, save_json, weight_files
+from hub.convert_original_config import config_to_original
+from hub.convert_original_keys import is_packed, key_to_original, unpack_experts
+from hub.files import new_folder, resolve_source, weight_files
 from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
 from modeling_movekd import MoveKDConfig
+from modeling_movekd.files import CONVERSION_NAME, DISTILLER_NAME, TRAINING_FACTS_NAME, read_json, save_json
 
 
-DISTILLER_NAME = "distiller.safetensors"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
-def convert_to_authors(
+def convert_to_original(
     folder: Path,
     dest: str | Path,
     vision_model: str | None = None,
@@ -42,10 +41,10 @@ def convert_to_authors(
     # `<image>` is the first id after the authors' vocabulary, where training has not noted how large that was
     vocab_size = getattr(config, "original_vocab_size", config.image_token_index)
     adapters = {
-        key: theirs for key in distiller.tensors if (theirs := key_to_authors(DISTILLER + key)) != DISTILLER + key
+        key: theirs for key in distiller.tensors if (theirs := key_to_original(DISTILLER + key)) != DISTILLER + key
     }
     pads = getattr(load_image_processor(folder, config), "do_pad", False)  # what tells `square` from `pad`
-    authors_config = config_to_authors(config, vision_model, bool(adapters), vocab_size, pads)
+    original_config = config_to_original(config, vision_model, bool(adapters), vocab_size, pads)
     model = empty_model(config)
     if differing := sorted(expected_weights(model).keys() ^ files.tensors.keys()):
         raise ValueError(
@@ -71,7 +70,7 @@ def convert_to_authors(
             else:
                 save_json(content, temporary / name)
         save_json(generation_config, temporary / "generation_config.json")
-        save_json(authors_config, temporary / "config.json")
+        save_json(original_config, temporary / "config.json")
     dropped = sorted(distiller.tensors.keys() - adapters.keys())
     print(f"Wrote {dest} in the authors' layout." + (f" Dropped, with no place there: {dropped}" if dropped else ""))
     return Path(dest)
@@ -84,13 +83,13 @@ def _rename(theirs: str) -> Callable[[list[torch.Tensor]], dict[str, torch.Tenso
 def _writer(key: str, num_experts: int, rows: int | None) -> Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]:
     if not num_experts:
         # Without experts their MLP is CLIP's own
-        return lambda parts: {key_to_authors(key).replace("original_module.", ""): parts[0][:rows]}
+        return lambda parts: {key_to_original(key).replace("original_module.", ""): parts[0][:rows]}
     if is_packed(key):
         return lambda parts: {
-            key_to_authors(key, expert): part.clone()
+            key_to_original(key, expert): part.clone()
             for expert, part in enumerate(unpack_experts(key, parts[0], num_experts))
         }
-    return lambda parts: {key_to_authors(key): parts[0][:rows]}
+    return lambda parts: {key_to_original(key): parts[0][:rows]}
 
 
 def _vision_model(folder: Path) -> str:

@@ -15,7 +15,6 @@ is therefore not CLIP's and was never trained. No tower has CLIP's projection to
 open_clip's is the identity, and its text tower is a small untrained placeholder.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionModel
+from modeling_movekd.files import save_json
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -171,7 +171,7 @@ def write_open_clip(
             "interpolation": "bicubic",
         },
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_json(settings, folder / "open_clip_config.json")
     save_weights(layout, folder / "visual.safetensors")
 
 

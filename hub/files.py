@@ -1,6 +1,5 @@
 """Files of a checkpoint folder: which may be read, where they come from, and writing a folder whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from modeling_movekd.files import read_json
 
 
 SAFETENSORS, PICKLES = ("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")
@@ -41,26 +42,6 @@ def safe_files(folder: str | Path) -> list[Path]:
             if target.is_file():
                 files.append(path.relative_to(folder))
     return sorted(files)
-
-
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        ValueError: if the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; is {path.parent} a whole checkpoint?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; an object is needed.")
-    return content
-
-
-def save_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def weight_files(folder: str | Path) -> list[Path]:

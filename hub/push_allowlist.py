@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import modeling_movekd
-from hub.files import read_json, safe_files, weight_files
+from hub.files import safe_files, weight_files
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.files import read_json
 
 
 PACKAGE = Path(modeling_movekd.__file__).parent

@@ -13,10 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hub.push_allowlist import is_ours
+from modeling_movekd.files import CARD_NAME
 
 
 SPACE_FOLDER = Path(__file__).resolve().parents[1] / "spaces"
-CARD_NAME = "README.md"
 
 
 @dataclass

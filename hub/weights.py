@@ -1,6 +1,5 @@
 """Weights of a checkpoint streamed from files to files: tensors stay mapped on disk until they are written."""
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from modeling_movekd.files import save_json
 
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5 * 10**9
 SMALL_SHARD_SIZE = 10**9
 
@@ -145,4 +147,4 @@ def write_weights(pieces: Sequence[Piece], folder: Path, max_shard_size: int = M
         file.close()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        save_json(index, folder / "model.safetensors.index.json")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hub import push
-from hub.card import check_card, is_generated, main, write_card
+from hub import push_checkpoint
+from hub.card import main
 from hub.card_facts import hub_id, public_name, weights_fingerprint
 from hub.card_licenses import derive_license
+from hub.card_write import check_card, is_generated, write_card
 from tests.helpers.cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
 from tests.helpers.hub_server import serve
 
@@ -220,7 +221,7 @@ def test_a_licence_that_was_stated_once_stays(tmp_path: Path, facts: str | None)
     stage = tmp_path / "stage"
     stage.mkdir()
     (stage / "README.md").symlink_to(folder / "README.md")
-    push._write_card(folder, stage, False, "me/student", None)
+    push_checkpoint._write_card(folder, stage, False, "me/student", None)
     assert metadata(stage / "README.md")["license"] == "cc-by-nc-4.0"
     assert "`cc-by-nc-4.0`, as its owner states" in (stage / "README.md").read_text()
     if facts is not None:

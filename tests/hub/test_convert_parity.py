@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoProcessor, LlamaConfig
 
 from hub.convert_layouts import Origin, collect, empty_model, expected_weights, make_pieces
-from hub.convert_original_keys import key_from_authors, state_dict_to_authors
+from hub.convert_original_keys import key_from_original
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
 from tests.helpers.original_batches import IMAGE_POSITION, NAMES, expand, model_inputs
+from tests.helpers.original_weights import state_dict_to_original
 from tests.helpers.parity import assert_values, read_case, with_prefix
 
 
@@ -198,7 +199,7 @@ def test_every_key_of_7b(reference: dict[str, Any]) -> None:
     layers = len([key for key in full if key.endswith("self_attn.q_proj.weight") and "vision" not in key])
     for cut in (False, True):
         model = full_size(full, layers, cut)
-        found = collect([Origin(as_files(full), key_from_authors)], model)
+        found = collect([Origin(as_files(full), key_from_original)], model)
         pieces, distiller, new = make_pieces(found, model)
         assert not new
         planned = {key: tensor for piece in pieces for key, tensor in piece.plan().items()}
@@ -221,7 +222,7 @@ def test_key_count_of_13b(reference: dict[str, Any]) -> None:
     sizes = {"model.embed_tokens.weight": torch.empty(rows, width, device="meta")}
     sizes["model.layers.0.mlp.gate_proj.weight"] = torch.empty(13824, width, device="meta")
     model = full_size(sizes, 40, cut=False)
-    back = state_dict_to_authors(expected_weights(model), model.config.vision_config.num_experts)
+    back = state_dict_to_original(expected_weights(model), model.config.vision_config.num_experts)
     adapters = {key: tensor for key, tensor in small.items() if "_adapter_" in key}
     assert len(back) + len(adapters) == summary["finetuned_13b_v1_0_key_count"]
     total = sum(tensor.numel() for tensor in (*back.values(), *adapters.values())) - 2 * width  # a row for <image>

@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from hub.card import write_card
-from hub.export import check_equal, export, image_files, main, read_pixels, stock_llava
+from hub.card_write import write_card
+from hub.export import main
+from hub.export_forms import check_equal, export, image_files, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from tests.helpers.cards import COMMIT, RESULT, metadata
 from tests.helpers.conversions import edit_json

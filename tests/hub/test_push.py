@@ -133,7 +133,7 @@ def test_the_encoder_alone_in_shards_with_its_space(hub: Hub, owner: Client, che
     (space / "__pycache__" / "app.py").write_text("")
     code = """
 settings = hub.push_commit.SpaceSettings(Path(space), "org/demo", "zero-a10g", {"PASSWORD": secret}, {"THEME": "dark"})
-result = hub.push.push(checkpoint, "org/encoder", encoder_only=True, space=settings, max_shard_size=20_000)
+result = hub.push_checkpoint.push(checkpoint, "org/encoder", encoder_only=True, space=settings, max_shard_size=20_000)
 """
     url = owner.run(code, space=str(space), checkpoint=str(checkpoint), secret=SECRET)
     repository, demo = hub.repository("org/encoder"), hub.repository("org/demo", "spaces")
