@@ -19,15 +19,15 @@ from hub.card_write import write_card
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the model card of a checkpoint from the facts of its run.")
-    parser.add_argument("checkpoint", type=Path, help="Folder of the checkpoint.")
-    parser.add_argument("--encoder-only", action="store_true", help="The card is of the vision encoder alone.")
-    parser.add_argument("--repo-id", help="Where it will be published (owner/name).")
-    parser.add_argument("--revision", help="Tag, branch or commit that the card loads.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--encoder-only", action="store_true", help="write the card of the vision encoder alone")
+    parser.add_argument("--repo-id", help="where it will be published, owner/name")
+    parser.add_argument("--revision", help="tag, branch or commit that the card's code loads")
     parser.add_argument(
-        "--license", help="Identifier of the licence, instead of the derived one; noted for later cards."
+        "--license", help="identifier of the license, instead of the derived one; recorded for later cards"
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a card that was not written here.")
+    parser.add_argument("--overwrite", action="store_true", help="replace a card that was not written here")
     given = parser.parse_args(arguments)
     try:
         path = write_card(

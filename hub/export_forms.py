@@ -1,6 +1,5 @@
 """The forms that a checkpoint can be exported in."""
 
-import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -37,15 +36,12 @@ from modeling_movekd.images import decode_image
 from modeling_movekd.vision_movekd import load_strictly
 
 
-logger = logging.getLogger(__name__)
-
-FORMS = ("encoder", "dense", "clip", "llava", "onnx", "merged")
 MEASURED_FORMS = ("dense", "onnx", "merged")
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def image_files(images: Sequence[str | Path]) -> list[Path]:
-    """Files, and the pictures of folders, sorted by name."""
+    """Files, and the images in folders, sorted by name."""
     files: list[Path] = []
     for path in map(Path, images):
         if path.is_dir():
@@ -53,31 +49,25 @@ def image_files(images: Sequence[str | Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"There is no image or folder {path}.")
+            raise ValueError(f"There is no image or folder {path}. Check `images`.")
     return files
 
 
 def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
-    """
-    Per image `(3, image_size, image_size)`, float32.
-
-    Raises:
-        ValueError: as [`decode_image`].
-    """
+    """Pixels of each image, `(3, image_size, image_size)`, float32."""
     return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
 
 
 @torch.no_grad()
 def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> float | None:
     """
-    Turn on `dense_routing` in place. Gives back by how much the features on the images change (relative Frobenius
-    norm), `None` without images.
+    Turn on `dense_routing` in place.
 
-    Raises:
-        ValueError: if the tower has no experts.
+    Returns:
+        The relative change of the features on the images (Frobenius norm), or `None` without images.
     """
     if tower.config.num_experts == 0:
-        raise ValueError("The tower has no experts (`num_experts` is 0), so it has no dense form.")
+        raise ValueError("The tower has no experts (`num_experts` is 0), so it has no dense form. Use `encoder`.")
     before = [features(tower, image) for image in pixels]
     tower.config.dense_routing = True
     for layer in tower.encoder.layers:
@@ -90,22 +80,16 @@ def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> floa
 
 
 def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """
-    The stock model with the weights of ours, which are shared.
-
-    Raises:
-        ValueError: if a weight of either has no counterpart, or the two give different logits or image features.
-    """
+    """transformers' own LLaVA with the weights of ours, which are shared. The two must give the same outputs."""
     config = model.config
     refuse_experts(model.model.vision_tower, "llava")
     if config.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
         raise ValueError(
             f"The stock LLaVA ties its head to `embed_tokens`, which {type(model.model.language_model).__name__} has "
-            "not. The model cannot be exported as `llava`."
+            "not. Choose another form than `llava`."
         )
-    anyres = config.image_aspect_ratio == "anyres"
     config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
-    if anyres:
+    if config.image_aspect_ratio == "anyres":
         config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
     names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict())
     names -= {"model_type", "vision_config", "text_config"}
@@ -132,7 +116,7 @@ def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditiona
     pixels = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     sizes = {}
     if model.config.image_aspect_ratio == "anyres":
-        # An image of this size is cut into the tiles of the first grid shape, beside the whole
+        # The whole image, and the tiles of the first grid
         height, width = model.config.image_grid_pinpoints[0]
         pixels = pixels.repeat(height * width // size**2 + 1, 1, 1, 1)[None]
         sizes["image_sizes"] = torch.tensor([[height, width]])
@@ -148,8 +132,8 @@ def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditiona
         if not difference <= 16 * torch.finfo(ours.dtype).eps * ours.abs().max():
             raise ValueError(
                 f"The stock {type(stock).__name__} gives other {name} than the model (they differ by up to "
-                f"{float(difference):.3g}): it does not know this language model's layout. The model cannot be "
-                "exported as `llava`."
+                f"{float(difference):.3g}), as it builds this language model otherwise. Choose another form than "
+                "`llava`."
             )
 
 
@@ -160,7 +144,7 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
 
 
 def save_processor(folder: Path, dest: Path) -> None:
-    # Without a word on remote code, transformers would ask at the terminal whether to run the model's
+    # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
     AutoProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(dest)
 
 
@@ -176,11 +160,14 @@ def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: li
     difference = make_dense(tower, read_pixels(images, load_image_processor(folder, read_config(folder))))
     tower.save_pretrained(dest)
     if dense:
-        return [*describe(tower), "The model was trained with dense routing: nothing changes."]
-    measured = "Give `--images` to measure by how much."
+        return [*describe(tower), "The model uses dense routing already: nothing changes."]
+    measured = "Give `--images` to measure the change."
     if difference is not None:
         measured = f"On {len(images)} images the features change by {difference:.2%}."
-    return [*describe(tower), f"The model routes each token to its best expert; dense, its outputs differ. {measured}"]
+    return [
+        *describe(tower),
+        f"The model was trained to route each token to one expert, so its outputs change. {measured}",
+    ]
 
 
 def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
@@ -188,14 +175,14 @@ def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object
     write_clip(tower, load_image_processor(folder, read_config(folder)), dest)
     lines = describe(tower)
     if tower.post_layernorm is None:
-        lines.append("The tower is cut: its final layer norm is a neutral one, and its pooled output means nothing.")
+        lines.append("The tower is cut: its final layer norm is neutral, and its pooled output has no meaning.")
     return lines
 
 
 def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
     refuse_experts_of(folder, "llava")
     stock = stock_llava(load_whole(folder, "llava", dtype))
-    # transformers 4 knows a CLIP tower's weights below `vision_model.` alone, and 5 reads that layout as well
+    # The keys of transformers 4, which transformers 5 reads too
     state_dict = {
         re.sub(rf"^{re.escape(TOWER_PREFIX)}", f"{TOWER_PREFIX}vision_model.", key): value
         for key, value in stock.state_dict().items()
@@ -206,7 +193,7 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
 
 
 def refuse_experts_of(folder: Path, form: str) -> None:
-    """Before the weights of a language model are read for nothing."""
+    """[`refuse_experts`] before any weights are read."""
     config = read_config(folder)
     vision_config = config.vision_config if isinstance(config, MoveKDConfig) else config
     with torch.device("meta"), init.no_init_weights():
@@ -233,7 +220,7 @@ def export_merged(
 ) -> list[str]:
     config = read_config(folder)
     if not images:
-        raise ValueError("`--form merged` needs `--images`: the approximation is fitted to, and measured on, images.")
+        raise ValueError("`--form merged` needs `--images`: the MLPs are fitted and measured on images.")
     pixels = read_pixels(images, load_image_processor(folder, config))
     merged, report = merge_experts(load_tower(folder), pixels, rank)
     if isinstance(config, MoveKDConfig):
@@ -245,21 +232,11 @@ def export_merged(
     else:
         merged.to(dtype or merged.dtype).save_pretrained(dest)
     save_json(report, dest / "merge_report.json")
-    lines = ["Relative error on images not fitted to:", f"{'':>10}{'merged':>10}{'dropped':>10}"]
+    lines = ["Relative error on images that were not used for fitting:", f"{'':>10}{'merged':>10}{'dropped':>10}"]
     lines += [f"layer {it['layer']:>4}{it['merged']:>10.4f}{it['dropped']:>10.4f}" for it in report["layers"]]
     lines.append(f"{'features':>10}{report['features']['merged']:>10.4f}{report['features']['dropped']:>10.4f}")
-    lines.append("Top-1 experts cannot be merged exactly; this is an approximation. Evaluate it before use.")
+    lines.append("Top-1 experts cannot be merged exactly. Evaluate this approximation before use.")
     return lines
-
-
-EXPORTS: dict[str, Callable[..., list[str]]] = {
-    "encoder": export_encoder,
-    "dense": export_dense,
-    "clip": export_clip,
-    "llava": export_llava,
-    "onnx": export_onnx,
-    "merged": export_merged,
-}
 
 
 def describe(tower: MoveKDVisionModel) -> list[str]:
@@ -270,71 +247,63 @@ def describe(tower: MoveKDVisionModel) -> list[str]:
     ]
 
 
+EXPORTS: dict[str, Callable[..., list[str]]] = {
+    "encoder": export_encoder,
+    "dense": export_dense,
+    "clip": export_clip,
+    "llava": export_llava,
+    "onnx": export_onnx,
+    "merged": export_merged,
+}
+FORMS = tuple(EXPORTS)
+
+
 def export(
     checkpoint: str | Path,
     dest: str | Path,
     form: str,
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | None = None,
     images: Sequence[str | Path] = (),
     rank: int | None = None,
     revision: str | None = None,
 ) -> Path:
     """
-    Write a checkpoint in another form, see the top of this file.
+    Write a checkpoint in another form. `hub/export.py` describes the forms. `dest` appears when all of it is written.
 
     Args:
-        checkpoint: Folder or Hub id of a MoVE-KD model or encoder.
-        dest: Folder that is new or empty. It appears when all of it is written.
-        form: One of `FORMS`.
-        dtype: Of the weights, `"float32"`, `"bfloat16"` or `"float16"`; by default as stored, float32 for `onnx`.
-        images: Files or folders of pictures: needed by `merged`, measured on by `dense` and `onnx`.
-        rank (`int`, *optional*): For `merged`, the most rank of the update of a layer.
-        revision (`str`, *optional*): Of the Hub id.
+        checkpoint (`str` or `Path`): Folder or Hub id of a MoVE-KD model or encoder.
+        dest (`str` or `Path`): Folder that is new or empty.
+        form (`str`): One of `FORMS`.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`, by default as stored (float32 for `onnx`).
+        images (sequence of `str` or `Path`, *optional*): Files or folders of images. `merged` needs them; `dense` and
+            `onnx` measure on them.
+        rank (`int`, *optional*): For `merged`, the rank of a layer's update at most.
+        revision (`str`, *optional*): Branch, tag or commit of the Hub id.
 
     Returns:
         `dest`.
-
-    Raises:
-        ValueError: if the checkpoint cannot take the form, weights are missing or left over, `dest` holds
-            something, or an `evaluation.json` that would go along is of other weights.
-        ImportError: if the form needs a package that is not installed, naming it.
     """
-    for line in write_export(checkpoint, Path(dest), form, dtype, images, rank, revision):
-        logger.info(line)
-    return Path(dest)
-
-
-def write_export(
-    checkpoint: str | Path,
-    dest: Path,
-    form: str,
-    dtype: str | torch.dtype | None,
-    images: Sequence[str | Path],
-    rank: int | None,
-    revision: str | None,
-) -> list[str]:
-    """As [`export`]; gives back what to tell of it, line by line."""
-    if form not in EXPORTS:
+    if form not in FORMS:
         raise ValueError(f"`form` is {form!r}; it must be one of {', '.join(FORMS)}.")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     if images and form not in MEASURED_FORMS:
         raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
     if rank is not None and form != "merged":
         raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
     folder = resolve_source(checkpoint, revision)
     config = read_config(folder)
+    torch_dtype = DTYPES[dtype] if dtype else None
     with new_folder(dest) as temporary:
-        lines = EXPORTS[form](folder, temporary, dtype=dtype, images=image_files(images), rank=rank)
+        lines = EXPORTS[form](folder, temporary, dtype=torch_dtype, images=image_files(images), rank=rank)
         whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
         if not whole_model:
             load_image_processor(folder, config).save_pretrained(temporary)
-        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # what a card says of the run, or of the source
+        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # for the card
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
-        if form == "llava" and dtype in (None, config.dtype):
+        if form == "llava" and torch_dtype in (None, config.dtype):
             copy_evaluation(folder, temporary)
-    return [*lines, f"Wrote {dest}."]
+    print(*lines, sep="\n")
+    return Path(dest)

@@ -28,7 +28,7 @@ from hub.push_commit import (
     publish,
     publish_space,
 )
-from hub.weights import MAX_SHARD_SIZE, Piece, WeightFiles, write_weights
+from hub.weights import MAX_SHARD_SIZE, WeightConversion, WeightFiles, write_weights
 from modeling_movekd.files import CARD_NAME, EVALUATION_NAME, read_json, save_json
 
 
@@ -145,8 +145,8 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
         save_json(public, stage / "config.json")  # replaces the link
     if is_split:
         files = WeightFiles(weights)
-        pieces = [Piece([(files, key)], partial(_under, key)) for key in files.tensors]
-        write_weights(pieces, stage, max_shard_size)
+        conversions = [WeightConversion([(files, key)], partial(_under, key)) for key in files.tensors]
+        write_weights(conversions, stage, max_shard_size)
         copy_evaluation(folder, stage)
     return stage, left
 

@@ -136,6 +136,20 @@ def test_encoder_of_a_converted_checkpoint_says_where_it_is_from(converted, tmp_
     assert f"| whole model | `owner/source` | `{COMMIT}` |" in card.read_text()
 
 
+@pytest.mark.parametrize("form", ["encoder", "clip", "llava"])
+def test_the_code_in_the_card_runs(folders, tmp_path, monkeypatch, form):
+    dest = export(folders["plain"], tmp_path / form, form)
+    text = write_card(dest, repo_id="somebody/student").read_text()
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(text.split("```python")[1].split("```")[0].replace("somebody/student", str(dest)), names)
+    if form == "llava":
+        assert names["outputs"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    else:
+        assert names["features"].shape == (1, 1 + (SIZE // 4) ** 2, 32)
+
+
 def test_encoder_of_a_whole_tower_keeps_its_feature_layer(folders, tmp_path):
     dest = export(folders["plain whole"], tmp_path / "encoder", "encoder")
     config = json.loads((dest / "config.json").read_text())
