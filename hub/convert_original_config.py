@@ -85,33 +85,23 @@ def dropped_fields(config: dict[str, Any]) -> list[str]:
     return dropped
 
 
-def config_from_original(
-    config: dict[str, Any], clip_config: CLIPVisionConfig, image_aspect_ratio: str | None = None
-) -> dict[str, Any]:
+def config_from_original(config: dict[str, Any], clip_config: CLIPVisionConfig) -> dict[str, Any]:
     """The fields of [`MoveKDConfig`] for a whole tower, without the sub-configurations and the image token."""
     if config.get("mm_hidden_size", clip_config.hidden_size) != clip_config.hidden_size:
         raise ValueError(
             f"`mm_hidden_size` is {config['mm_hidden_size']}, but the vision model's width is "
             f"{clip_config.hidden_size}. Give the right one as `--vision-model`."
         )
-    aspect = image_aspect_ratio or config.get("image_aspect_ratio") or "square"
     feature = config.get("mm_vision_select_feature", "patch")
-    for name, value, allowed in (
-        ("image_aspect_ratio", aspect, ("pad", "square", "anyres")),
-        ("mm_vision_select_feature", feature, tuple(SELECT_STRATEGIES)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{name}` is {value!r}; only {allowed} can be converted.")
-    settings: dict[str, Any] = {
-        # For `square`, the image processor crops instead of padding; the model is the same
-        "image_aspect_ratio": "anyres" if aspect == "anyres" else "pad",
+    if feature not in SELECT_STRATEGIES:
+        raise ValueError(f"`mm_vision_select_feature` is {feature!r}; only {[*SELECT_STRATEGIES]} can be converted.")
+    return {
+        "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
+        "image_grid_pinpoints": config.get("image_grid_pinpoints"),
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": SELECT_STRATEGIES[feature],
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
-    if aspect == "anyres" and config.get("image_grid_pinpoints"):
-        settings["image_grid_pinpoints"] = config["image_grid_pinpoints"]
-    return settings
 
 
 def config_to_original(

@@ -31,6 +31,7 @@ from modeling_movekd.files import read_json
 
 
 STAGE_1_FILES = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")
+ASPECT_RATIOS = ("pad", "square", "anyres")
 EXPERT_PARTS = ("_experts.", ".router.")
 PROJECTOR_PARTS = (PROJECTOR, "model.image_newline")
 IDENTITY_FIELDS = ("architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "auto_map")
@@ -46,6 +47,7 @@ class Source:
 
     Args:
         settings: Fields of [`MoveKDConfig`] for a whole tower, without the sub-configurations and the image token.
+            `image_aspect_ratio` can also be `"square"`, for center-cropped images.
         text_config: Configuration of the language model.
         clip_config: Configuration of the CLIP vision model, with all its layers.
         weights: Its weight files.
@@ -56,7 +58,6 @@ class Source:
         experts: Fields of [`MoveKDVisionConfig`].
         language_model: Hub id or folder of the language model, if that is another checkpoint.
         may_be_new: Parts of keys. A missing weight with one of them in its key is initialized.
-        pads: Whether images are padded to a square, or cropped to one.
         dropped: Fields of its configuration that are not used.
     """
 
@@ -71,8 +72,11 @@ class Source:
     experts: dict[str, Any] = field(default_factory=dict)
     language_model: str | None = None
     may_be_new: tuple[str, ...] = ()
-    pads: bool = True
     dropped: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pads(self) -> bool:
+        return self.settings["image_aspect_ratio"] != "square"
 
 
 def read_source(
@@ -88,11 +92,15 @@ def read_source(
     if model_type in ("movekd", "movekd_vision"):
         raise ValueError(f"{folder} is a MoVE-KD checkpoint already. `--to original` converts it back.")
     if "vision_config" in config and model_type in ("llava", "llava_next"):
-        source = _from_transformers(folder, vision_model, image_aspect_ratio)
+        source = _from_transformers(folder, vision_model)
     elif model_type in LANGUAGE_TYPES:
-        source = _from_original(folder, config, vision_model, language_model, image_aspect_ratio)
+        source = _from_original(folder, config, vision_model, language_model)
     else:
-        source = _from_parts(folder, vision_model, image_aspect_ratio)
+        source = _from_parts(folder, vision_model)
+    aspect = image_aspect_ratio or source.settings["image_aspect_ratio"]
+    if aspect not in ASPECT_RATIOS:
+        raise ValueError(f"`image_aspect_ratio` is {aspect!r}; only {ASPECT_RATIOS} can be converted.")
+    source.settings["image_aspect_ratio"] = aspect
     if not source.experts.get("num_experts"):
         source.experts |= dict(experts or {})
         source.may_be_new += EXPERT_PARTS
@@ -102,11 +110,7 @@ def read_source(
 
 
 def _from_original(
-    folder: Path,
-    config: dict[str, Any],
-    vision_model: str | None,
-    language_model: str | None,
-    image_aspect_ratio: str | None,
+    folder: Path, config: dict[str, Any], vision_model: str | None, language_model: str | None
 ) -> Source:
     """LLaVA's own layout, the MoVE-KD authors' checkpoints included: a whole checkpoint, or the files of stage 1."""
     dropped = {name: config[name] for name in dropped_fields(config)}
@@ -128,7 +132,7 @@ def _from_original(
     clip_config = CLIPVisionConfig.from_pretrained(vision)
     own_files = {str(path) for path in safe_files(folder)}
     return Source(
-        settings=config_from_original(config, clip_config, image_aspect_ratio),
+        settings=config_from_original(config, clip_config),
         text_config=text_config,
         clip_config=clip_config,
         # LLaVA's have no field `moe` and get new experts. A MoVE-KD checkpoint without experts stays without.
@@ -139,7 +143,6 @@ def _from_original(
         generation=folder if "generation_config.json" in own_files else language,
         image_processor=vision,
         language_model=None if language == folder else str(language_model or config["_name_or_path"]),
-        pads=(image_aspect_ratio or config.get("image_aspect_ratio")) in ("pad", "anyres"),
         dropped=dropped,
     )
 
@@ -160,7 +163,7 @@ def _stage_1_weights(
     ]
 
 
-def _from_transformers(folder: Path, vision_model: str | None, image_aspect_ratio: str | None) -> Source:
+def _from_transformers(folder: Path, vision_model: str | None) -> Source:
     """The layouts of `llava-hf`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = config.vision_config
@@ -168,18 +171,14 @@ def _from_transformers(folder: Path, vision_model: str | None, image_aspect_rati
         raise ValueError(f"The vision tower of {folder} is a {vision.model_type}; only CLIP's can be converted.")
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ValueError(f"The projector of {folder} is not two linear layers with biases and a GELU between them.")
-    is_anyres = config.model_type == "llava_next"
-    aspect = image_aspect_ratio or ("anyres" if is_anyres else "pad")
-    settings = {
-        "image_aspect_ratio": "anyres" if aspect == "anyres" else "pad",
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
-    }
-    if is_anyres and aspect == "anyres":
-        settings["image_grid_pinpoints"] = config.image_grid_pinpoints
     return Source(
-        settings=settings,
+        settings={
+            "image_aspect_ratio": "anyres" if config.model_type == "llava_next" else "pad",
+            "image_grid_pinpoints": getattr(config, "image_grid_pinpoints", None),
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "tie_word_embeddings": bool(config.tie_word_embeddings),
+        },
         text_config=config.text_config,
         clip_config=vision,
         weights=[WeightSource(_weights(folder), rename_transformers)],
@@ -187,11 +186,10 @@ def _from_transformers(folder: Path, vision_model: str | None, image_aspect_rati
         tokenizer=folder,
         generation=folder,
         image_processor=folder,
-        pads=aspect != "square",
     )
 
 
-def _from_parts(folder: Path, vision_model: str | None, image_aspect_ratio: str | None) -> Source:
+def _from_parts(folder: Path, vision_model: str | None) -> Source:
     """A causal language model and a CLIP vision model, joined by a new projector."""
     try:
         text_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -203,10 +201,9 @@ def _from_parts(folder: Path, vision_model: str | None, image_aspect_ratio: str 
             "model, give that as `--vision-model`."
         )
     vision = resolve_source(vision_model)
-    aspect = image_aspect_ratio or "pad"
     return Source(
         settings={
-            "image_aspect_ratio": "anyres" if aspect == "anyres" else "pad",
+            "image_aspect_ratio": "pad",
             "vision_feature_layer": -2,
             "tie_word_embeddings": bool(text_config.tie_word_embeddings),
         },
@@ -221,7 +218,6 @@ def _from_parts(folder: Path, vision_model: str | None, image_aspect_ratio: str 
         generation=folder,
         image_processor=vision,
         may_be_new=PROJECTOR_PARTS,
-        pads=aspect != "square",
     )
 
 
@@ -272,10 +268,12 @@ def build_config(source: Source, keep_all_layers: bool, image_token_id: int, pad
     original_vocab_size = source.text_config.vocab_size
     rows = max(original_vocab_size, image_token_id + 1)
     rows += -rows % pad_vocabulary_to
-    if settings["image_aspect_ratio"] == "pad" or "image_grid_pinpoints" not in settings:
+    if settings["image_aspect_ratio"] != "anyres" or not settings.get("image_grid_pinpoints"):
         # LLaVA-NeXT's grids, in pixels of this tower
         grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
         settings["image_grid_pinpoints"] = [[side * clip.image_size for side in grid] for grid in grids]
+    if not source.pads:
+        settings["image_aspect_ratio"] = "pad"  # the same model: only its image processor differs
     return MoveKDConfig(
         vision_config=vision,
         text_config=source.text_config.to_dict() | {"vocab_size": rows},

@@ -11,7 +11,7 @@ from hub.convert_layouts import DISTILLER, empty_model, expected_weights, vocabu
 from hub.convert_original_config import config_to_original
 from hub.convert_original_keys import is_packed, key_to_original, unpack_experts
 from hub.files import new_folder, resolve_source, weight_files
-from hub.weights import MAX_SHARD_SIZE, WeightConversion, WeightFiles, write_weights
+from hub.weights import MAX_SHARD_SIZE, WeightConversion, WeightFiles, renamed, write_weights
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import CONVERSION_NAME, DISTILLER_NAME, TRAINING_FACTS_NAME, read_json, save_json
 
@@ -42,7 +42,7 @@ def convert_to_original(
         pads=getattr(load_image_processor(folder, config), "do_pad", False),
     )
     conversions = _conversions(folder, config, vocab_size)
-    conversions += [WeightConversion([(distiller, key)], _rename(original)) for key, original in adapters.items()]
+    conversions += [renamed(distiller, key, original) for key, original in adapters.items()]
     tokenizer = _tokenizer_files(folder, language_model)
     with new_folder(dest) as temporary:
         write_weights(conversions, temporary, max_shard_size)
@@ -85,10 +85,6 @@ def _converter(
             for expert, part in enumerate(unpack_experts(key, parts[0], num_experts))
         }
     return lambda parts: {key_to_original(key): parts[0][:rows]}
-
-
-def _rename(original: str) -> Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]:
-    return lambda parts: {original: parts[0]}
 
 
 def _generation_config(folder: Path, config: MoveKDConfig, vocab_size: int) -> dict:

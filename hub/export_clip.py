@@ -9,9 +9,9 @@ DEST/open_clip/           open_clip: model = open_clip.create_model("local-dir:D
 ```
 
 A tower that is cut to the layers in use stays cut: `num_hidden_layers` is smaller, and the features are the last
-hidden state (`feature_layer` -1). It has no final layer norm. transformers and open_clip need one and get a neutral one
-(weight 1, bias 0); timm gets none. The pooled output of a cut tower was never trained. No tower has CLIP's projection
-to the space of the texts: in open_clip it is the identity, and the text model is a small untrained placeholder.
+hidden state (`feature_layer` -1). It has no final layer norm: transformers and open_clip get a neutral one (weight 1,
+bias 0), timm gets none. The pooled output of a cut tower was never trained. No tower has CLIP's projection to the
+space of the texts: in open_clip it is the identity, and the text model is a small untrained placeholder.
 """
 
 from pathlib import Path

@@ -1,15 +1,15 @@
 """
 Publish a checkpoint on the Hub, or its encoder alone, or the demo Space with it.
 
-    python hub/push.py outputs/finetune me/my-student --dry-run     # checks all and lists what would be sent
+    python hub/push.py outputs/finetune me/my-student --dry-run     # checks everything and lists the files
     python hub/push.py outputs/finetune me/my-student --tag
     python hub/push.py outputs/finetune me/my-encoder --encoder-only --private
     python hub/push.py outputs/finetune me/my-student --space --space-hardware zero-a10g --space-secrets HF_TOKEN
 
-Log in first (`hf auth login`, or `HF_TOKEN` in the environment); no token is taken from the command line. What leaves
-the machine is an allow-list (`hub/push_allowlist.py`): weights, configuration, processor, this package's code, card,
-and beside them `distiller.safetensors`, with which others can continue the run, and the facts of training and
-evaluation, from which the card is written. Optimiser states, data, logs and anything else stay.
+Log in first (`hf auth login`, or `HF_TOKEN` in the environment). Only files on an allow-list are sent
+(`hub/push_allowlist.py`): weights, configuration, processor, this package's code, the card, the metadata that the card
+is written from, and `distiller.safetensors`, with which others can continue the run. Optimizer states, data and logs
+are not sent.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hub.push_commit import SPACE_FOLDER, SpaceSettings
 
 def _from_environment(names: list[str]) -> dict[str, str]:
     if unset := [name for name in names if not os.environ.get(name)]:
-        raise ValueError(f"Secrets are read from the environment, where {unset} are not set.")
+        raise ValueError(f"Secrets are read from the environment, where {unset} are not set. Set them.")
     return {name: os.environ[name] for name in names}
 
 
@@ -43,21 +43,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder of the checkpoint")
     parser.add_argument("repo_id", metavar="repo", help="repository on the Hub: owner/name, or a name of your own")
     parser.add_argument("--encoder-only", action="store_true", help="publish the vision encoder alone")
-    private_help = "make what is new private; a Space is so anyway if its model is, unless it is --no-private"
+    private_help = "create private repositories; the Space of a private model is private unless --no-private is given"
     parser.add_argument("--private", action=argparse.BooleanOptionalAction, help=private_help)
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--revision", help="branch, made if it does not exist; main by default")
-    tag_help = "tag the commit, with v and this package's version if no name follows"
+    parser.add_argument("--revision", help="branch, created if it does not exist; main by default")
+    tag_help = "tag the commit, with v and this package's version if no name is given"
     parser.add_argument("--tag", nargs="?", const=True, help=tag_help)
-    parser.add_argument("--dry-run", action="store_true", help="check everything and list the files; send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, list the files, send nothing")
     parser.add_argument("--commit-message", help="title of the commit")
-    parser.add_argument("--space", action="store_true", help="publish the demo Space too, bound to the pushed commit")
-    parser.add_argument("--space-folder", type=Path, help="the Space's files; spaces/ of this repository by default")
-    parser.add_argument("--space-repo", help="the Space's name; that of the repository by default")
-    parser.add_argument("--space-hardware", help="hardware to ask for, as zero-a10g or t4-small")
+    parser.add_argument("--space", action="store_true", help="publish the demo Space too, with the pushed commit")
+    parser.add_argument("--space-folder", type=Path, help="folder of the Space; spaces/ of this repository by default")
+    parser.add_argument("--space-repo", help="name of the Space; that of the repository by default")
+    parser.add_argument("--space-hardware", help="hardware of the Space, such as zero-a10g or t4-small")
     secrets_help = "environment variables whose values become the Space's secrets"
     parser.add_argument("--space-secrets", nargs="+", default=[], metavar="NAME", help=secrets_help)
-    parser.add_argument("--space-variables", nargs="+", default=[], metavar="NAME=VALUE", help="its variables")
+    parser.add_argument("--space-variables", nargs="+", default=[], metavar="NAME=VALUE", help="of the Space")
     given = vars(parser.parse_args(arguments))
     folder, repo, hardware = given.pop("space_folder"), given.pop("space_repo"), given.pop("space_hardware")
     secrets, variables = given.pop("space_secrets"), given.pop("space_variables")
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
                 folder or SPACE_FOLDER, repo, hardware, _from_environment(secrets), _variables(variables)
             )
         elif any((folder, repo, hardware, secrets, variables)):
-            raise ValueError("The flags of the Space do nothing without `--space`.")
+            raise ValueError("The options of the Space do nothing without `--space`. Add it.")
         push(**given)
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

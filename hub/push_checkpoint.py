@@ -1,16 +1,14 @@
-"""Check a checkpoint, load it in a process of its own, and publish it."""
+"""Publishes a checkpoint after checking and loading it."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -20,15 +18,8 @@ from hub.card_write import check_card, is_generated, write_card
 from hub.export_forms import export
 from hub.files import weight_files
 from hub.push_allowlist import PICKLES, checkpoint_files, space_files
-from hub.push_commit import (
-    SpaceSettings,
-    create_repository,
-    explained,
-    folder_files,
-    publish,
-    publish_space,
-)
-from hub.weights import MAX_SHARD_SIZE, WeightConversion, WeightFiles, write_weights
+from hub.push_commit import SpaceSettings, create_repository, explained, folder_files, publish, publish_space
+from hub.weights import MAX_SHARD_SIZE, WeightFiles, renamed, write_weights
 from modeling_movekd.files import CARD_NAME, EVALUATION_NAME, read_json, save_json
 
 
@@ -53,40 +44,40 @@ def push(
     """
     Check a checkpoint, load it in a process of its own, and publish it as one commit.
 
-    Files of an earlier checkpoint that the new one does not have are removed in the same commit, so that no stale
-    shard is loaded; other files of the repository stay.
+    Files that an earlier checkpoint had and the new one does not have are removed in the same commit, so that no stale
+    shard is loaded. Other files of the repository stay.
 
     Args:
-        checkpoint: The folder.
-        repo_id: Repository of the Hub, made if it does not exist.
-        encoder_only: Publish the vision encoder alone.
-        space: Publish the demo Space too, bound to the pushed commit.
-        private: Make what is new private (`True`) or public (`False`); by default the Hub decides for a model, and a
-            Space is private if its model is. One that is public and would have to be private is refused.
-        create_pr: Open a pull request instead of writing to the branch.
-        revision: The branch, made from `main` if it does not exist.
-        tag: Tag the commit: `True` for v and this package's version, or a name.
-        dry_run: Check and list; nothing is sent.
-        token: Of a user who may write there; by default the one that is logged in.
-        commit_message: Title of the commit.
-        max_shard_size: Bytes; larger weight files are split anew.
+        checkpoint (`str` or `Path`): The folder.
+        repo_id (`str`): Repository of the Hub. It is created if it does not exist.
+        encoder_only (`bool`, *optional*, defaults to `False`): Publish the vision encoder alone.
+        space (`bool` or `SpaceSettings`, *optional*, defaults to `False`): Publish the demo Space too.
+        private (`bool`, *optional*): Create private (`True`) or public (`False`) repositories. By default the Hub
+            decides for a model, and a Space is private if its model is. An existing public repository is refused.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of writing to the branch.
+        revision (`str`, *optional*, defaults to `"main"`): The branch. It is created from `main` if it does not exist.
+        tag (`bool` or `str`, *optional*): Tag of the commit; `True` for v and this package's version.
+        dry_run (`bool`, *optional*, defaults to `False`): Check and list the files, and send nothing.
+        token (`str`, *optional*): Token of a user who may write there, by default of the one who is logged in.
+        commit_message (`str`, *optional*): Title of the commit.
+        max_shard_size (`int`, *optional*, defaults to 5 GB): Larger weight files are split into shards of these bytes.
 
     Returns:
-        The URL of the commit, or of the pull request; `None` for a dry run.
+        The URL of the commit or of the pull request; `None` for a dry run.
 
     Raises:
-        ValueError: if anything may not be published or is refused by the Hub, with the reason and the way out. Where
-            an upload breaks off, what has arrived is kept, and is not sent again.
+        ValueError: if something may not be published, or the Hub refuses it. After a broken upload, push again: files
+            that have arrived are not sent again.
     """
     settings = SpaceSettings() if space is True else space or None
     _check_arguments(repo_id, create_pr, revision, tag, settings)
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give a checkpoint that training or `save_pretrained` wrote.")
+        raise ValueError(f"{folder} is no folder. Give a checkpoint that training or `save_pretrained` wrote.")
     token = token or get_token()
     tag_name = f"v{modeling_movekd.__version__}" if tag is True else tag or None
     with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as temporary:
-        checkpoint_files(folder, token)  # before anything of it is read, let alone run
+        checkpoint_files(folder, token)  # before any of its files is read
         if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
             folder = export(folder, Path(temporary) / "encoder", "encoder")
         stage, left = _stage(folder, Path(temporary) / "checkpoint", token, max_shard_size)
@@ -99,7 +90,7 @@ def push(
             staged_space, left = _stage_space(settings, Path(temporary) / "space", token)
             _show(staged_space, left, f"spaces/{settings.repo_id or repo_id}")
         if dry_run:
-            print("A dry run: nothing was sent.")
+            print("Dry run: nothing was sent.")
             return None
         if token is None:
             raise ValueError("Nobody is logged in. Run `hf auth login`, or set HF_TOKEN.")
@@ -122,16 +113,16 @@ def _check_arguments(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository, owner/name: {error}") from error
+        raise ValueError(f"{repo_id!r} is no name of a repository (owner/name): {error}") from error
     if create_pr and (tag or revision not in (None, "main") or space is not None):
         raise ValueError(
-            f"A pull request goes to main and is not yet part of it, so there can be no tag ({tag}), other branch "
-            f"({revision}) or Space beside it. Push without a pull request, or without those."
+            f"A pull request goes to main and is not merged yet, so there can be no tag ({tag}), other branch "
+            f"({revision}) or Space. Leave them out, or push without a pull request."
         )
 
 
 def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) -> tuple[Path, list[str]]:
-    """A folder of links to exactly what is published (weights split anew where too large), and what is not."""
+    """Link the files to publish into a folder, and split large weights. Returns the names of the other files too."""
     chosen, left = checkpoint_files(folder, token)
     stage.mkdir()
     weights = weight_files(folder)
@@ -145,14 +136,13 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
         save_json(public, stage / "config.json")  # replaces the link
     if is_split:
         files = WeightFiles(weights)
-        conversions = [WeightConversion([(files, key)], partial(_under, key)) for key in files.tensors]
-        write_weights(conversions, stage, max_shard_size)
+        write_weights([renamed(files, key, key) for key in files.tensors], stage, max_shard_size)
         copy_evaluation(folder, stage)
     return stage, left
 
 
 def _without_paths(content: Any) -> Any:
-    """Of where a part was loaded from the name alone, as it may have been a folder of this machine."""
+    """The content with each `_name_or_path` cut to a name, as it may be a folder of this machine."""
     if not isinstance(content, dict):
         return content
     return {
@@ -161,12 +151,8 @@ def _without_paths(content: Any) -> Any:
     }
 
 
-def _under(key: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensors[0]}
-
-
 def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, revision: str | None) -> None:
-    """The card of the folder if its owner wrote one, else one from its facts that loads this tag or branch."""
+    """Write a card that loads this tag or branch, unless the owner wrote one."""
     card = stage / CARD_NAME
     if not card.exists() or is_generated(card):
         card.unlink(missing_ok=True)
@@ -176,7 +162,7 @@ def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, rev
 
 def _stage_space(settings: SpaceSettings, stage: Path, token: str | None) -> tuple[Path, list[str]]:
     if not settings.folder.is_dir():
-        raise ValueError(f"{settings.folder} is no folder; give that of a Space.")
+        raise ValueError(f"{settings.folder} is no folder. Give the folder of a Space.")
     chosen, left = space_files(settings.folder, token)
     for name in chosen:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,32 +181,19 @@ def _show(stage: Path, left: list[str], repo_id: str) -> None:
         print(f"Stays here: {', '.join(marked)}")
 
 
-def validate(folder: Path, meta: bool | None = None) -> dict[str, Any]:
-    """
-    Load the checkpoint in a fresh process, without this repository, the network, or any token.
-
-    Args:
-        folder: The checkpoint.
-        meta: Whether to compare names and shapes alone; by default where the weights would not fit in memory.
-
-    Returns:
-        What was loaded: `model` (class), `parameters` (count), `device`.
-
-    Raises:
-        ValueError: if the configuration, the processor or the weights do not load, with the reason.
-    """
-    if meta is None:
-        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-        meta = size > psutil.virtual_memory().available / 2
+def validate(folder: Path) -> dict[str, Any]:
+    """Run `hub/push_validate.py` in a process without this repository, network or token. Returns its answer."""
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    fits = size <= psutil.virtual_memory().available / 2
     kept = {
         name: value
         for name, value in os.environ.items()
-        # Neither tokens, nor what a launcher says to its processes
+        # Neither tokens nor the variables of a launcher
         if "TOKEN" not in name and not name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
     }
     with tempfile.TemporaryDirectory() as cache:
         own = {"HF_HOME": cache, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-P", str(VALIDATE), str(folder.resolve()), *(["--meta"] if meta else [])]
+        command = [sys.executable, "-P", str(VALIDATE), str(folder.resolve()), *([] if fits else ["--meta"])]
         result = subprocess.run(
             command, env=kept | own, cwd=cache, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )

@@ -1,5 +1,5 @@
 """
-Loads a checkpoint as a stranger would: in a process of its own, with the code of its folder alone, offline.
+Load a checkpoint as others will: in a process of its own, offline, with only the code in its folder.
 
     python -P hub/push_validate.py CHECKPOINT
 
@@ -18,12 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(folder: str, meta: bool) -> dict[str, Any]:
-    """
-    Configuration, processor and weights of a checkpoint, read and held against each other.
-
-    Raises:
-        ValueError: for what does not fit.
-    """
+    """Load configuration, processor and weights of a checkpoint, and check that they fit each other."""
     import torch
     from PIL import Image
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -66,7 +61,7 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # An installed clone is on the path of every process
+    # An editable install of this repository is on the path of every process
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     for name in ("modeling_movekd", "hub", "train"):
         sys.modules[name] = None  # type: ignore[assignment]

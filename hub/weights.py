@@ -115,6 +115,11 @@ class WeightConversion:
         return self.convert([files.read(key) for files, key in self.inputs])
 
 
+def renamed(files: WeightFiles, key: str, new_key: str) -> WeightConversion:
+    """Copy one tensor to another key."""
+    return WeightConversion([(files, key)], lambda tensors: {new_key: tensors[0]})
+
+
 def write_weights(conversions: Sequence[WeightConversion], folder: Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """
     Run conversions in their order, and write `model.safetensors` or shards with an index.
