@@ -24,7 +24,8 @@ from huggingface_hub import snapshot_download
 
 from benchmarks.speed.measure import write
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
-from hub.card_facts import EVALUATION_NAME, EvaluationResult, hub_id, read_evaluation, weights_fingerprint
+from hub.card_facts import EvaluationResult, hub_id, read_evaluation, weights_fingerprint
+from modeling_movekd.files import EVALUATION_NAME
 
 
 # Of a checkpoint on the Hub

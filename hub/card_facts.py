@@ -1,7 +1,6 @@
-"""The two files a card is written from: what training noted of a run, and what an evaluation measured."""
+"""The metadata that a card is written from: what training recorded of a run, and what an evaluation measured."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -11,20 +10,14 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hub.files import save_json
+from modeling_movekd.files import CONVERSION_NAME, EVALUATION_NAME, TRAINING_FACTS_NAME, read_json, save_json
 
 
-TRAINING_FACTS_NAME = "training_facts.json"
-EVALUATION_NAME = "evaluation.json"
-CONVERSION_NAME = "conversion.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def public_name(source: str | os.PathLike) -> str:
-    """
-    What a model, data set or file may be called in public: a Hub id or a library's name as it is, and of a path on
-    this machine, or an address, the last part alone.
-    """
+    """The name of a model, data set or file without paths: a Hub id stays, a path or URL becomes its last part."""
     name = re.sub(r"^(hf-hub|local-dir):", "", str(source).strip())
     if "://" in name:
         name = re.split(r"[?#]", name)[0]
@@ -36,7 +29,7 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 def hub_id(name: Any) -> str | None:
-    """The name if it is `owner/name` of the Hub, else `None`: a folder's name, or one of timm's, has no owner."""
+    """The name if it is an `owner/name` of the Hub, else `None`."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or os.path.exists(name):
         return None
     try:
@@ -47,7 +40,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def without_paths(content: Any) -> Any:
-    """The same content with every absolute path in it cut to its last part."""
+    """The same content with every absolute path and URL cut to its last part."""
     if isinstance(content, dict):
         return {str(without_paths(key)): without_paths(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -57,91 +50,65 @@ def without_paths(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """
-    What the file holds; `None` if there is none.
-
-    Raises:
-        ValueError: if it is no JSON object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Restore it, or remove it to go without.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
-    return content
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or `None` if there is no such file."""
+    return read_json(path) if path.is_file() else None
 
 
 def read_training_facts(folder: Path) -> dict[str, Any] | None:
     """
-    `training_facts.json` of a checkpoint, without paths; `None` if there is none. Of one that was converted and not
-    trained since, what `conversion.json` says of its source.
+    The content of `training_facts.json` without paths, or `None` if there is no such file.
 
-    Files from before `base_models` get it from the two fields of that time.
-
-    Raises:
-        ValueError: if it is no JSON object, or an entry that is a list of objects is none.
+    For a converted checkpoint that was not trained since, the content is made from `conversion.json`.
     """
-    facts = read_json(folder / TRAINING_FACTS_NAME)
+    facts = read_optional_json(folder / TRAINING_FACTS_NAME)
     if facts is None:
-        conversion = read_json(folder / CONVERSION_NAME)
+        conversion = read_optional_json(folder / CONVERSION_NAME)
         if conversion is None:
             return None
         models = {"checkpoint": conversion.get("source"), "vision_model": conversion.get("vision_model")}
-        facts = {"conversion": conversion}
-        facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
+        facts = {"conversion": conversion, "license": conversion.get("license"), "base_models": _base_models(models)}
         if conversion.get("source"):
             facts["base_models"][0]["revision"] = conversion.get("revision")
-        facts["license"] = conversion.get("license")
-    elif "base_models" not in facts:
-        models = {role: facts.get(role) for role in ("vision_model", "language_model")}
-        facts["base_models"] = [{"role": role, "model": name} for role, name in models.items() if name]
+    elif "base_models" not in facts:  # a file of an early version
+        facts["base_models"] = _base_models({role: facts.get(role) for role in ("vision_model", "language_model")})
     facts = without_paths(facts)
-    earlier = facts.get("earlier_stages") or []
     for name in ("base_models", "teachers", "data", "earlier_stages"):
         entries = facts.get(name) or []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"`{name}` in {folder / TRAINING_FACTS_NAME} is {entries!r}, expected a list of objects.")
         for entry in entries:
             entry |= {key: public_name(entry[key]) for key in ("model", "name") if isinstance(entry.get(key), str)}
-    return facts | {"earlier_stages": earlier}
+    return facts | {"earlier_stages": facts.get("earlier_stages") or []}
+
+
+def _base_models(models: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "model": name} for role, name in models.items() if name]
 
 
 def note_license(folder: Path, license: str) -> None:
-    """State a checkpoint's licence in the file that its facts are read from, from which every later card has it."""
+    """Record a checkpoint's license in the file that its metadata is read from."""
     names = (TRAINING_FACTS_NAME, CONVERSION_NAME)
     path = next((folder / name for name in names if (folder / name).is_file()), folder / TRAINING_FACTS_NAME)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        save_json((read_json(path) or {}) | {"license": license}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_json((read_optional_json(path) or {}) | {"license": license}, path)
 
 
 @dataclass
 class EvaluationResult:
     """
-    One number of `evaluation.json`, which is `{"results": [...], "weights": ...}`; the latter, optional, is the
-    [`weights_fingerprint`] of the checkpoint that was evaluated.
+    One result in `evaluation.json`.
 
     Args:
-        task: Task of the Hub, as `"image-text-to-text"`.
-        dataset: Data set evaluated on, best as its Hub id.
-        split: Its split.
-        metric: What was measured, as `"exact_match"`.
-        value: The number, finite.
-        prompt: The prompt or template, in words: numbers with and without OCR tokens in it are different things.
-        revision: Commit of the data set.
-        subset: Its configuration.
-        dataset_name: What the data set is called in a table.
-        rows: Rows evaluated on.
-
-    Raises:
-        ValueError: for a field of another type, empty, of several lines, or a value that is not finite.
+        task (`str`): Task of the Hub, such as `"image-text-to-text"`.
+        dataset (`str`): Data set, best as its Hub id.
+        split (`str`): Split of the data set.
+        metric (`str`): Metric, such as `"exact_match"`.
+        value (`float`): The finite number that was measured.
+        prompt (`str`): The prompt in words. Numbers with and without OCR tokens in the prompt cannot be compared.
+        revision (`str`, *optional*): Commit of the data set.
+        subset (`str`, *optional*): Configuration of the data set.
+        dataset_name (`str`, *optional*): Name of the data set in a table.
+        rows (`int`, *optional*): Number of rows.
     """
 
     task: str
@@ -157,32 +124,24 @@ class EvaluationResult:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if field.name in ("value", "rows"):
-                kinds = (int, float) if field.name == "value" else (int,)
+            if name in ("value", "rows"):
+                kinds = (int, float) if name == "value" else (int,)
                 if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-                    raise ValueError(f"`{field.name}` is {value!r}, expected a finite number.")
+                    raise ValueError(f"`{name}` is {value!r}, expected a finite number.")
             elif not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 500:
-                raise ValueError(f"`{field.name}` is {value!r}, expected one line of text, at most 500 characters.")
-        names = ("task", "dataset", "split", "metric", "revision", "subset")
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not re.fullmatch(r"[\w.,:+@ -]+(/[\w.-]+)?", value, re.ASCII):
-                raise ValueError(f"`{name}` is {value!r}, expected an identifier: letters, digits and `._-`.")
+                raise ValueError(f"`{name}` is {value!r}, expected one line of text, at most 500 characters.")
+            elif name not in ("prompt", "dataset_name"):
+                if not re.fullmatch(r"[\w.,:+@ -]+(/[\w.-]+)?", value, re.ASCII):
+                    raise ValueError(f"`{name}` is {value!r}, expected an identifier: letters, digits and `._-`.")
 
 
 def read_evaluation(folder: Path) -> list[EvaluationResult]:
-    """
-    The results in `evaluation.json` of a checkpoint; none if there is no such file.
-
-    Raises:
-        ValueError: for a missing, unknown or unfit field, naming it and the result; or if the file is of other weights
-            than those in the folder.
-    """
+    """The results in `evaluation.json`, which must have been measured with the weights in the folder."""
     path = folder / EVALUATION_NAME
-    content = read_json(path)
+    content = read_optional_json(path)
     if content is None:
         return []
     if not isinstance(content.get("results"), list) or not content.keys() <= {"results", "weights"}:
@@ -206,26 +165,18 @@ def read_evaluation(folder: Path) -> list[EvaluationResult]:
 
 
 def copy_evaluation(folder: Path, dest: Path) -> None:
-    """
-    Take `evaluation.json`, if there is one, along to the same weights in other files, under their fingerprint.
-
-    Raises:
-        ValueError: as [`read_evaluation`] of `folder`.
-    """
-    content = read_json(folder / EVALUATION_NAME)
+    """Copy `evaluation.json`, if there is one, to a folder that holds the same weights in other files."""
+    content = read_optional_json(folder / EVALUATION_NAME)
     if content is None:
         return
-    read_evaluation(folder)  # else results of other weights would get the fingerprint of these
+    read_evaluation(folder)  # refuses results of other weights, which would get the new fingerprint
     if "weights" in content:
         content["weights"] = weights_fingerprint(dest)
     save_json(content, dest / EVALUATION_NAME)
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """
-    Tells one checkpoint's weights from another's without reading all of them: a SHA-256 of the names, sizes, and
-    evenly spaced samples of its safetensors files, as 16 hex digits.
-    """
+    """16 hex digits of a SHA-256 over the names, the sizes and evenly spaced samples of the safetensors files."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The licence of a trained model, as the licences of the models it was made from decide it."""
+"""The license of a trained model, which follows from the licenses of its base models."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 
-# Licences of well-known base models whose cards say it in the metadata or the text. First match counts.
+# Licenses of well-known base models, as their cards say. The first match counts.
 KNOWN_LICENSES = {
     "lmsys/vicuna-*-v1.5*": "llama2",
     "liuhaotian/llava-v1.5-*": "llama2",
@@ -21,9 +21,9 @@ KNOWN_LICENSES = {
     "Qwen/Qwen3-*": "apache-2.0",
     "openai/clip-vit-*": "mit",
 }
-# From the least to the most demanding: of several, the last one is kept
+# From the least to the most demanding
 PERMISSIVE = ("mit", "bsd-2-clause", "bsd-3-clause", "apache-2.0")
-# Those the Hub knows by these names; any other is written as `other` with its name beside it
+# Identifiers that the Hub knows. Any other license becomes `other` with a `license_name`.
 HUB_LICENSES = {
     *PERMISSIVE,
     *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "openrail", "bigscience-openrail-m"),
@@ -33,19 +33,14 @@ HUB_LICENSES = {
 
 
 def check_license(name: str) -> str:
-    """
-    The licence's identifier, in lower case.
-
-    Raises:
-        ValueError: if it is no identifier, as `apache-2.0`.
-    """
+    """The license's identifier in lower case."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", name):
         raise ValueError(f"`license` is {name!r}, expected an identifier such as 'llama2' or 'apache-2.0'.")
     return name.lower()
 
 
 def model_license(base_model: Mapping[str, Any]) -> str | None:
-    """The licence of a base model: as noted from its own card, else as known of its Hub id; `None` if neither."""
+    """The license of a base model, from its own card or else by its Hub id; `None` if it is not known."""
     try:
         return check_license(base_model["license"])
     except (KeyError, ValueError):
@@ -55,19 +50,19 @@ def model_license(base_model: Mapping[str, Any]) -> str | None:
 
 def derive_license(base_models: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
     """
-    The licence of a model made from these, and why, as the end of a sentence.
+    The license of a model made from these models, and the reason for it, as the end of a sentence.
 
-    A licence that restricts use passes on; of permissive ones the most demanding is kept. Where a base model's is not
-    known, or two differ that both restrict, there is none: that is for the owner to decide.
+    A license that restricts use passes on; of permissive licenses the most demanding is kept. If one is not known, or
+    two different ones restrict use, the owner must decide: the license is `None`.
     """
     licenses = [model_license(model) for model in base_models]
     if not licenses:
         return None, "the base models are not recorded"
     if None in licenses:
-        return None, "the licence of a base model is not known"
+        return None, "the license of a base model is not known"
     restricting = sorted({name for name in licenses if name and name not in PERMISSIVE})
     if len(restricting) > 1:
-        return None, f"the base models are under different licences that both restrict use ({', '.join(restricting)})"
+        return None, f"the base models have different licenses that both restrict use ({', '.join(restricting)})"
     if restricting:
-        return restricting[0], "as the base models' licence passes on"
+        return restricting[0], "which passes on from the base models"
     return max((name for name in licenses if name), key=PERMISSIVE.index), "as the base models"

@@ -1,4 +1,4 @@
-"""The parts of a model card, every one of them harmless wherever it stands in Markdown."""
+"""The parts of a model card, with every value escaped for Markdown."""
 
 import html
 import json
@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-LONGEST = 300
+MAX_LENGTH = 300
 
 
 def inline(value: Any, code: bool = True) -> str:
-    """
-    A value as Markdown that stands in one line or table cell and is nothing but text there: identifiers as code,
-    anything else (and without `code` everything) with what Markdown, HTML or a template would act on escaped.
-    """
+    """A value as plain text for one line or table cell. Identifiers become code, unless `code` is false."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -24,10 +21,10 @@ def inline(value: Any, code: bool = True) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(inline(part) for part in value)
     kept = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in str(value))
-    # What is left of the category: direction marks, surrogates, private characters
+    # Direction marks, surrogates and private characters
     line = " ".join("".join(char for char in kept if not unicodedata.category(char).startswith("C")).split())
-    if len(line) > LONGEST:
-        line = line[: LONGEST - 1] + "…"
+    if len(line) > MAX_LENGTH:
+        line = line[: MAX_LENGTH - 1] + "…"
     if code and re.fullmatch(r"[A-Za-z0-9][\w.+/@-]*", line, re.ASCII) and not re.fullmatch(r"[\d.]+", line):
         return f"`{line}`"
     line = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(line, quote=False))
@@ -38,7 +35,7 @@ def inline(value: Any, code: bool = True) -> str:
 
 
 def python_string(value: str) -> str:
-    """The value as a string of Python, in a fenced block."""
+    """The value as a Python string that cannot end a fenced block or a template."""
     return re.sub(r"[<>`{}]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
 
 
@@ -48,26 +45,26 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def tower_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The vision tower's part of a configuration, which is all of one that is a tower's."""
+    """The vision tower's part of a configuration, which may be a tower's itself."""
     return mapping(config.get("vision_config", config))
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """What is known, as a list in one line, with a list inside of it in parentheses."""
-    known = {name: value for name, value in values.items() if value is not None}
+    """Names and values in one line, with nested ones in parentheses. Unknown values are left out."""
     return ", ".join(
         f"{inline(name)} ({pairs(value)})" if isinstance(value, Mapping) else f"{inline(name)} {inline(value)}"
-        for name, value in known.items()
+        for name, value in values.items()
+        if value is not None
     )
 
 
 def known_rows(facts: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Table rows of what is known."""
+    """Rows (label, value) of the fields that are known."""
     return [(label, inline(facts[name])) for name, label in labels.items() if facts.get(name) not in (None, "", [])]
 
 
 def table(entries: Any, columns: Mapping[str, str]) -> str:
-    """A Markdown table of mappings, with the columns (field: heading) that at least one of them knows."""
+    """A Markdown table. Of the columns (field: heading), those without a value are left out."""
     known = [entry for entry in entries or [] if isinstance(entry, Mapping)]
     used = [name for name in columns if any(entry.get(name) not in (None, "") for entry in known)]
     rows = [["" if entry.get(name) is None else inline(entry[name]) for name in used] for entry in known]
@@ -91,7 +88,7 @@ def architecture(config: Mapping[str, Any], encoder_only: bool) -> list[tuple[st
 
 STAGE_LABELS = {
     "recipe": "recipe",
-    "distillation_preset": "form of the method",
+    "distillation_preset": "preset",
     "steps": "steps",
     "epochs": "epochs",
     "global_batch_size": "global batch (rows)",
@@ -105,30 +102,30 @@ STAGE_LABELS = {
     "processes": "processes",
     "backend": "backend",
     "precision": "mixed precision",
-    "dtype": "type of the weights",
+    "dtype": "dtype of the weights",
 }
 
 
-BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "licence"}
+BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "license"}
 TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
-TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "type", "license": "licence"}
+TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "dtype", "license": "license"}
 DATA_COLUMNS = {"name": "data set", "subset": "subset", "split": "split", "revision": "revision", "weight": "weight"}
 RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "split": "split", "metric": "metric"}
 RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
 
 
 def stage_view(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """One stage for the template, every value in it harmless."""
+    """One stage for the template."""
     rows = known_rows(facts, STAGE_LABELS)
     if isinstance(facts.get("seconds"), int | float) and math.isfinite(facts["seconds"]):
         hours, minutes = divmod(round(facts["seconds"] / 60), 60)
         rows.append(("wall time", f"{hours} h {minutes} min"))
     for name, label in (
-        ("knobs", "knobs"),
-        ("hyperparameters", "other settings"),
+        ("knobs", "options of the preset"),
+        ("hyperparameters", "other options"),
         ("language_lora", "LoRA of the language model"),
         ("feature_cache", "teachers' features read from a cache"),
-        ("best", "weights of the best evaluation"),
+        ("best", "best checkpoint"),
         ("versions", "versions"),
     ):
         if listed := pairs(mapping(facts.get(name))):
@@ -156,15 +153,13 @@ def summary(stages: Sequence[Mapping[str, Any]], encoder_only: bool) -> str:
 
 
 def limits(config: Mapping[str, Any], encoder_only: bool) -> list[str]:
-    limits = ["Errors, gaps and biases of the base models, the teachers and the data are in this model too."]
+    limits = ["The model has the errors, gaps and biases of its base models, teachers and data."]
     if tower_of(config).get("num_experts"):
-        limits.append(
-            "The router takes one expert for each token: the experts cannot be merged into a plain MLP exactly."
-        )
+        limits.append("Each token is routed to one expert, so the experts cannot be merged exactly into a plain MLP.")
     if encoder_only:
-        limits.append("The tower gives features of patches. It no longer matches the text tower of the CLIP it was.")
+        limits.append("The features no longer match the text model of CLIP.")
     else:
-        limits.append("Answers can be wrong about the picture while sounding sure. Check them before relying on them.")
+        limits.append("Answers can sound sure and be wrong about the picture. Check them before you rely on them.")
     return limits
 
 
@@ -173,5 +168,5 @@ def stages_of(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def entries_of(stages: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """The entries of a list of all stages."""
+    """The entries of a list, of all stages."""
     return [entry for stage in stages for entry in stage.get(name) or [] if isinstance(entry, Mapping)]

@@ -1,4 +1,4 @@
-"""Reads parts of a MoVE-KD checkpoint, each alone: configuration, tower, image processor."""
+"""Reads single parts of a MoVE-KD checkpoint: configuration, tower, image processor."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, BaseImageProcessor, CLIPImageProcessor
 from transformers import initialization as init
 
-from hub.files import read_json, weight_files
+from hub.files import weight_files
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.files import read_json
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -16,32 +17,19 @@ TOWER_PREFIX = "model.vision_tower."
 
 
 def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
-    """
-    The configuration of a whole model or of an encoder alone.
-
-    Raises:
-        ValueError: if the folder holds no MoVE-KD checkpoint, with the model type that was found.
-    """
+    """The configuration of a whole model or of an encoder alone."""
     model_type = read_json(folder / "config.json").get("model_type")
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         if model_type == config_class.model_type:
             return config_class.from_pretrained(folder)
     raise ValueError(
-        f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. `hub/convert.py` "
-        "makes one of other checkpoints."
+        f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. Convert it with "
+        "`python hub/convert.py`."
     )
 
 
 def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionModel:
-    """
-    The vision tower of a checkpoint, of the encoder alone or of a whole model; nothing else of it is read.
-
-    Args:
-        dtype: Of the weights; by default as they are stored.
-
-    Raises:
-        ValueError: if weights of the tower are missing or left over, naming them.
-    """
+    """The vision tower of a whole model or of an encoder, by default in the dtype of its weights. Only it is read."""
     config = read_config(folder)
     vision_config, prefix = config, ""
     if isinstance(config, MoveKDConfig):
@@ -50,7 +38,7 @@ def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionMo
     state_dict = {}
     paths = weight_files(folder)
     if not paths or any(path.suffix != ".safetensors" for path in paths):
-        raise ValueError(f"{folder} holds no weights in safetensors, which `save_pretrained` writes.")
+        raise ValueError(f"{folder} holds no weights in safetensors. Save the model with `save_pretrained`.")
     for path in paths:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
@@ -65,23 +53,14 @@ def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionMo
 
 
 def feature_layer(config: MoveKDConfig | MoveKDVisionConfig) -> int | list[int]:
-    """
-    The hidden state that feeds a projector: the last one of a cut tower. An encoder that was saved alone and whole
-    says it in its field `feature_layer`, else it is LLaVA's -2.
-    """
+    """The hidden state that feeds a projector. Without `feature_layer`, an encoder has LLaVA's -2, or -1 if cut."""
     if isinstance(config, MoveKDConfig):
         return config.vision_feature_layer
     return getattr(config, "feature_layer", -2 if config.add_pooling_layer else -1)
 
 
 def load_image_processor(folder: Path, config: MoveKDConfig | MoveKDVisionConfig) -> BaseImageProcessor:
-    """
-    The image processor of the encoder alone: one crop per image, as the tower saw it in training. That is the
-    checkpoint's own for `pad`; for `anyres`, whose processor makes tiles, the crop of the whole image.
-
-    Raises:
-        ValueError: if the checkpoint has none.
-    """
+    """The encoder's image processor, with one crop per image. For `anyres` that is the whole image, without tiles."""
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ValueError(
             f"{folder} has no image processor. Save the one the tower was trained with there: "

@@ -1,12 +1,11 @@
-"""The key map between the layout of the MoVE-KD authors' checkpoints and ours, both ways."""
+"""How the keys of the MoVE-KD authors' checkpoints (the original layout) map to ours, and back."""
 
 import re
-from collections import defaultdict
 
 import torch
 
 
-# (authors' prefix, ours), most specific first. The tower's own prefix is also met alone, in a tower-only state dict.
+# (original prefix, ours), most specific first. State dicts of the tower alone have the prefix `vision_model.`.
 PREFIXES = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("vision_model.", "vision_tower."),
@@ -15,14 +14,16 @@ PREFIXES = (
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
     ("model.", "model.language_model."),
     ("lm_head.", "lm_head."),
-    ("sam_adapter_1.", "distiller.sam.channels."),
-    ("sam_adapter_2.", "distiller.sam.tokens."),
-    ("eva_adapter_1.", "distiller.eva02.channels."),
-    ("eva_adapter_2.", "distiller.eva02.tokens."),
-    ("pix2struct_adapter_1.", "distiller.pix2struct.channels."),
-    ("pix2struct_adapter_2.", "distiller.pix2struct.tokens."),
-    ("convnext_adapter_1.", "distiller.convnext.channels."),
-    ("convnext_adapter_2.", "distiller.convnext.tokens."),
+    *(
+        (f"{original}_adapter_{number}.", f"distiller.{ours}.{part}.")
+        for original, ours in {
+            "sam": "sam",
+            "eva": "eva02",
+            "pix2struct": "pix2struct",
+            "convnext": "convnext",
+        }.items()
+        for number, part in ((1, "channels"), (2, "tokens"))
+    ),
 )
 EXPERT_GROUPS = {"moe_down": "fc1_experts", "moe_up": "fc2_experts"}
 EXPERT_TENSORS = {
@@ -31,8 +32,12 @@ EXPERT_TENSORS = {
     "lora_B.weight": "weight_b",
     "lora_B.bias": "bias_b",
 }
-_THEIR_EXPERT = re.compile(r"(.*\.mlp\.|)(moe_down|moe_up)\.(\d+)\.(lora_[AB]\.(?:weight|bias))")
-_OUR_EXPERT = re.compile(r"(.*\.mlp\.|)(fc1_experts|fc2_experts)\.(weight_a|weight_b|bias_a|bias_b)")
+_ORIGINAL_EXPERT = re.compile(r"(.*\.mlp\.|)(moe_down|moe_up)\.(\d+)\.(lora_[AB]\.(?:weight|bias))")
+_PACKED_EXPERTS = re.compile(r"(.*\.mlp\.|)(fc1_experts|fc2_experts)\.(weight_a|weight_b|bias_a|bias_b)")
+
+
+def _inverse(mapping: dict[str, str]) -> dict[str, str]:
+    return {value: key for key, value in mapping.items()}
 
 
 def _replace_prefix(key: str, prefixes: tuple[tuple[str, str], ...]) -> str:
@@ -42,33 +47,31 @@ def _replace_prefix(key: str, prefixes: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def key_from_authors(key: str) -> tuple[str, int | None]:
-    """Our key for one of the authors', and which expert of the packed tensor it holds (`None` for all else)."""
+def key_from_original(key: str) -> tuple[str, int | None]:
+    """Our key, and for a weight of an expert its index in the packed weight (else `None`)."""
     expert = None
-    if match := _THEIR_EXPERT.fullmatch(key):
+    if match := _ORIGINAL_EXPERT.fullmatch(key):
         mlp, group, index, tensor = match.groups()
         key, expert = f"{mlp}{EXPERT_GROUPS[group]}.{EXPERT_TENSORS[tensor]}", int(index)
     return _replace_prefix(key.replace("original_module.", ""), PREFIXES), expert
 
 
-def key_to_authors(key: str, expert: int | None = None) -> str:
-    """The authors' key for one of ours; `expert` says which, for a packed tensor."""
-    if match := _OUR_EXPERT.fullmatch(key):
+def key_to_original(key: str, expert: int | None = None) -> str:
+    """The original key; a packed weight has one for each `expert`."""
+    if match := _PACKED_EXPERTS.fullmatch(key):
         mlp, group, tensor = match.groups()
-        group = next(theirs for theirs, ours in EXPERT_GROUPS.items() if ours == group)
-        tensor = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == tensor)
-        key = f"{mlp}{group}.{expert}.{tensor}"
+        key = f"{mlp}{_inverse(EXPERT_GROUPS)[group]}.{expert}.{_inverse(EXPERT_TENSORS)[tensor]}"
     key = re.sub(r"(^|\.mlp\.)(fc[12]\.)", r"\1original_module.\2", key)
-    return _replace_prefix(key, tuple((ours, theirs) for theirs, ours in PREFIXES))
+    return _replace_prefix(key, tuple((ours, original) for original, ours in PREFIXES))
 
 
 def is_packed(key: str) -> bool:
-    """Whether one of our keys holds all experts of a layer."""
-    return _OUR_EXPERT.fullmatch(key) is not None
+    """Whether a key of ours holds all experts of a layer."""
+    return _PACKED_EXPERTS.fullmatch(key) is not None
 
 
 def pack_experts(key: str, experts: list[torch.Tensor]) -> torch.Tensor:
-    """One packed tensor of [`LoraExperts`] from its experts' parts, in their order."""
+    """The packed tensor of [`LoraExperts`] from the tensors of its experts, in their order."""
     if key.endswith("bias_b"):
         return torch.stack(experts)
     return torch.cat(experts, dim=1 if key.endswith("weight_b") else 0)
@@ -79,37 +82,3 @@ def unpack_experts(key: str, packed: torch.Tensor, num_experts: int) -> list[tor
     if key.endswith("bias_b"):
         return list(packed.unbind())
     return [part.contiguous() for part in packed.chunk(num_experts, dim=1 if key.endswith("weight_b") else 0)]
-
-
-def state_dict_from_authors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A state dict of the authors' under our keys; the distillation adapters' begin with `distiller.`.
-
-    Raises:
-        ValueError: if experts of a layer are missing from their sequence, naming the key and the indices found.
-    """
-    converted: dict[str, torch.Tensor] = {}
-    experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    for their_key, tensor in state_dict.items():
-        key, expert = key_from_authors(their_key)
-        if expert is None:
-            converted[key] = tensor
-        else:
-            experts[key][expert] = tensor
-    for key, parts in experts.items():
-        if sorted(parts) != list(range(len(parts))):
-            raise ValueError(f"{key} needs the experts 0 to {len(parts) - 1}; the checkpoint has {sorted(parts)}.")
-        converted[key] = pack_experts(key, [parts[index] for index in range(len(parts))])
-    return converted
-
-
-def state_dict_to_authors(state_dict: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
-    """The inverse of [`state_dict_from_authors`]."""
-    converted = {}
-    for key, tensor in state_dict.items():
-        if is_packed(key):
-            for expert, part in enumerate(unpack_experts(key, tensor, num_experts)):
-                converted[key_to_authors(key, expert)] = part
-        else:
-            converted[key_to_authors(key)] = tensor
-    return converted

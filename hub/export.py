@@ -3,34 +3,30 @@ Export a MoVE-KD checkpoint, or its encoder, for use elsewhere.
 
     python hub/export.py CHECKPOINT DEST --form encoder                  # the distilled encoder alone
     python hub/export.py CHECKPOINT DEST --form onnx
-    python hub/export.py CHECKPOINT DEST --form merged --images photos/  # no experts, with an error that is measured
+    python hub/export.py CHECKPOINT DEST --form merged --images photos/  # without experts, with a measured error
     python hub/export.py DEST PLAIN --form clip                          # then plain CLIP, or a stock LLaVA
 
 Forms:
 
-- `encoder`: `AutoModel.from_pretrained(DEST, trust_remote_code=True)` and `AutoImageProcessor.from_pretrained(DEST)`.
-- `dense`: the encoder with `dense_routing`: every expert serves every token, weighed by the router's probability,
-  instead of the best alone. For a model that was trained with top-1 routing the outputs are others; by how much is
-  measured on the images given.
-- `clip`: plain CLIP as transformers 4 and 5, timm and open_clip read it (`hub/export_clip.py` says how). No experts.
+- `encoder`: the vision encoder, for `AutoModel.from_pretrained(DEST, trust_remote_code=True)`.
+- `dense`: the encoder with `dense_routing`: every expert serves every token, weighted by the router's probability. The
+  outputs of a model that was trained with top-1 routing change; the change is measured on the images given.
+- `clip`: plain CLIP for transformers 4 and 5, timm and open_clip (see `hub/export_clip.py`). Needs a tower without
+  experts.
 - `llava`: the whole model as the stock `LlavaForConditionalGeneration` (`LlavaNextForConditionalGeneration` for
-  `anyres`), without code of ours. No experts.
-- `onnx`: the encoder with its routing, batch size free, checked with ONNX Runtime.
-- `merged`: the same kind of checkpoint, `num_experts` 0. Which expert serves a token depends on the token, so top-1
-  experts cannot be merged exactly into a plain MLP; this is the best approximation that the images given allow
-  (`hub/export_merged.py` says how), and `merge_report.json` its error beside that of dropping the experts.
+  `anyres`), without code of ours. Needs a tower without experts.
+- `onnx`: the encoder with its routing and a dynamic batch size, checked with ONNX Runtime.
+- `merged`: the same kind of checkpoint with `num_experts` 0. Top-1 experts cannot be merged exactly into a plain MLP,
+  because the expert depends on the token. The MLPs are fitted on the images given (see `hub/export_merged.py`), and
+  `merge_report.json` compares their error with the error of dropping the experts.
 
-What a benchmark measured (`evaluation.json`) goes along with `llava` in the type that the weights are stored in: the
-one form that is the whole model and computes the same. Any other is to be evaluated itself.
+Benchmark results (`evaluation.json`) are copied for `llava` with the dtype of the checkpoint, which computes the same.
+Evaluate any other form anew.
 """
 
 import argparse
-import json
-import logging
-import re
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -38,337 +34,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from transformers import (
-    AutoProcessor,
-    BaseImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedConfig,
-)
-from transformers import initialization as init
-
-from hub.card_facts import CONVERSION_NAME, TRAINING_FACTS_NAME, copy_evaluation
-from hub.checkpoint_parts import (
-    TOWER_PREFIX,
-    feature_layer,
-    load_image_processor,
-    load_tower,
-    read_config,
-)
-from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
-from hub.export_merged import features, merge_experts
-from hub.export_onnx import check_onnx, write_onnx
-from hub.files import new_folder, resolve_source
-from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.images import decode_image
-from modeling_movekd.vision_movekd import load_strictly
-
-
-logger = logging.getLogger(__name__)
-
-FORMS = ("encoder", "dense", "clip", "llava", "onnx", "merged")
-MEASURED_FORMS = ("dense", "onnx", "merged")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
-
-def image_files(images: Sequence[str | Path]) -> list[Path]:
-    """Files, and the pictures of folders, sorted by name."""
-    files: list[Path] = []
-    for path in map(Path, images):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ValueError(f"There is no image or folder {path}.")
-    return files
-
-
-def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
-    """
-    Per image `(3, image_size, image_size)`, float32.
-
-    Raises:
-        ValueError: as [`decode_image`].
-    """
-    return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
-
-
-@torch.no_grad()
-def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> float | None:
-    """
-    Turn on `dense_routing` in place. Gives back by how much the features on the images change (relative Frobenius
-    norm), `None` without images.
-
-    Raises:
-        ValueError: if the tower has no experts.
-    """
-    if tower.config.num_experts == 0:
-        raise ValueError("The tower has no experts (`num_experts` is 0), so it has no dense form.")
-    before = [features(tower, image) for image in pixels]
-    tower.config.dense_routing = True
-    for layer in tower.encoder.layers:
-        layer.mlp.dense_routing = True  # type: ignore[union-attr]
-    if not before:
-        return None
-    changed = torch.cat([features(tower, image) for image in pixels]).float()
-    exact = torch.cat(before).float()
-    return float((changed - exact).norm() / exact.norm())
-
-
-def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """
-    The stock model with the weights of ours, which are shared.
-
-    Raises:
-        ValueError: if a weight of either has no counterpart, or the two give different logits or image features.
-    """
-    config = model.config
-    refuse_experts(model.model.vision_tower, "llava")
-    if config.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
-        raise ValueError(
-            f"The stock LLaVA ties its head to `embed_tokens`, which {type(model.model.language_model).__name__} has "
-            "not. The model cannot be exported as `llava`."
-        )
-    anyres = config.image_aspect_ratio == "anyres"
-    config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
-    if anyres:
-        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
-    names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict())
-    names -= {"model_type", "vision_config", "text_config"}
-    stock_config = config_class(
-        **{name: getattr(config, name) for name in names},
-        vision_config=plain_clip_config(model.model.vision_tower),
-        text_config=config.text_config,
-    )
-    state_dict = {key: value for key, value in model.state_dict().items() if not key.startswith(TOWER_PREFIX)}
-    tower = plain_clip_state_dict(model.model.vision_tower)
-    state_dict |= {TOWER_PREFIX + key: value for key, value in tower.items()}
-    with init.no_init_weights():
-        stock = model_class._from_config(stock_config, dtype=model.dtype)
-    load_strictly(stock, state_dict, may_lack=lambda key: False, assign=True)
-    stock.tie_weights()
-    stock.generation_config = model.generation_config
-    check_equal(model.eval(), stock.eval())
-    return stock
-
-
-@torch.no_grad()
-def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditionalGeneration) -> None:
-    size, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
-    pixels = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
-    sizes = {}
-    if model.config.image_aspect_ratio == "anyres":
-        # An image of this size is cut into the tiles of the first grid shape, beside the whole
-        height, width = model.config.image_grid_pinpoints[0]
-        pixels = pixels.repeat(height * width // size**2 + 1, 1, 1, 1)[None]
-        sizes["image_sizes"] = torch.tensor([[height, width]])
-    input_ids = torch.arange(min(4, model.config.text_config.vocab_size))[None]
-    pairs = {
-        "image features": [
-            torch.cat(list(it.get_image_features(pixels, **sizes).pooler_output)) for it in (model, stock)
-        ],
-        "logits": [it(input_ids=input_ids, use_cache=False).logits for it in (model, stock)],
-    }
-    for name, (ours, theirs) in pairs.items():
-        difference = (ours - theirs).abs().max()
-        if not difference <= 16 * torch.finfo(ours.dtype).eps * ours.abs().max():
-            raise ValueError(
-                f"The stock {type(stock).__name__} gives other {name} than the model (they differ by up to "
-                f"{float(difference):.3g}): it does not know this language model's layout. The model cannot be "
-                "exported as `llava`."
-            )
-
-
-def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForConditionalGeneration:
-    if not isinstance(read_config(folder), MoveKDConfig):
-        raise ValueError(f"{folder} holds an encoder alone; the form `{form}` needs a whole model.")
-    return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
-
-
-def save_processor(folder: Path, dest: Path) -> None:
-    # Without a word on remote code, transformers would ask at the terminal whether to run the model's
-    AutoProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(dest)
-
-
-def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
-    tower = load_tower(folder, dtype)
-    tower.save_pretrained(dest)
-    return describe(tower)
-
-
-def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
-    tower = load_tower(folder, dtype)
-    dense = tower.config.dense_routing
-    difference = make_dense(tower, read_pixels(images, load_image_processor(folder, read_config(folder))))
-    tower.save_pretrained(dest)
-    if dense:
-        return [*describe(tower), "The model was trained with dense routing: nothing changes."]
-    measured = "Give `--images` to measure by how much."
-    if difference is not None:
-        measured = f"On {len(images)} images the features change by {difference:.2%}."
-    return [*describe(tower), f"The model routes each token to its best expert; dense, its outputs differ. {measured}"]
-
-
-def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
-    tower = load_tower(folder, dtype)
-    write_clip(tower, load_image_processor(folder, read_config(folder)), dest)
-    lines = describe(tower)
-    if tower.post_layernorm is None:
-        lines.append("The tower is cut: its final layer norm is a neutral one, and its pooled output means nothing.")
-    return lines
-
-
-def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
-    refuse_experts_of(folder, "llava")
-    stock = stock_llava(load_whole(folder, "llava", dtype))
-    # transformers 4 knows a CLIP tower's weights below `vision_model.` alone, and 5 reads that layout as well
-    state_dict = {
-        re.sub(rf"^{re.escape(TOWER_PREFIX)}", f"{TOWER_PREFIX}vision_model.", key): value
-        for key, value in stock.state_dict().items()
-    }
-    stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
-    save_processor(folder, dest)
-    return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
-
-
-def refuse_experts_of(folder: Path, form: str) -> None:
-    """Before the weights of a language model are read for nothing."""
-    config = read_config(folder)
-    vision_config = config.vision_config if isinstance(config, MoveKDConfig) else config
-    with torch.device("meta"), init.no_init_weights():
-        refuse_experts(MoveKDVisionModel(vision_config), form)
-
-
-def export_onnx(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
-    config = read_config(folder)
-    tower = load_tower(folder, dtype or torch.float32)
-    pixels = read_pixels(images, load_image_processor(folder, config))
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
-    graph = write_onnx(tower, dest / "model.onnx", strategy)
-    report = check_onnx(graph, dest / "model.onnx", torch.stack(pixels) if pixels else None)
-    return [
-        *describe(tower),
-        f"ONNX Runtime against torch on {len(pixels) or 3} {'images' if pixels else 'noise images'}: largest relative "
-        f"difference {report['difference']:.1e}; {report['tokens_off']:.2%} of the tokens beyond 1e-3; "
-        f"{report['rerouted']:.3%} of the routers' decisions differ.",
-    ]
-
-
-def export_merged(
-    folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], rank: int | None, **_: object
-) -> list[str]:
-    config = read_config(folder)
-    if not images:
-        raise ValueError("`--form merged` needs `--images`: the approximation is fitted to, and measured on, images.")
-    pixels = read_pixels(images, load_image_processor(folder, config))
-    merged, report = merge_experts(load_tower(folder), pixels, rank)
-    if isinstance(config, MoveKDConfig):
-        model = load_whole(folder, "merged", dtype)
-        model.model.vision_tower = merged.to(model.dtype)
-        model.config.vision_config = merged.config
-        model.save_pretrained(dest)
-        save_processor(folder, dest)
-    else:
-        merged.to(dtype or merged.dtype).save_pretrained(dest)
-    (dest / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = ["Relative error on images not fitted to:", f"{'':>10}{'merged':>10}{'dropped':>10}"]
-    lines += [f"layer {it['layer']:>4}{it['merged']:>10.4f}{it['dropped']:>10.4f}" for it in report["layers"]]
-    lines.append(f"{'features':>10}{report['features']['merged']:>10.4f}{report['features']['dropped']:>10.4f}")
-    lines.append("Top-1 experts cannot be merged exactly; this is an approximation. Evaluate it before use.")
-    return lines
-
-
-EXPORTS: dict[str, Callable[..., list[str]]] = {
-    "encoder": export_encoder,
-    "dense": export_dense,
-    "clip": export_clip,
-    "llava": export_llava,
-    "onnx": export_onnx,
-    "merged": export_merged,
-}
-
-
-def describe(tower: MoveKDVisionModel) -> list[str]:
-    config = tower.config
-    return [
-        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_experts} experts per "
-        f"layer, {tower.dtype}; the features are hidden state {feature_layer(config)}."
-    ]
-
-
-def export(
-    checkpoint: str | Path,
-    dest: str | Path,
-    form: str,
-    *,
-    dtype: str | torch.dtype | None = None,
-    images: Sequence[str | Path] = (),
-    rank: int | None = None,
-    revision: str | None = None,
-) -> Path:
-    """
-    Write a checkpoint in another form, see the top of this file.
-
-    Args:
-        checkpoint: Folder or Hub id of a MoVE-KD model or encoder.
-        dest: Folder that is new or empty. It appears when all of it is written.
-        form: One of `FORMS`.
-        dtype: Of the weights, `"float32"`, `"bfloat16"` or `"float16"`; by default as stored, float32 for `onnx`.
-        images: Files or folders of pictures: needed by `merged`, measured on by `dense` and `onnx`.
-        rank (`int`, *optional*): For `merged`, the most rank of the update of a layer.
-        revision (`str`, *optional*): Of the Hub id.
-
-    Returns:
-        `dest`.
-
-    Raises:
-        ValueError: if the checkpoint cannot take the form, weights are missing or left over, `dest` holds
-            something, or an `evaluation.json` that would go along is of other weights.
-        ImportError: if the form needs a package that is not installed, naming it.
-    """
-    for line in write_export(checkpoint, Path(dest), form, dtype, images, rank, revision):
-        logger.info(line)
-    return Path(dest)
-
-
-def write_export(
-    checkpoint: str | Path,
-    dest: Path,
-    form: str,
-    dtype: str | torch.dtype | None,
-    images: Sequence[str | Path],
-    rank: int | None,
-    revision: str | None,
-) -> list[str]:
-    """As [`export`]; gives back what to tell of it, line by line."""
-    if form not in EXPORTS:
-        raise ValueError(f"`form` is {form!r}; it must be one of {', '.join(FORMS)}.")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
-    if images and form not in MEASURED_FORMS:
-        raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
-    if rank is not None and form != "merged":
-        raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
-    folder = resolve_source(checkpoint, revision)
-    config = read_config(folder)
-    with new_folder(dest) as temporary:
-        lines = EXPORTS[form](folder, temporary, dtype=dtype, images=image_files(images), rank=rank)
-        whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
-        if not whole_model:
-            load_image_processor(folder, config).save_pretrained(temporary)
-        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # what a card says of the run, or of the source
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, temporary / name)
-        if form == "llava" and dtype in (None, config.dtype):
-            copy_evaluation(folder, temporary)
-    return [*lines, f"Wrote {dest}."]
+from hub.export_forms import FORMS, export
+from hub.weights import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -376,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model or encoder")
     parser.add_argument("dest", type=Path, help="folder to write, new or empty")
     parser.add_argument("--form", required=True, choices=FORMS)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights; as stored by default")
-    parser.add_argument("--images", nargs="+", default=(), help="files or folders of pictures (merged, dense, onnx)")
-    parser.add_argument("--rank", type=int, help="merged: the most rank of an update; that of all experts by default")
-    parser.add_argument("--revision", help="of the Hub id")
-    settings = parser.parse_args(arguments)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of the weights; as stored by default")
+    parser.add_argument("--images", nargs="+", default=(), help="files or folders of images (merged, dense, onnx)")
+    parser.add_argument("--rank", type=int, help="merged: rank of an update at most; that of all experts by default")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub id")
+    settings = vars(parser.parse_args(arguments))
     try:
-        print(*write_export(**vars(settings)), sep="\n")
+        print(f"Wrote {export(**settings)}.")
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -8,14 +8,12 @@ DEST/open_clip/           open_clip: model = open_clip.create_model("local-dir:D
                           model.visual.load_state_dict(load_file("DEST/open_clip/visual.safetensors"))
 ```
 
-A tower that is cut to the layers in use stays cut: `num_hidden_layers` says how many layers there are, and the
-features are the last hidden state (`feature_layer` -1). It has no final layer norm: transformers and open_clip, whose
-towers always have one, get a neutral one (weight 1, bias 0), and timm's is left out. The pooled output of a cut tower
-is therefore not CLIP's and was never trained. No tower has CLIP's projection to the space it shares with texts:
-open_clip's is the identity, and its text tower is a small untrained placeholder.
+A tower that is cut to the layers in use stays cut: `num_hidden_layers` is smaller, and the features are the last
+hidden state (`feature_layer` -1). It has no final layer norm: transformers and open_clip get a neutral one (weight 1,
+bias 0), timm gets none. The pooled output of a cut tower was never trained. No tower has CLIP's projection to the
+space of the texts: in open_clip it is the identity, and the text model is a small untrained placeholder.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -25,10 +23,11 @@ from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionModel
+from modeling_movekd.files import save_json
 from modeling_movekd.vision_movekd import load_strictly
 
 
-# Ours, and the names in OpenAI's layout that open_clip keeps
+# Our names, and those of OpenAI's layout, which open_clip uses
 OPENAI_NAMES = {
     "layer_norm1.": "ln_1.",
     "layer_norm2.": "ln_2.",
@@ -40,21 +39,15 @@ TIMM_SIZES = {768: "base", 1024: "large", 1280: "huge"}
 
 
 def refuse_experts(tower: MoveKDVisionModel, form: str) -> None:
-    """
-    Raises:
-        ValueError: if the tower has experts, which no plain CLIP can hold, with the way out.
-    """
     if tower.config.num_experts > 0:
         raise ValueError(
-            f"The tower has {tower.config.num_experts} experts per layer, and `--form {form}` needs none: which "
-            "expert serves a token depends on the token, so experts cannot be merged exactly into a plain MLP. "
-            "`--form merged` makes the best approximation without experts and says its error; export that with "
-            f"`--form {form}`."
+            f"The tower has {tower.config.num_experts} experts per layer, which cannot be merged exactly into plain "
+            f"MLPs. Approximate them with `--form merged`, and export the result with `--form {form}`."
         )
 
 
 def plain_clip_config(tower: MoveKDVisionModel) -> CLIPVisionConfig:
-    """The tower's configuration without what only MoVE-KD has."""
+    """The tower's configuration without the fields that only MoVE-KD has."""
     names = set(CLIPVisionConfig().to_dict()) - set(PreTrainedConfig().to_dict())
     return CLIPVisionConfig(**{name: getattr(tower.config, name) for name in names - {"model_type"}})
 
@@ -79,12 +72,7 @@ def plain_clip(tower: MoveKDVisionModel) -> CLIPVisionModel:
 
 
 def openai_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A plain CLIP tower's weights in OpenAI's layout, `(3 * hidden_size, hidden_size)` for query, key and value in one.
-
-    Raises:
-        ValueError: if a key has no place there, naming it.
-    """
+    """A plain CLIP tower's weights in OpenAI's layout, with query, key and value in one tensor."""
     rest = dict(state_dict)
     width = rest["embeddings.class_embedding"].shape[0]
     converted = {
@@ -106,23 +94,17 @@ def openai_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
                 converted[theirs + their_name + kind] = rest.pop(ours + name + kind)
         layer += 1
     if rest:
-        raise ValueError(f"These weights have no place in OpenAI's CLIP layout: {sorted(rest)}.")
+        raise ValueError(f"OpenAI's CLIP layout has no weights for {sorted(rest)}.")
     return converted
 
 
 def write_clip(tower: MoveKDVisionModel, processor: BaseImageProcessor, folder: Path) -> None:
-    """
-    Write the folder that the module's documentation describes.
-
-    Raises:
-        ValueError: if the tower has experts, or an activation or layer norm that open_clip or timm cannot be told.
-        ImportError: if timm is not installed.
-    """
+    """Write the folder that this file's docstring describes."""
     clip = plain_clip(tower)
     if clip.config.hidden_act not in ("quick_gelu", "gelu") or clip.config.layer_norm_eps != 1e-5:
         raise ValueError(
             f"The tower has the activation {clip.config.hidden_act!r} and layer norms with eps "
-            f"{clip.config.layer_norm_eps}; CLIP in timm and open_clip has 'quick_gelu' or 'gelu', and 1e-05."
+            f"{clip.config.layer_norm_eps}; timm and open_clip support 'quick_gelu' or 'gelu', and 1e-05."
         )
     state_dict = clip.state_dict()
     clip.config.architectures = ["CLIPVisionModel"]
@@ -130,7 +112,7 @@ def write_clip(tower: MoveKDVisionModel, processor: BaseImageProcessor, folder: 
     clip.config.dtype = tower.dtype
     clip.config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    # transformers 4 knows its weights below `vision_model.` alone, and 5 reads that layout as well
+    # The keys of transformers 4, which transformers 5 reads too
     save_weights({f"vision_model.{key}": value for key, value in state_dict.items()}, folder / "model.safetensors")
     layout = openai_state_dict(state_dict)
     write_open_clip(clip.config, layout, processor, folder / "open_clip")
@@ -144,12 +126,11 @@ def save_weights(state_dict: dict[str, torch.Tensor], path: Path) -> None:
 def write_open_clip(
     config: CLIPVisionConfig, layout: dict[str, torch.Tensor], processor: BaseImageProcessor, folder: Path
 ) -> None:
-    """open_clip's configuration, and the weights of its `visual`."""
+    """Write open_clip's configuration, and the weights of its `visual`."""
     folder.mkdir()
     width = config.hidden_size
     ratio = config.intermediate_size / width
-    if int(width * ratio) != config.intermediate_size:
-        # open_clip rounds the product down
+    if int(width * ratio) != config.intermediate_size:  # open_clip rounds the product down
         ratio = (config.intermediate_size + 0.5) / width
     settings = {
         "model_cfg": {
@@ -171,14 +152,14 @@ def write_open_clip(
             "interpolation": "bicubic",
         },
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_json(settings, folder / "open_clip_config.json")
     save_weights(layout, folder / "visual.safetensors")
 
 
 def write_timm(
     config: CLIPVisionConfig, layout: dict[str, torch.Tensor], processor: BaseImageProcessor, folder: Path, cut: bool
 ) -> None:
-    """timm's model, built and saved by timm, its weights converted by timm's own reader of CLIP checkpoints."""
+    """Write timm's model: timm builds it, converts the weights with its reader of CLIP checkpoints, and saves it."""
     try:
         import timm
         from timm.models.vision_transformer import checkpoint_filter_fn
@@ -188,7 +169,7 @@ def write_timm(
     name = f"vit_{TIMM_SIZES.get(config.hidden_size)}_patch{config.patch_size}_{ending}{config.image_size}"
     if not timm.is_model(name):
         name = f"vit_base_patch16_{ending}224"
-    # All that the name says is said again, so that the name decides nothing
+    # The name chooses the class and the activation; everything else is set here
     arguments = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -206,9 +187,9 @@ def write_timm(
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
-    # In place of what timm says of OpenAI's weights under this name, their licence among it
-    facts = pixels | {"first_conv": "patch_embed.proj", "classifier": "head"}
-    model = timm.create_model(name, pretrained=False, pretrained_cfg=facts, **arguments)
+    # Replaces timm's metadata of OpenAI's weights with this name, their license among it
+    metadata = pixels | {"first_conv": "patch_embed.proj", "classifier": "head"}
+    model = timm.create_model(name, pretrained=False, pretrained_cfg=metadata, **arguments)
     model.to(layout["conv1.weight"].dtype)
     lacks = ("proj",) + (("ln_post.weight", "ln_post.bias") if cut else ())
     weights = {f"visual.{key}": value for key, value in layout.items() if key not in lacks}

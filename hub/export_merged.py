@@ -1,23 +1,19 @@
 """
-A tower without experts that comes as near as it can to one with them.
+Approximates a tower with experts by a tower with plain MLPs.
 
-Which expert serves a token depends on the token, so no single pair of matrices does what the experts do. What is made
-here is the best that calibration images allow, layer by layer, with the original tower's activations.
+The expert depends on the token, so no plain MLP computes exactly the same. Each MLP is fitted on calibration images,
+with the inputs of the original tower.
 
-- `fc1`: its experts add `B u(x)`. `B` `(intermediate_size, ranks)` holds the up-projections of all experts side by
-  side, and `u` what their ranks give, zero for an expert that does not serve the token. In place of `u(x)` stands an
-  affine `K x + c`, the ridge regression of `u` on `x`; `B K` and `B c` are folded into the layer's weight and bias.
-- `fc2`: what the MLP with experts gives, less what `fc2` gives after the new `fc1`, is regressed on the latter's
-  activations in the same way, so that it makes good what it can of the error of `fc1`.
+- `fc1`: the experts add `B u(x)`. `B` `(intermediate_size, ranks)` holds the up-projections of all experts side by
+  side, and `u(x)` the outputs of their down-projections, zero for experts that do not serve the token. A ridge
+  regression approximates `u(x)` by `K x + c`; `B K` and `B c` are added to the weight and the bias.
+- `fc2`: the target is the output of the MLP with experts minus `fc2` of the new `fc1`'s activations, so that the
+  update of `fc2` corrects a part of the error of `fc1`.
 
-The ridge pulls towards the mean of the experts, each weighed by its share of the tokens, which is what there is to say
-without looking at the inputs. Its strength is chosen per layer on images that the regression has not seen, among
-candidates that include the bare mean and no update at all.
-
-An update has the rank of all experts together at most, or less by `rank`: it is limited to the directions of the
-output that carry most of it over the calibration tokens (reduced-rank regression).
-
-The errors in the report come from further images that served for nothing else.
+The penalty pulls `K` towards the mean of the experts, weighted by their shares of the tokens. Its strength is chosen
+for each layer on images that were not used for the regression; the mean alone and no update are candidates too. `rank`
+limits an update to the directions of the output with most of its variance over the tokens (reduced-rank regression).
+The errors in the report are measured on further images.
 """
 
 import copy
@@ -36,9 +32,9 @@ from modeling_movekd.experts_movekd import LoraExperts, MixtureOfLoraExpertsMLP
 from modeling_movekd.vision_movekd import load_strictly
 
 
-# Of the mean square of an input
+# Strengths of the penalty, relative to the mean square of an input
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-FEWEST_IMAGES = 5
+MIN_IMAGES = 5
 
 
 def is_expert_key(key: str) -> bool:
@@ -46,19 +42,19 @@ def is_expert_key(key: str) -> bool:
 
 
 def expert_outputs(experts: LoraExperts, inputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """`u(x)`, `(num_tokens, ranks)`; with expert biases the gates follow, which multiply them."""
+    """`u(x)`, `(num_tokens, ranks)`. With expert biases, the gates that multiply the biases are further columns."""
     ranks, gates = experts.down_project(inputs, gates)
     return ranks if experts.bias_b is None else torch.cat([ranks, gates], dim=-1)
 
 
 def up_projection(experts: LoraExperts) -> torch.Tensor:
-    """`B`, float64, `(out_features, ranks)`, with a column for each expert's bias if they have one."""
+    """`B`, `(out_features, ranks)`, float64. With expert biases, the biases are further columns."""
     parts = [experts.weight_b] if experts.bias_b is None else [experts.weight_b, experts.bias_b.t()]
     return torch.cat(parts, dim=1).double()
 
 
 def mean_expert(experts: LoraExperts, shares: torch.Tensor) -> torch.Tensor:
-    """The experts' mean weighed by `shares` `(num_experts,)`, as `[K, c]`, float64, `(ranks, in_features + 1)`."""
+    """The mean of the experts weighted by `shares`, as `[K, c]`, `(ranks, in_features + 1)`, float64."""
     weights = (shares.double() * experts.scaling).repeat_interleave(experts.rank).unsqueeze(-1)
     bias = torch.zeros_like(weights) if experts.bias_a is None else experts.bias_a.double().unsqueeze(-1)
     rows = torch.cat([weights * experts.weight_a.double(), weights * bias], dim=1)
@@ -71,7 +67,7 @@ def mean_expert(experts: LoraExperts, shares: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Moments:
-    """Sums of products over tokens, of the inputs (a one at the end), and of the experts' outputs; float64."""
+    """Second moments, summed over tokens, of the inputs (with a 1 appended) and the experts' outputs, in float64."""
 
     inputs: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     crossed: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -87,28 +83,27 @@ class Moments:
         return Moments(self.inputs + other.inputs, self.crossed + other.crossed, self.outputs + other.outputs)
 
     def error(self, solution: torch.Tensor, up: torch.Tensor) -> float:
-        """Sum over tokens of the squared difference between `B u(x)` and `B (K x + c)`."""
+        """Squared error of `B (K x + c)` against `B u(x)`, summed over tokens."""
         crossed = solution @ self.crossed.t()
         rest = self.outputs - crossed - crossed.t() + solution @ self.inputs @ solution.t()
         return float((up @ rest * up).sum())
 
 
 def ridge_towards(start: torch.Tensor, moments: Moments, ridges: Sequence[float]) -> list[torch.Tensor]:
-    """`[K, c]` of least squares with a penalty on the distance of `K` from its start, for each strength."""
+    """`[K, c]` of a ridge regression that pulls `K` towards `start`, for each strength."""
     residual = (moments.crossed - start @ moments.inputs).t()
     diagonal = moments.inputs.diagonal()
     solutions = []
     for ridge in ridges:
         penalty = torch.full_like(diagonal, ridge * float(diagonal[:-1].mean()))
-        # The constant goes free, but for what keeps the system solvable
-        penalty[-1] = 1e-12 * diagonal[-1]
+        penalty[-1] = 1e-12 * diagonal[-1]  # no penalty on `c`, only what keeps the system solvable
         factor = torch.linalg.cholesky(moments.inputs + penalty.diag())
         solutions.append(start + torch.cholesky_solve(residual, factor).t())
     return solutions
 
 
 def limit_rank(solution: torch.Tensor, up: torch.Tensor, moments: Moments, rank: int) -> torch.Tensor:
-    """`[W, c]` `(out_features, in_features + 1)`: the update of that rank nearest to `B K` over the tokens."""
+    """The update `[W, c]` of this rank nearest to `B [K, c]` over the tokens, `(out_features, in_features + 1)`."""
     basis, triangle = torch.linalg.qr(up)
     update = triangle @ solution
     count = moments.inputs[-1, -1]
@@ -118,20 +113,13 @@ def limit_rank(solution: torch.Tensor, up: torch.Tensor, moments: Moments, rank:
     if rank < update.shape[0]:
         directions = torch.linalg.eigh(slope @ covariance @ slope.t()).eigenvectors[:, -rank:]
         limited = directions @ (directions.t() @ slope)
-        # What is left out keeps its mean over the tokens
-        constant = constant + (slope - limited) @ mean
+        constant = constant + (slope - limited) @ mean  # keeps the mean over the tokens
         slope = limited
     return basis @ torch.cat([slope, constant.unsqueeze(-1)], dim=1)
 
 
 def fit(up: torch.Tensor, start: torch.Tensor, seen: Moments, unseen: Moments, rank: int) -> tuple[torch.Tensor, str]:
-    """
-    The update `[W, c]` of a linear layer, float64, and by what it was found.
-
-    Args:
-        up: `B`, `(out_features, ranks)`.
-        start: The experts' mean, `[K, c]`, `(ranks, in_features + 1)`.
-    """
+    """The update `[W, c]` of a linear layer, fitted to `seen` and chosen on `unseen`, and the candidate's name."""
     candidates = {"none": torch.zeros_like(start), "mean": start}
     names = {f"ridge {ridge:g}": ridge for ridge in RIDGES}
     candidates |= dict(zip(names, ridge_towards(start, seen, RIDGES), strict=True))
@@ -144,24 +132,24 @@ def fit(up: torch.Tensor, start: torch.Tensor, seen: Moments, unseen: Moments, r
 
 def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: int | None) -> tuple[nn.Module, dict]:
     """
-    A plain MLP for one with experts, from its inputs in each image, and what the report says of the layer.
+    A plain MLP in place of an MLP with experts, and the layer's part of the report.
 
     Args:
-        inputs: Per image `(num_tokens, hidden_size)`. Of five images three are fitted, one chooses the ridge and one
-            measures.
+        inputs: Its inputs for each image, `(num_tokens, hidden_size)`. Of five images, three are used for the
+            regression, one chooses the strength of the penalty, and one measures the error.
     """
     plain: dict[str, nn.Linear] = {name: copy.deepcopy(getattr(mlp, name)) for name in ("fc1", "fc2")}
     measured = [image for index, image in enumerate(inputs) if index % 5 == 4]
     fitted = [(index % 5 == 3, image) for index, image in enumerate(inputs) if index % 5 != 4]
     gates = [mlp.expert_gates(*mlp.router(image)) for _, image in fitted]
     shares = torch.cat(gates).mean(dim=0)
-    facts: dict = {"expert_shares": [round(share, 4) for share in shares.tolist()]}
+    report: dict = {"expert_shares": [round(share, 4) for share in shares.tolist()]}
     for name in ("fc1", "fc2"):
         experts = getattr(mlp, f"{name}_experts")
         up, start = up_projection(experts), mean_expert(experts, shares)
         limit = up.shape[1] if rank is None else rank
         if name == "fc2":
-            # Its target holds the error of fc1 too, which lies outside of what the up-projections span
+            # The target includes the error of fc1, which the up-projections do not span
             up, start = torch.eye(len(up), dtype=up.dtype, device=up.device), up @ start
         seen, unseen = Moments(), Moments()
         for (apart, image), gate in zip(fitted, gates, strict=True):
@@ -171,7 +159,7 @@ def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: 
                 intermediate = mlp.activation_fn(plain["fc1"](image))
                 pair = intermediate, mlp(image) - mlp.fc2(intermediate)
             (unseen if apart else seen).add(*pair)
-        update, facts[name] = fit(up, start, seen, unseen, limit)
+        update, report[name] = fit(up, start, seen, unseen, limit)
         plain[name].weight.add_(update[:, :-1].to(plain[name].weight.dtype))
         plain[name].bias.add_(update[:, -1].to(plain[name].bias.dtype))
 
@@ -180,13 +168,13 @@ def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: 
         other = torch.cat([second(mlp.activation_fn(first(image))) for image in measured])
         return float((other - exact).norm() / exact.norm())
 
-    facts["merged"] = relative_error(plain["fc1"], plain["fc2"])
-    facts["dropped"] = relative_error(mlp.fc1, mlp.fc2)
-    return nn.ModuleDict(plain), facts
+    report["merged"] = relative_error(plain["fc1"], plain["fc2"])
+    report["dropped"] = relative_error(mlp.fc1, mlp.fc2)
+    return nn.ModuleDict(plain), report
 
 
 def without_experts(tower: MoveKDVisionModel, updates: dict[str, torch.Tensor]) -> MoveKDVisionModel:
-    """The tower with plain MLPs, `updates` in place of its own weights."""
+    """The tower with plain MLPs. `updates` replace its own weights."""
     config = copy.deepcopy(tower.config)
     config.num_experts = 0
     state_dict = {key: value for key, value in tower.state_dict().items() if not is_expert_key(key)} | updates
@@ -201,29 +189,25 @@ def merge_experts(
     tower: MoveKDVisionModel, pixels: list[torch.Tensor], rank: int | None = None
 ) -> tuple[MoveKDVisionModel, dict]:
     """
-    A copy of the tower without experts, and its errors.
+    Approximate a tower by one without experts. The computation is in float32, the result in the tower's dtype.
 
     Args:
-        tower: With experts; computed in float32, given back in its own dtype.
-        pixels: Per image `(3, image_size, image_size)`, at least five. Every fifth measures and nothing else.
-        rank (`int`, *optional*): The most rank an update may have; by default that of all experts together.
+        tower (`MoveKDVisionModel`): A tower with experts.
+        pixels (`list[torch.Tensor]`): Pixels of at least five images, `(3, image_size, image_size)`.
+        rank (`int`, *optional*): Rank of an update at most, by default that of all experts together.
 
     Returns:
-        The tower, `num_experts` 0, and a report: `layers`, with the relative error of each MLP's output (Frobenius
-        norm) `merged` and with the experts `dropped`, both on the original's inputs; `features`, the relative error of
-        the features that feed the projector, where the errors of the layers have added up, `merged` and `dropped`; and
-        `images`, how many were `fitted`, chose the ridge (`chosen`), and `measured`.
-
-    Raises:
-        ValueError: if the tower has no experts or gives values that are not finite, for fewer than five images, or a
-            rank below 1.
+        The tower, and a report. `layers` has the relative error of each MLP's output (Frobenius norm) for the original
+        inputs, `features` that of the features that feed the projector, both for the `merged` tower and for a tower
+        with the experts `dropped`. `images` counts the images that were `fitted`, have `chosen` the penalty, and were
+        `measured`.
     """
     if tower.config.num_experts == 0:
         raise ValueError("The tower has no experts (`num_experts` is 0), so there is nothing to merge.")
-    if len(pixels) < FEWEST_IMAGES:
-        raise ValueError(f"{len(pixels)} images were given to merge with; at least {FEWEST_IMAGES} are needed.")
+    if len(pixels) < MIN_IMAGES:
+        raise ValueError(f"There are {len(pixels)} images; give at least {MIN_IMAGES} to merge experts.")
     if rank is not None and rank < 1:
-        raise ValueError(f"`rank` is {rank}; it must be at least 1. Leave it out for that of all experts together.")
+        raise ValueError(f"`rank` is {rank}; it must be at least 1.")
     dtype, tower = tower.dtype, copy.deepcopy(tower).float().eval()
     hidden_states = [tower.pre_layrnorm(tower.embeddings(image[None].float())) for image in pixels]
     updates: dict[str, torch.Tensor] = {}
@@ -235,11 +219,11 @@ def merge_experts(
         hidden_states = [layer(image, None) for image in hidden_states]
         handle.remove()
         if not all(image.isfinite().all() for image in hidden_states):
-            raise ValueError(f"Layer {index} gives values that are not finite on the images; nothing can be fitted.")
-        plain, facts = merge_layer(mlp, inputs, rank)
+            raise ValueError(f"Layer {index} gives values that are not finite. Check the weights and the images.")
+        plain, layer_report = merge_layer(mlp, inputs, rank)
         updates |= {f"encoder.layers.{index}.mlp.{key}": value for key, value in plain.state_dict().items()}
-        layers.append({"layer": index} | facts)
-    # Rounded as it will be kept, and measured so
+        layers.append({"layer": index} | layer_report)
+    # Measured after rounding to the dtype of the result
     merged, dropped = without_experts(tower, updates).to(dtype).float(), without_experts(tower, {})
     errors = {"merged": 0.0, "dropped": 0.0}
     norm = 0.0
@@ -259,7 +243,7 @@ def merge_experts(
 
 
 def features(tower: MoveKDVisionModel, image: torch.Tensor) -> torch.Tensor:
-    """What feeds the projector, [CLS] included, `(1, 1 + num_patches, hidden_size * number of layers)`."""
+    """The features that feed the projector, with [CLS], `(1, 1 + num_patches, width)`."""
     layer = feature_layer(tower.config)
     hidden_states = tower(image[None].to(tower.dtype), output_hidden_states=True).hidden_states
     return torch.cat([hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)], dim=-1)

@@ -1,6 +1,5 @@
-"""Files of a checkpoint folder: which may be read, where they come from, and writing a folder whole or not at all."""
+"""Checkpoint folders: which files may be read, how they are downloaded, and how a folder is written."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,20 +9,21 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from modeling_movekd.files import read_json
+
 
 SAFETENSORS, PICKLES = ("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")
-# What a conversion reads beside weights: no code, no optimiser states, no pictures
+# The files beside the weights: no code, no optimizer states
 TEXT_PATTERNS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 WEIGHT_PATTERNS = (["model*.safetensors"], ["pytorch_model*.bin"])
 
 
 def safe_files(folder: str | Path) -> list[Path]:
     """
-    The files of a folder, recursively, relative to it and sorted.
+    The files of a folder and its subfolders, relative to the folder and sorted.
 
-    Raises:
-        ValueError: for a symbolic link that leads out of the folder (a snapshot in the Hub's cache may point to that
-            repository's own blobs) or nowhere, and for anything that is neither file nor folder; naming it.
+    A symbolic link out of the folder is refused, except in the Hub's cache from a snapshot to the blobs of its
+    repository.
     """
     folder = Path(folder)
     roots = [folder.resolve()]
@@ -35,42 +35,19 @@ def safe_files(folder: str | Path) -> list[Path]:
             path = Path(directory) / name
             target = path.resolve()
             if path.is_symlink() and not any(target.is_relative_to(root) for root in roots):
-                raise ValueError(f"{path} is a link to {target}, outside of the folder; put the file itself there.")
+                raise ValueError(f"{path} is a link to {target}, outside of the folder. Replace it with the file.")
             if not target.is_file() and not target.is_dir():
-                raise ValueError(f"{path} is neither a file nor a folder; remove it.")
+                raise ValueError(f"{path} is neither a file nor a folder. Remove it.")
             if target.is_file():
                 files.append(path.relative_to(folder))
     return sorted(files)
 
 
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        ValueError: if the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; is {path.parent} a whole checkpoint?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; an object is needed.")
-    return content
-
-
-def save_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def weight_files(folder: str | Path) -> list[Path]:
     """
-    The files of a checkpoint's weights in their order: safetensors if there are any, else `.bin`, one or by the index.
-    Empty if there are none.
+    The weight files of a checkpoint: safetensors if there are any, else `.bin`; a single file, or those of the index.
 
-    Raises:
-        ValueError: as [`safe_files`]; for an index that names anything but files beside it; for a file it names that
-            is not there.
+    Files may come from a stranger, so an index may only name files beside it.
     """
     folder = Path(folder)
     files = {str(path) for path in safe_files(folder)}
@@ -78,7 +55,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         if (index := f"{single}.index.json") in files:
             names = read_json(folder / index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise ValueError(f"{folder / index} has no `weight_map` of file names; download it again.")
+                raise ValueError(f"{folder / index} has no `weight_map` of file names. Download it again.")
             shards = sorted(set(names.values()))
             if bad := [
                 name for name in shards if Path(name).name != name or not name.endswith(suffix) or "\\" in name
@@ -87,7 +64,7 @@ def weight_files(folder: str | Path) -> list[Path]:
                     f"{folder / index} names {bad}; only {suffix} files beside it are read. Do not use it."
                 )
             if absent := [name for name in shards if name not in files]:
-                raise ValueError(f"{folder / index} names {absent}, which are not there; download them.")
+                raise ValueError(f"{folder / index} names {absent}, which are not there. Download them.")
             return [folder / name for name in shards]
         if single in files:
             return [folder / single]
@@ -98,11 +75,10 @@ def resolve_source(
     source: str | Path, revision: str | None = None, weights: bool = True, extra_patterns: tuple[str, ...] = ()
 ) -> Path:
     """
-    The folder of a checkpoint: `source` itself, or what is downloaded from the Hub (configuration and tokenizer, and
-    unless `weights` is false safetensors, or `.bin` files where there are none).
+    The folder of a checkpoint: `source` itself, or a download from the Hub.
 
-    Raises:
-        ValueError: if `source` is neither a folder nor a Hub id, or has links out of its folder.
+    A download has the configuration and the tokenizer, and with `weights` the safetensors, or `.bin` files where there
+    are none.
     """
     if Path(source).is_dir():
         folder = Path(source)
@@ -124,14 +100,14 @@ def resolve_source(
 @contextmanager
 def new_folder(dest: str | Path) -> Iterator[Path]:
     """
-    A temporary folder beside `dest` that takes its name when the block ends well and is removed when it does not.
+    Write a folder under a temporary name beside `dest`, and rename it when the block ends well.
 
-    Raises:
-        ValueError: if `dest` exists and is no empty folder.
+    Yields:
+        The temporary folder. It is removed when the block raises.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise ValueError(f"{dest} exists already; give a new folder, or remove it first.")
+        raise ValueError(f"{dest} exists already. Give a new folder, or remove it first.")
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = dest.parent / f".{dest.name}.{os.getpid()}.partial"
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""What of a folder may leave the machine: an allow-list, and the checks of what is on it."""
+"""The files of a folder that may be published, and checks of their content."""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import modeling_movekd
-from hub.files import read_json, safe_files, weight_files
+from hub.files import safe_files, weight_files
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.files import read_json
 
 
 PACKAGE = Path(modeling_movekd.__file__).parent
-# The adapters go along because a run is continued with them, the facts because the card is written from them
+# The distiller is published because a run is continued with it
 WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|distiller)\.safetensors|model\.safetensors\.index\.json")
 TEXTS = {"config.json", "generation_config.json", "training_facts.json", "evaluation.json", "merge_report.json"}
 TEXTS |= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"}
@@ -20,7 +21,7 @@ TEXTS |= {"vocab.txt", "merges.txt"}
 CARD = {"README.md", "LICENSE", "LICENSE.txt", "NOTICE"}
 CODE = {path.name for path in PACKAGE.glob("*_movekd.py")}
 TOKENIZER_MODEL = "tokenizer.model"
-# Exports are models of transformers, which need no code of ours
+# The `auto_map` of each model type. Exports are models of transformers and have none.
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "movekd": MoveKDForConditionalGeneration._auto_map,
     "movekd_vision": MoveKDVisionModel._auto_map,
@@ -30,22 +31,8 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
 }
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-# A Space's own files; its folder is a Space as it stands
-SPACE_SUFFIXES = {
-    ".py",
-    ".md",
-    ".txt",
-    ".css",
-    ".js",
-    ".html",
-    ".json",
-    ".yaml",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".svg",
-}
+SPACE_SUFFIXES = {".py", ".md", ".txt", ".css", ".js", ".html", ".json", ".yaml", ".png", ".jpg", ".jpeg", ".webp"}
+SPACE_SUFFIXES |= {".svg"}
 
 
 def is_ours(name: str) -> bool:
@@ -55,15 +42,10 @@ def is_ours(name: str) -> bool:
 
 def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str], list[str]]:
     """
-    The files of a checkpoint that are published, and those that stay; paths relative to it, sorted.
+    The files of a checkpoint that are published, and those that are not, relative to the folder and sorted.
 
-    Args:
-        folder: The checkpoint.
-        token: A token that no file may hold, beside anything that looks like one.
-
-    Raises:
-        ValueError: for a link out of the folder, code or an `auto_map` that is not this package's, weights that are
-            missing, pickled, doubled or named by a path, and text that holds a token.
+    Refused are links out of the folder, code and an `auto_map` that are not this package's, weights that are missing,
+    pickled or stored twice, and text with an access token: `token`, or anything that looks like one.
     """
     found = [path.as_posix() for path in safe_files(folder)]
     for name in found:
@@ -74,12 +56,11 @@ def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str],
         held = [name for name in found if name.endswith(PICKLES)]
         raise ValueError(
             f"{folder} has no weights as safetensors{f', only pickles: {held}' if held else ''}. Pickles can hold "
-            "code and are not published: save the model with `save_pretrained`."
+            "code and are not published. Save the model with `save_pretrained`."
         )
     if {"model.safetensors", "model.safetensors.index.json"} <= set(found):
         raise ValueError(
-            f"{folder} has both model.safetensors and model.safetensors.index.json; which of them is meant is not "
-            "told. Remove the older one."
+            f"{folder} has both model.safetensors and model.safetensors.index.json. Remove the older one."
         )
     own = {path.name for path in weights} | {"model.safetensors.index.json", "distiller.safetensors"}
     allowed = own | TEXTS | CARD | CODE | {TOKENIZER_MODEL}
@@ -90,14 +71,9 @@ def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str],
 
 
 def space_files(folder: Path, token: str | None = None) -> tuple[list[str], list[str]]:
-    """
-    The files of a Space that are published, and those that stay; as [`checkpoint_files`].
-
-    Raises:
-        ValueError: for a folder without README.md, a link out of it, and text that holds a token.
-    """
+    """The files of a Space that are published, and those that are not."""
     if not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} has no README.md, whose front matter makes a folder a Space.")
+        raise ValueError(f"{folder} has no README.md, which every Space needs. Add it, with an `sdk` in its metadata.")
     found = safe_files(folder)
     hidden = [path for path in found if any(part.startswith((".", "__pycache__")) for part in path.parts)]
     chosen = [path.as_posix() for path in found if path not in hidden and path.suffix in SPACE_SUFFIXES]
@@ -109,19 +85,19 @@ def _check_code(folder: Path, name: str) -> None:
     ours = PACKAGE / Path(name).name
     if not ours.is_file():
         raise ValueError(
-            f"{folder / name} is code that is not of this package, and whoever loads the model would run it. "
+            f"{folder / name} is code that is not of this package, and everybody who loads the model would run it. "
             "Remove it."
         )
     if ours.read_bytes() != (folder / name).read_bytes():
         raise ValueError(
-            f"{folder / name} differs from this package's {ours.name} (movekd {modeling_movekd.__version__}), and "
-            "whoever loads the model would run it. Save the checkpoint again with this version (`from_pretrained`, "
-            "`save_pretrained`), or push with the version that wrote it."
+            f"{folder / name} differs from this package's {ours.name} (movekd {modeling_movekd.__version__}). Save "
+            "the checkpoint again with this version (`from_pretrained`, `save_pretrained`), or push with the version "
+            "that wrote it."
         )
 
 
 def _references(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every entry that names code to run, with its place."""
+    """Every entry that names code to run: its path in the file, and its value."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key in ("auto_map", "custom_pipelines"):
@@ -138,21 +114,21 @@ def _check_auto_maps(folder: Path, names: list[str]) -> None:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is of a {model_type!r} model; {[*MODEL_TYPES]} are published. Convert it with "
-            "`python hub/convert.py`."
+            f"{folder / 'config.json'} is of a {model_type!r} model; only {[*MODEL_TYPES]} are published. Convert it "
+            "with `python hub/convert.py`."
         )
     expected = MODEL_TYPES[model_type]
     for name in names:
         if not name.endswith(".json") or name.endswith((".index.json", "tokenizer.json", "vocab.json")):
             continue
-        for place, value in _references(read_json(folder / name)):
-            if (name, place) != ("config.json", "auto_map") or value != expected:
+        for entry, value in _references(read_json(folder / name)):
+            if (name, entry) != ("config.json", "auto_map") or value != expected:
                 raise ValueError(
-                    f"`{place}` of {folder / name} is {value}; only {expected or 'none'} is this package's, and "
-                    "whoever loads the model would run what it names. Remove it, or save the checkpoint again."
+                    f"`{entry}` of {folder / name} is {value}, which names code to run; only {expected or 'none'} "
+                    "is this package's. Remove it, or save the checkpoint again."
                 )
     if expected and "auto_map" not in config:
-        raise ValueError(f"{folder / 'config.json'} has no `auto_map`, so nobody could load it; save it again.")
+        raise ValueError(f"{folder / 'config.json'} has no `auto_map`, so it cannot be loaded. Save the model again.")
 
 
 def _check_tokens(folder: Path, names: list[str], token: str | None) -> None:
@@ -161,4 +137,4 @@ def _check_tokens(folder: Path, names: list[str], token: str | None) -> None:
             continue
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
         if TOKEN.search(text) or (token and token in text):
-            raise ValueError(f"{folder / name} holds an access token. Take it out, and revoke it if others saw it.")
+            raise ValueError(f"{folder / name} holds an access token. Remove it, and revoke it if others saw it.")

@@ -1,4 +1,4 @@
-"""Talks to the Hub for `hub/push.py`: one commit with the files of a folder, read back afterwards."""
+"""Sends a folder to the Hub as one commit, and reads the commit back."""
 
 import re
 import tempfile
@@ -13,23 +13,23 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hub.push_allowlist import is_ours
+from modeling_movekd.files import CARD_NAME
 
 
 SPACE_FOLDER = Path(__file__).resolve().parents[1] / "spaces"
-CARD_NAME = "README.md"
 
 
 @dataclass
 class SpaceSettings:
     """
-    The Space beside a checkpoint.
+    The Space of a checkpoint.
 
     Args:
-        folder: A folder that is a Space as it stands; the front matter of its README.md says which SDK runs it.
-        repo_id: Where it goes; the checkpoint's name by default (Spaces have names of their own). A Space of a private
-            checkpoint is private unless something else is asked for.
-        hardware: Asked for after the upload; what the Space has by default.
-        secrets, variables: Set before the upload. `MODEL_ID` and `MODEL_REVISION` are among the variables in any case.
+        folder (`Path`, *optional*, defaults to `spaces/`): The Space's files, with a README.md that names the SDK.
+        repo_id (`str`, *optional*): Name of the Space, by default the checkpoint's.
+        hardware (`str`, *optional*): Hardware to request after the upload.
+        secrets (`dict`, *optional*): Secrets, set before the upload.
+        variables (`dict`, *optional*): Variables, set before the upload beside `MODEL_ID` and `MODEL_REVISION`.
     """
 
     folder: Path = SPACE_FOLDER
@@ -46,12 +46,12 @@ def folder_files(stage: Path) -> dict[str, Path]:
 def create_repository(
     api: HfApi, repo_id: str, private: bool | None, kind: str = "model", sdk: str | None = None
 ) -> str:
-    """Make the repository if need be; its full name."""
+    """Create the repository if it does not exist. Returns its full name."""
     repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk).repo_id
     if private and not api.repo_info(repo_id, repo_type=kind).private:
         raise ValueError(
-            f"{repo_id} is public, and stays so when it is pushed to. Make it private in its settings, or say that it "
-            "may be public (`hub/push.py --no-private`)."
+            f"{repo_id} is public, and pushing does not change that. Make it private in its settings, or push with "
+            "`--no-private`."
         )
     return repo_id
 
@@ -65,20 +65,19 @@ def publish(
     revision: str | None = None,
     tag: str | None = None,
 ) -> CommitInfo:
-    """One commit with these files, upon the one that is there now, read back afterwards."""
+    """Commit the files of a folder to a branch or pull request, read the commit back, and tag it."""
     branch = revision or "main"
     refs = api.list_repo_refs(repo_id)
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     tagged = {ref.name: ref.target_commit for ref in refs.tags}
     if branch not in heads and not branch.startswith("refs/"):
         if branch in tagged:
-            raise ValueError(f"{branch} is a tag of {repo_id}, and tags do not move. Name a branch.")
+            raise ValueError(f"{branch} is a tag of {repo_id}, not a branch. Give a branch.")
         api.create_branch(repo_id, branch=branch)
     parent = heads.get(branch) or api.repo_info(repo_id, revision=branch).sha
     if tag in tagged and not (tagged[tag] == parent and _is_published(api, repo_id, parent, stage)):
         raise ValueError(
-            f"{repo_id} has a tag {tag} already, at {tagged[tag]}, and what would be pushed is something else. Give "
-            "another name, or delete that tag."
+            f"{repo_id} has a tag {tag} already, at {tagged[tag]}, with other files. Give another tag, or delete that."
         )
     commit = _commit(api, repo_id, stage, message, parent, branch, create_pr)
     if tag is not None and tag not in tagged:
@@ -99,7 +98,7 @@ def _commit(
     files = folder_files(stage)
     stale = [] if kind == "space" else _stale(api, repo_id, parent, files)
     if stale:
-        print(f"Removed from {repo_id}, as the new checkpoint has none of that name: {', '.join(stale)}")
+        print(f"Removed from {repo_id}, because the new checkpoint does not have them: {', '.join(stale)}")
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()
     ]
@@ -114,24 +113,24 @@ def _commit(
         parent_commit=parent,
     )
     if wrong := _differences(api, repo_id, commit.oid, stage, kind):
-        raise ValueError(f"{repo_id} does not hold what was sent, at {commit.oid}: {'; '.join(wrong)}. Push again.")
+        raise ValueError(f"{repo_id} differs from the sent files at {commit.oid}: {'; '.join(wrong)}. Push again.")
     return commit
 
 
 def _stale(api: HfApi, repo_id: str, commit: str | None, files: Iterable[str]) -> list[str]:
-    """Files of an earlier checkpoint that these do not replace."""
+    """Files of an earlier checkpoint that the new files do not replace."""
     return [name for name in api.list_repo_files(repo_id, revision=commit) if is_ours(name) and name not in files]
 
 
 def _is_published(api: HfApi, repo_id: str, commit: str, stage: Path) -> bool:
-    """Whether a push would change nothing, by the content of all files."""
+    """Whether the commit has the content of all these files already, and no stale ones."""
     found = api.verify_repo_checksums(repo_id, revision=commit, local_dir=stage)
     missing = set(folder_files(stage)) & set(found.extra_paths)
     return not (found.mismatches or missing or _stale(api, repo_id, commit, folder_files(stage)))
 
 
 def _differences(api: HfApi, repo_id: str, commit: str, stage: Path, kind: str = "model") -> list[str]:
-    """How a commit differs from what is published: sizes of all files, and config.json's content."""
+    """Differences between a commit and the sent files: their sizes, and the content of config.json."""
     entries = api.list_repo_tree(repo_id, revision=commit, recursive=True, repo_type=kind)
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     wrong = []
@@ -157,9 +156,9 @@ def publish_space(
         raise ValueError(f"The front matter of {settings.folder / CARD_NAME} names no `sdk`.")
     model_is_private = api.repo_info(model_id).private
     if private is None and model_is_private:
-        private = True  # else everybody could ask the model
+        private = True  # a public Space would let everybody use the model
     repo_id = create_repository(api, settings.repo_id or model_id, private, "space", sdk)
-    # Before the files, with which the Space is built
+    # Before the files are sent, as the upload starts the Space
     for key, value in {**settings.variables, "MODEL_ID": model_id, "MODEL_REVISION": commit}.items():
         api.add_space_variable(repo_id, key, value)
     for key, value in settings.secrets.items():
@@ -169,13 +168,13 @@ def publish_space(
     if settings.hardware is not None:
         api.request_space_hardware(repo_id, settings.hardware)  # type: ignore[arg-type]
     if model_is_private and "HF_TOKEN" not in settings.secrets:
-        print(f"{model_id} is private: the Space needs a secret HF_TOKEN that may read it.")
+        print(f"{model_id} is private. Give the Space a secret HF_TOKEN that may read it.")
     return pushed.commit_url
 
 
 @contextmanager
 def explained(repo_id: str, token: str) -> Iterator[None]:
-    """What the Hub or the network says, as one error without tokens or signed addresses."""
+    """Turn errors of the Hub and the network into one error without tokens and signed URLs."""
     try:
         yield
     except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, OSError) as error:
@@ -183,11 +182,11 @@ def explained(repo_id: str, token: str) -> Iterator[None]:
         response = getattr(cause, "response", None)
         status = 0 if response is None else response.status_code
         way_out = {
-            401: "Log in again with `hf auth login`, with a token that may write.",
-            403: "Check that the token may write there, and the storage that is left.",
-            404: "Check the name, and that the token may see it.",
-            412: "Somebody else has changed it in the meantime: look at that commit, then push again.",
-        }.get(status, "Run the same command again: what has arrived is not sent again.")
+            401: "Log in again with `hf auth login` and a token that may write.",
+            403: "Check that the token may write there, and that storage is left.",
+            404: "Check the name, and that the token may read it.",
+            412: "Somebody else has pushed in the meantime. Look at that commit, then push again.",
+        }.get(status, "Run the same command again: files that have arrived are not sent again.")
         text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", str(cause).strip()).replace(token, "(token)")
         where = f"{error}: " if cause is not error else ""
         raise ValueError(f"Pushing to {repo_id} failed: {where}{type(cause).__name__}: {text}\n{way_out}") from None

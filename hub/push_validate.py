@@ -1,74 +1,24 @@
 """
-Loads a checkpoint as a stranger would: in a process of its own, with the code of its folder alone, offline.
+Load a checkpoint as others will: in a process of its own, offline, with only the code in its folder.
 
     python -P hub/push_validate.py CHECKPOINT
 
 The last line of the output is one JSON object: `{"model": class, "parameters": count, "device": "cpu" or "meta"}`, or
-`{"problem": text}` with exit status 1. Weights beyond half of the free memory are loaded on the meta device, which
-compares names and shapes without reading the values.
+`{"problem": text}` with exit status 1. With `--meta` the model is loaded on the meta device, which compares names and
+shapes without reading the values.
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def validate(folder: Path, meta: bool | None = None) -> dict[str, Any]:
-    """
-    Load the checkpoint in a fresh process, without this repository, the network, or any token.
-
-    Args:
-        folder: The checkpoint.
-        meta: Whether to compare names and shapes alone; by default where the weights would not fit in memory.
-
-    Returns:
-        What was loaded: `model` (class), `parameters` (count), `device`.
-
-    Raises:
-        ValueError: if the configuration, the processor or the weights do not load, with the reason.
-    """
-    if meta is None:
-        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-        meta = size > psutil.virtual_memory().available / 2
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        # Neither tokens, nor what a launcher says to its processes
-        if "TOKEN" not in name and not name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
-    }
-    with tempfile.TemporaryDirectory() as cache:
-        own = {"HF_HOME": cache, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-P", __file__, str(folder.resolve()), *(["--meta"] if meta else [])]
-        result = subprocess.run(
-            command, env=kept | own, cwd=cache, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-    lines = result.stdout.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:
-        answer = {}
-    if result.returncode or "model" not in answer:
-        reason = answer.get("problem") or (result.stderr.strip().splitlines() or ["no reason was given"])[-1]
-        raise ValueError(f"The checkpoint does not load in a process of its own: {reason}")
-    return answer
-
-
 def load(folder: str, meta: bool) -> dict[str, Any]:
-    """
-    Configuration, processor and weights of a checkpoint, read and held against each other.
-
-    Raises:
-        ValueError: for what does not fit.
-    """
+    """Load configuration, processor and weights of a checkpoint, and check that they fit each other."""
     import torch
     from PIL import Image
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -111,7 +61,7 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # An installed clone is on the path of every process
+    # An editable install of this repository is on the path of every process
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     for name in ("modeling_movekd", "hub", "train"):
         sys.modules[name] = None  # type: ignore[assignment]

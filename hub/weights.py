@@ -1,6 +1,5 @@
-"""Weights of a checkpoint streamed from files to files: tensors stay mapped on disk until they are written."""
+"""Weights that are streamed from files to files: a tensor stays on disk until it is written."""
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,22 +11,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from modeling_movekd.files import save_json
 
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5 * 10**9
 SMALL_SHARD_SIZE = 10**9
 
 
 class WeightFiles:
     """
-    The tensors of some weight files by key, read one file at a time.
+    The tensors of several weight files, by key. One file is open at a time.
 
     Attributes:
-        tensors (`dict[str, torch.Tensor]`): By key a tensor of the same shape and dtype on the meta device.
+        tensors (`dict[str, torch.Tensor]`): For each key a tensor of its shape and dtype on the meta device.
+        paths (`dict[str, Path]`): The file of each key.
         largest (`int`): Bytes of the largest file.
-        mapped (`bool`): Whether every file can be mapped into memory, so that a tensor costs nothing until it is used.
-
-    Raises:
-        ValueError: for a file that cannot be read, a `.bin` that holds more than tensors, or a key in two files.
+        mapped (`bool`): Whether all files can be memory-mapped, which `.bin` files older than the zip format cannot.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -40,7 +40,7 @@ class WeightFiles:
             self.largest = max(self.largest, path.stat().st_size)
             for key, tensor in self._open_file(path).items():
                 if key in self.paths:
-                    raise ValueError(f"{key} is both in {self.paths[key]} and in {path}; which is right is not told.")
+                    raise ValueError(f"`{key}` is in both {self.paths[key]} and {path}. Remove one of the files.")
                 self.paths[key] = path
                 self.tensors[key] = torch.empty_like(tensor, device="meta")
         self.close()
@@ -48,17 +48,15 @@ class WeightFiles:
     def _open_file(self, path: Path) -> dict[str, torch.Tensor]:
         if path != self._path:
             self.close()
-            self._open = load_safetensors(path) if path.suffix == ".safetensors" else self._load_bin(path)
+            if path.suffix == ".safetensors":
+                self._open = load_safetensors(path)
+            else:
+                self._open, mapped = load_bin(path)
+                self.mapped = self.mapped and mapped
             self._path = path
         return self._open
 
-    def _load_bin(self, path: Path) -> dict[str, torch.Tensor]:
-        tensors, mapped = load_bin(path)
-        self.mapped = self.mapped and mapped
-        return tensors
-
     def read(self, key: str) -> torch.Tensor:
-        """The tensor under a key, mapped where the format allows it."""
         return self._open_file(self.paths[key])[key]
 
     def close(self) -> None:
@@ -74,7 +72,7 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_bin(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors of a `.bin` file, and whether they are mapped. Nothing but tensors is ever unpickled."""
+    """The tensors of a `.bin` file, and whether they are memory-mapped. No code of the file is run."""
     mapped = True
     try:
         try:
@@ -84,60 +82,67 @@ def load_bin(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, or is damaged; it may run code when it is read, so it is not. Use "
-            "safetensors, or a file from whom you trust, saved again as tensors alone."
+            f"{path} holds more than tensors, or is damaged. Reading it could run code: use safetensors "
+            "instead, or save the tensors alone again."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Download it again.") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} is no state dict: it must hold tensors by key and nothing else.")
+        raise ValueError(f"{path} is no state dict. It must hold tensors by key and nothing else.")
     return content, mapped
 
 
 @dataclass
-class Piece:
+class WeightConversion:
     """
-    A step of a conversion: tensors to read, and what is written for them.
+    Tensors that are read together, and the function that turns them into the tensors to write.
 
     Args:
-        parts: (files, key) of each tensor to read.
-        build: From those tensors, in their order, the tensors to write by key. Also called with tensors on the meta
-            device, to plan.
+        inputs: (files, key) of each tensor to read.
+        convert: Takes the tensors in the order of `inputs`, and returns the tensors to write by key. It must also work
+            with tensors on the meta device.
     """
 
-    parts: Sequence[tuple[WeightFiles, str]]
-    build: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
+    inputs: Sequence[tuple[WeightFiles, str]]
+    convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
 
-    def plan(self) -> dict[str, torch.Tensor]:
-        """What will be written, on the meta device."""
-        planned = self.build([files.tensors[key] for files, key in self.parts])
-        return {key: tensor.to("meta") for key, tensor in planned.items()}
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """The tensors to write, on the meta device."""
+        outputs = self.convert([files.tensors[key] for files, key in self.inputs])
+        return {key: tensor.to("meta") for key, tensor in outputs.items()}
 
-    def read(self) -> dict[str, torch.Tensor]:
-        return self.build([files.read(key) for files, key in self.parts])
+    def run(self) -> dict[str, torch.Tensor]:
+        return self.convert([files.read(key) for files, key in self.inputs])
 
 
-def write_weights(pieces: Sequence[Piece], folder: Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+def renamed(files: WeightFiles, key: str, new_key: str) -> WeightConversion:
+    """Copy one tensor to another key."""
+    return WeightConversion([(files, key)], lambda tensors: {new_key: tensors[0]})
+
+
+def write_weights(conversions: Sequence[WeightConversion], folder: Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """
-    Write pieces as `model.safetensors`, or as shards with an index, in the pieces' order. In memory at any time is one
-    output shard, which is never larger than the largest file read (or 1 GB), or than `max_shard_size`.
+    Run conversions in their order, and write `model.safetensors` or shards with an index.
+
+    One shard is in memory at a time. It is at most as large as `max_shard_size`, and as the largest file read (1 GB if
+    that is smaller).
     """
-    planned = [piece.plan() for piece in pieces]
-    files = {id(files): files for piece in pieces for files, _ in piece.parts}.values()
+    shapes = [conversion.shapes() for conversion in conversions]
+    files = {id(files): files for conversion in conversions for files, _ in conversion.inputs}.values()
     largest = max((file.largest for file in files if all(file.mapped for file in files)), default=0)
     split = split_torch_state_dict_into_shards(
-        {key: tensor for tensors in planned for key, tensor in tensors.items()},
+        {key: tensor for tensors in shapes for key, tensor in tensors.items()},
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=min(max_shard_size, max(largest, SMALL_SHARD_SIZE)),
     )
-    total = sum(tensor.nbytes for tensors in planned for tensor in tensors.values())
-    waiting: dict[str, torch.Tensor] = {}
-    remaining = iter(pieces)
+    total = sum(tensor.nbytes for tensors in shapes for tensor in tensors.values())
+    converted: dict[str, torch.Tensor] = {}
+    remaining = iter(conversions)
     with tqdm(total=total, desc="converting", unit="B", unit_scale=True) as bar:
         for name, keys in split.filename_to_tensors.items():
-            while not all(key in waiting for key in keys):
-                waiting.update(next(remaining).read())
-            shard = {key: waiting.pop(key).contiguous() for key in keys}
+            while not all(key in converted for key in keys):
+                converted.update(next(remaining).run())
+            shard = {key: converted.pop(key).contiguous() for key in keys}
             save_file(shard, folder / name, metadata={"format": "pt"})
             bar.update(sum(tensor.nbytes for tensor in shard.values()))
             del shard
@@ -145,4 +150,4 @@ def write_weights(pieces: Sequence[Piece], folder: Path, max_shard_size: int = M
         file.close()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        save_json(index, folder / "model.safetensors.index.json")

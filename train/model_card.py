@@ -17,8 +17,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from transformers.trainer_utils import get_last_checkpoint
 
-from hub.card import CARD_NAME, is_generated, write_card
-from hub.card_facts import TRAINING_FACTS_NAME, public_name, read_json, read_training_facts, without_paths
+from hub.card_facts import public_name, read_optional_json, read_training_facts, without_paths
+from hub.card_write import is_generated, write_card
+from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME
 from train.build import image_settings
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data.datasets import data_sources
@@ -117,7 +118,7 @@ def _seconds_before(args: MoveKDSFTConfig) -> float:
         return 0.0
     if not Path(folder).is_dir():
         folder = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
-    facts = read_json(Path(folder) / TRAINING_FACTS_NAME) if folder else None
+    facts = read_optional_json(Path(folder) / TRAINING_FACTS_NAME) if folder else None
     return float((facts or {}).get("seconds") or 0.0)
 
 

@@ -13,8 +13,8 @@ from train.config import MoveKDSFTConfig
 
 class PublishingMixin(Trainer):
     """
-    In front of a trainer: publishes by [`hub.push.push`], checked and by its allow-list, and at the end alone, where
-    Trainer sends whole folders, the optimiser's state included, whenever it saves.
+    Put in front of a trainer: publishes with [`hub.push_checkpoint.push`], once, at the end. Trainer alone would send
+    whole folders, the optimizer's state included, at every save.
     """
 
     def take_token(self, args: MoveKDSFTConfig) -> None:
@@ -54,11 +54,11 @@ class PublishingMixin(Trainer):
             The URL of the first commit; `None` on any process but the first. No process waits for another.
 
         Raises:
-            ValueError: as [`hub.push.push`]. Everything is on disk by then, and `python hub/push.py` takes it up.
+            ValueError: as [`hub.push_checkpoint.push`]. Everything is on disk by then: `python hub/push.py` sends it.
         """
         if not self.is_world_process_zero():
             return None
-        from hub.push import push
+        from hub.push_checkpoint import push
 
         private = self.args.hub_private_repo if private is None else private
         if self.hub_model_id is None:

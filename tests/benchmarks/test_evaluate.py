@@ -13,8 +13,8 @@ pytest.importorskip("datasets")
 
 from benchmarks.evaluate import check_results, comparison, evaluate, evaluation_results, main, task_manager
 from benchmarks.tasks import BENCHMARKS, mmbench_prompt
-from hub.card import render_card
 from hub.card_facts import read_evaluation
+from hub.card_write import render_card
 from modeling_movekd.inference import load_checkpoint, prepare, user_message
 from tests.helpers.evaluation_data import DATA, save_checkpoint, write_data
 

@@ -104,6 +104,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def owner(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A process that may write there, and never says its token."""
     with client(hub, tmp_path_factory.mktemp("home"), OWNER_TOKEN) as process:
-        process.run("from pathlib import Path; from huggingface_hub import HfApi; import hub.push, hub.push_commit")
+        process.run("from pathlib import Path; from huggingface_hub import HfApi")
+        process.run("import hub.push, hub.push_checkpoint, hub.push_commit")
         yield process
         assert OWNER_TOKEN not in process.log

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hub import push
-from hub.card import check_card, is_generated, main, write_card
+from hub import push_checkpoint
+from hub.card import main
 from hub.card_facts import hub_id, public_name, weights_fingerprint
 from hub.card_licenses import derive_license
+from hub.card_write import check_card, is_generated, write_card
 from tests.helpers.cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
 from tests.helpers.hub_server import serve
 
@@ -37,7 +38,7 @@ def test_metadata(tmp_path: Path) -> None:
     }
     assert metadata(path) == yaml.safe_load(path.read_text().split("---\n")[1]) == expected
     text = path.read_text()
-    for name in ("AutoModel", "AutoProcessor"):  # which else asks at the terminal
+    for name in ("AutoModelForImageTextToText", "AutoProcessor"):  # which else asks at the terminal
         assert f'{name}.from_pretrained("somebody/student", revision="v1.0", trust_remote_code=True)' in text
     assert "`facebook/sam-vit-large`" in text and COMMIT in text and "arxiv.org/abs/2501.01709" in text
     assert "No benchmark result is recorded for this checkpoint" in text and "model-index" not in text
@@ -74,7 +75,7 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     }
     text = path.read_text()
     assert "How this checkpoint was trained is not recorded" in text and "no distillation is recorded" in text
-    assert "No licence is stated here: the base models are not recorded" in text
+    assert "No license is stated: the base models are not recorded" in text
     assert "None" not in text and "## Base models" not in text and "### Stage" not in text
 
     facts = {"stage": "finetune", "distillation_preset": None, "teachers": [], "knobs": {"lambda_kd": None}}
@@ -195,11 +196,11 @@ def test_results_of_other_weights_are_refused(tmp_path: Path) -> None:
         ([], None),
     ],
 )
-def test_licence_from_the_base_models(models: list[tuple[str, str | None]], expected: str | None) -> None:
+def test_license_from_the_base_models(models: list[tuple[str, str | None]], expected: str | None) -> None:
     assert derive_license([{"model": model, "license": name} for model, name in models])[0] == expected
 
 
-def test_stated_licence(tmp_path: Path) -> None:
+def test_stated_license(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "student", facts_of_a_lab() | {"license": "my-lab-1.0"})
     assert metadata(write_card(folder)) | {"license": "other", "license_name": "my-lab-1.0"} == metadata(
         folder / "README.md"
@@ -210,7 +211,7 @@ def test_stated_licence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("facts", ["training_facts", "conversion", None])
-def test_a_licence_that_was_stated_once_stays(tmp_path: Path, facts: str | None) -> None:
+def test_a_license_that_was_stated_once_stays(tmp_path: Path, facts: str | None) -> None:
     """In the card that a push writes anew too; whatever else the facts say stays as well."""
     folder = checkpoint(tmp_path / "student")
     known = {"training_facts": facts_of_a_lab(), "conversion": {"source": "openai/clip-vit-base-patch32"}}
@@ -220,7 +221,7 @@ def test_a_licence_that_was_stated_once_stays(tmp_path: Path, facts: str | None)
     stage = tmp_path / "stage"
     stage.mkdir()
     (stage / "README.md").symlink_to(folder / "README.md")
-    push._write_card(folder, stage, False, "me/student", None)
+    push_checkpoint._write_card(folder, stage, False, "me/student", None)
     assert metadata(stage / "README.md")["license"] == "cc-by-nc-4.0"
     assert "`cc-by-nc-4.0`, as its owner states" in (stage / "README.md").read_text()
     if facts is not None:

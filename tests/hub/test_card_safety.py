@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hub.card import check_card, write_card
 from hub.card_text import inline
+from hub.card_write import check_card, write_card
 from tests.helpers.cards import CONFIG, checkpoint, facts_of_a_lab, metadata
 
 

@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    GenerationConfig,
-)
+from transformers import AutoModel, GenerationConfig
 
 from hub.convert import convert, main
 from modeling_movekd import MoveKDForConditionalGeneration
@@ -40,12 +37,12 @@ def test_loads_as_remote_code(converted: Path) -> None:
 def test_images_that_are_cut_to_squares_are_so_again_in_the_authors_layout(copy: Path, tmp_path: Path) -> None:
     edit_json(copy / "config.json", image_aspect_ratio="square")
     ours = convert(copy, tmp_path / "ours", keep_all_layers=True)
-    back = convert(ours, tmp_path / "back", to="authors")
+    back = convert(ours, tmp_path / "back", to="original")
     assert json.loads((back / "config.json").read_text())["image_aspect_ratio"] == "square"
 
 
 def test_back_to_the_authors_layout(authors: Path, converted_whole: Path, tmp_path: Path) -> None:
-    back = convert(converted_whole, tmp_path / "back", to="authors")
+    back = convert(converted_whole, tmp_path / "back", to="original")
     assert_equal_weights(weights_of(back), load_file(authors / "model.safetensors"))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (back, authors))
     said_of_the_run = json.loads((converted_whole / "conversion.json").read_text())["dropped_config"]
@@ -65,9 +62,15 @@ def test_back_to_the_authors_layout(authors: Path, converted_whole: Path, tmp_pa
     )
 
 
+def test_the_old_name_of_the_original_layout(converted_whole: Path, tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="use `to='original'`"):
+        main([str(converted_whole), str(tmp_path / "back"), "--to", "authors"])
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "move_llava_llama"
+
+
 def test_a_cut_tower_has_no_way_back(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep-all-layers"):
-        convert(converted, tmp_path / "dest", to="authors")
+        convert(converted, tmp_path / "dest", to="original")
     assert nothing_left(tmp_path)
 
 
@@ -105,7 +108,7 @@ def test_padded_vocabulary(copy: Path, converted_whole: Path, tmp_path: Path) ->
         assert weights[key].shape[0] == rows
         assert torch.equal(weights.pop(key)[:original], without.pop(key)[:original])
     assert_equal_weights(weights, without)
-    back = convert(dest, tmp_path / "back", to="authors")
+    back = convert(dest, tmp_path / "back", to="original")
     assert_equal_weights(weights_of(back), load_file(copy / "model.safetensors"))
 
 
@@ -122,7 +125,7 @@ def test_rows_that_the_tokenizer_leaves_free(copy: Path, tmp_path: Path) -> None
     assert (config["image_token_index"], config["text_config"]["vocab_size"]) == (tokens, tokens + 5)
     assert GenerationConfig.from_pretrained(dest).suppress_tokens == [tokens]
     assert torch.equal(weights_of(dest)["lm_head.weight"], weights["lm_head.weight"])
-    back = convert(dest, tmp_path / "back", to="authors")
+    back = convert(dest, tmp_path / "back", to="original")
     assert_equal_weights(weights_of(back), weights)
 
 

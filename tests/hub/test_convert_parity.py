@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoProcessor, LlamaConfig
 
-from hub.convert_layouts import Origin, collect, empty_model, expected_weights, make_pieces
-from hub.convert_original_keys import key_from_authors, state_dict_to_authors
+from hub.convert_layouts import WeightSource, empty_model, expected_weights, make_conversions, map_keys
+from hub.convert_original_keys import key_from_original
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
 from tests.helpers.original_batches import IMAGE_POSITION, NAMES, expand, model_inputs
+from tests.helpers.original_weights import state_dict_to_original
 from tests.helpers.parity import assert_values, read_case, with_prefix
 
 
@@ -198,19 +199,21 @@ def test_every_key_of_7b(reference: dict[str, Any]) -> None:
     layers = len([key for key in full if key.endswith("self_attn.q_proj.weight") and "vision" not in key])
     for cut in (False, True):
         model = full_size(full, layers, cut)
-        found = collect([Origin(as_files(full), key_from_authors)], model)
-        pieces, distiller, new = make_pieces(found, model)
+        mapping = map_keys([WeightSource(as_files(full), key_from_original)], model)
+        conversions, distiller, new = make_conversions(mapping, model)
         assert not new
-        planned = {key: tensor for piece in pieces for key, tensor in piece.plan().items()}
+        planned = {key: tensor for conversion in conversions for key, tensor in conversion.shapes().items()}
         expected = expected_weights(model)
         assert {key: value.shape for key, value in planned.items()} == {
             key: value.shape for key, value in expected.items()
         }
-        assert {key.split(".")[1] for piece in distiller for key in piece.plan()} == set(NAMES.values()) - {"clip"}
+        assert {key.split(".")[1] for conversion in distiller for key in conversion.shapes()} == set(
+            NAMES.values()
+        ) - {"clip"}
         assert all(tensor.dtype == torch.bfloat16 for tensor in planned.values())
-        used = sum(len(piece.parts) for piece in pieces + distiller)
-        assert used + len(found.dropped) == len(full)
-        assert bool(found.dropped) == cut
+        used = sum(len(conversion.inputs) for conversion in conversions + distiller)
+        assert used + len(mapping.dropped) == len(full)
+        assert bool(mapping.dropped) == cut
     counts = reference["parameter_counts"]
     assert sum(full[key].numel() for key in reference["finetuned_v1_0"]) == counts["total"]
 
@@ -221,7 +224,7 @@ def test_key_count_of_13b(reference: dict[str, Any]) -> None:
     sizes = {"model.embed_tokens.weight": torch.empty(rows, width, device="meta")}
     sizes["model.layers.0.mlp.gate_proj.weight"] = torch.empty(13824, width, device="meta")
     model = full_size(sizes, 40, cut=False)
-    back = state_dict_to_authors(expected_weights(model), model.config.vision_config.num_experts)
+    back = state_dict_to_original(expected_weights(model), model.config.vision_config.num_experts)
     adapters = {key: tensor for key, tensor in small.items() if "_adapter_" in key}
     assert len(back) + len(adapters) == summary["finetuned_13b_v1_0_key_count"]
     total = sum(tensor.numel() for tensor in (*back.values(), *adapters.values())) - 2 * width  # a row for <image>

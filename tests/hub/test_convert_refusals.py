@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CohereConfig,
-)
+from transformers import CohereConfig
 
 from hub.convert import convert
 from hub.convert_layouts import language_rename
@@ -156,7 +154,7 @@ def break_json(folder: Path) -> None:
     [
         (drop_weight, r"lacks 1 weights.*norm\.weight"),
         (drop_expert, r"needs the experts 0 to \d; the checkpoint has \[1, 2"),
-        (add_weight, r"without a place.*model\.extra"),
+        (add_weight, r"has no weights for.*model\.extra"),
         (reshape_weight, r"norm\.weight: \(\d+,\) instead of \(\d+,\)"),
         (drop_all_weights, "neither weights"),
         (cut_file, "cannot be read as safetensors"),
@@ -213,14 +211,14 @@ def test_other_arguments_refused(authors: Path, converted: Path, tmp_path: Path)
     for arguments, settings, message in (
         ((authors, tmp_path / "full"), {}, "exists already"),
         ((converted, tmp_path / "dest"), {}, "already"),
-        ((authors, tmp_path / "dest"), {"to": "onnx"}, "'movekd' or 'authors'"),
+        ((authors, tmp_path / "dest"), {"to": "onnx"}, "'movekd' or 'original'"),
         ((authors, tmp_path / "dest"), {"experts": {"num_experts": 2}}, "experts of its own"),
         ((authors, tmp_path / "dest"), {"chat_template": "own"}, "'own'"),
         ((authors, tmp_path / "dest"), {"pad_vocabulary_to": 0}, "`pad_vocabulary_to` is 0"),
         (
             (converted, tmp_path / "dest"),
-            {"to": "authors", "experts": {"num_experts": 2}, "keep_all_layers": True},
-            "'keep_all_layers', 'experts'.*leave them out",
+            {"to": "original", "experts": {"num_experts": 2}, "keep_all_layers": True},
+            "'keep_all_layers', 'experts'.*Leave them out",
         ),
         (("no folder at all", tmp_path / "dest"), {}, "neither a folder nor"),
     ):

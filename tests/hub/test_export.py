@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from hub.card import write_card
-from hub.export import check_equal, export, image_files, main, read_pixels, stock_llava
+from hub.card_write import write_card
+from hub.export import main
+from hub.export_forms import check_equal, export, image_files, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from tests.helpers.cards import COMMIT, RESULT, metadata
 from tests.helpers.conversions import edit_json
@@ -133,6 +134,20 @@ def test_encoder_of_a_converted_checkpoint_says_where_it_is_from(converted, tmp_
     found = metadata(card)
     assert "owner/source" in found["base_model"] and found["license"] == "cc-by-nc-4.0"
     assert f"| whole model | `owner/source` | `{COMMIT}` |" in card.read_text()
+
+
+@pytest.mark.parametrize("form", ["encoder", "clip", "llava"])
+def test_the_code_in_the_card_runs(folders, tmp_path, monkeypatch, form):
+    dest = export(folders["plain"], tmp_path / form, form)
+    text = write_card(dest, repo_id="somebody/student").read_text()
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(text.split("```python")[1].split("```")[0].replace("somebody/student", str(dest)), names)
+    if form == "llava":
+        assert names["outputs"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    else:
+        assert names["features"].shape == (1, 1 + (SIZE // 4) ** 2, 32)
 
 
 def test_encoder_of_a_whole_tower_keeps_its_feature_layer(folders, tmp_path):

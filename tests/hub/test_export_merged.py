@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel
 
 from hub.checkpoint_parts import load_image_processor, load_tower, read_config
-from hub.export import export, image_files, main, read_pixels
+from hub.export import main
+from hub.export_forms import export, image_files, read_pixels
 from hub.export_merged import (
     Moments,
     expert_outputs,

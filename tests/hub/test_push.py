@@ -60,9 +60,12 @@ def test_no_token_leaves_or_is_written(hub: Hub, pushed: str, owner: Client, che
     assert OWNER_TOKEN not in owner.log and hub.tokens_elsewhere == 0
 
 
-# `snippet` is what the card tells its readers to run
+# `snippet` is the code in the card, which asks about picture.png
 STRANGER = f"""
-import builtins, sys
+import builtins, os, sys
+from PIL import Image
+os.chdir(folder)
+Image.new("RGB", (40, 24), "red").save("picture.png")
 sys.path[:] = [path for path in sys.path if path != root]
 def refuse(*questions):
     raise AssertionError(questions)
@@ -71,7 +74,8 @@ exec(snippet)
 import torch
 assert "modeling_movekd" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 pixels = torch.linspace(-1, 1, 3 * {SIZE}**2).view(1, 3, {SIZE}, {SIZE})
-result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), len(processor.tokenizer)]
+result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), outputs[0].tolist()]
+assert len(result[1]) > inputs["input_ids"].shape[1] > model.config.image_seq_length
 """
 
 
@@ -84,12 +88,12 @@ def test_a_stranger_loads_it_by_its_tag_online_and_off(hub: Hub, pushed: str, tm
     pixels = torch.linspace(-1, 1, 3 * SIZE**2).view(1, 3, SIZE, SIZE)
     expected = tower(pixels).last_hidden_state.sum().item()
     with client(hub, tmp_path, OWNER_TOKEN) as process:
-        online, _ = process.run(STRANGER, root=root, snippet=snippet)
+        online, answer = process.run(STRANGER, root=root, snippet=snippet, folder=str(tmp_path))
     requests = len(hub.requests)
     with client(hub, tmp_path, HF_HUB_OFFLINE="1") as process:
-        offline, _ = process.run(STRANGER, root=root, snippet=snippet)
+        offline, again = process.run(STRANGER, root=root, snippet=snippet, folder=str(tmp_path))
     assert len(hub.requests) == requests
-    assert online == offline == pytest.approx(expected, abs=1e-3)
+    assert online == offline == pytest.approx(expected, abs=1e-3) and answer == again
 
 
 def test_answers_are_known_by_the_commit_that_gave_them(hub: Hub, pushed: str, owner: Client) -> None:
@@ -133,7 +137,7 @@ def test_the_encoder_alone_in_shards_with_its_space(hub: Hub, owner: Client, che
     (space / "__pycache__" / "app.py").write_text("")
     code = """
 settings = hub.push_commit.SpaceSettings(Path(space), "org/demo", "zero-a10g", {"PASSWORD": secret}, {"THEME": "dark"})
-result = hub.push.push(checkpoint, "org/encoder", encoder_only=True, space=settings, max_shard_size=20_000)
+result = hub.push_checkpoint.push(checkpoint, "org/encoder", encoder_only=True, space=settings, max_shard_size=20_000)
 """
     url = owner.run(code, space=str(space), checkpoint=str(checkpoint), secret=SECRET)
     repository, demo = hub.repository("org/encoder"), hub.repository("org/demo", "spaces")

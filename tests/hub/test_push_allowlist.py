@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub import push as push_script
+from hub import push_checkpoint
 from hub.card_facts import EvaluationResult, read_evaluation, weights_fingerprint
 from hub.push_allowlist import checkpoint_files
 from hub.push_validate import load
@@ -116,14 +117,14 @@ def test_code_of_a_foreign_auto_map_never_runs(copy: Path) -> None:
 
 def test_folders_of_this_machine_are_not_published(copy: Path, tmp_path: Path) -> None:
     edit(copy, "config.json", "text_config", "_name_or_path", value="/home/somebody/vicuna")
-    stage, _ = push_script._stage(copy, tmp_path / "stage", None, 10**9)
+    stage, _ = push_checkpoint._stage(copy, tmp_path / "stage", None, 10**9)
     assert json.loads((stage / "config.json").read_text())["text_config"]["_name_or_path"] == "vicuna"
 
 
 def test_an_evaluation_is_published_with_the_fingerprint_of_the_shards(copy: Path, tmp_path: Path) -> None:
     evaluation = {"results": [RESULT], "weights": weights_fingerprint(copy)}
     (copy / "evaluation.json").write_text(json.dumps(evaluation))
-    stage, _ = push_script._stage(copy, tmp_path / "stage", None, 50_000)
+    stage, _ = push_checkpoint._stage(copy, tmp_path / "stage", None, 50_000)
     assert len(list(stage.glob("model-*.safetensors"))) > 1
     assert read_evaluation(stage) == read_evaluation(copy) == [EvaluationResult(**RESULT)]
     assert json.loads((copy / "evaluation.json").read_text()) == evaluation, "the checkpoint's own stays"

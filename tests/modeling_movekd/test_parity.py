@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hub.convert_original_keys import key_from_authors, state_dict_from_authors, state_dict_to_authors
+from hub.convert_original_keys import key_from_original
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.experts_movekd import MixtureOfLoraExpertsMLP
+from tests.helpers.original_weights import state_dict_from_original, state_dict_to_original
 from tests.helpers.parity import assert_gradients, assert_values, cases, read_case, with_prefix
 
 
@@ -33,7 +34,7 @@ def test_mole_layers(parity_dir: Path) -> None:
             **RELEASED,
         )
         layer = MixtureOfLoraExpertsMLP(config).eval()
-        layer.load_state_dict(state_dict_from_authors(with_prefix(tensors, "param.")), strict=True)
+        layer.load_state_dict(state_dict_from_original(with_prefix(tensors, "param.")), strict=True)
 
         inputs = tensors["x"].clone().requires_grad_()
         probabilities, indices = layer.router(inputs)
@@ -50,11 +51,11 @@ def test_mole_layers(parity_dir: Path) -> None:
         )
         assert_values(output, tensors["out"], f"{path.name} out")
         torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=1e-5)
-        expected = state_dict_from_authors(with_prefix(tensors, "grad."))
+        expected = state_dict_from_original(with_prefix(tensors, "grad."))
         assert_gradients(
             {"x": inputs.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}, expected
         )
-        without = {key_from_authors(key)[0] for key in metadata["grad_none"]}
+        without = {key_from_original(key)[0] for key in metadata["grad_none"]}
         assert {name for name, parameter in layer.named_parameters() if parameter.grad is None} == without
 
 
@@ -73,7 +74,7 @@ def test_vision_towers(parity_dir: Path) -> None:
             **RELEASED,
         )
         authors = with_prefix(tensors, "param.")
-        state_dict = with_prefix(state_dict_from_authors(authors), "vision_tower.")
+        state_dict = with_prefix(state_dict_from_original(authors), "vision_tower.")
         tower.load_state_dict(state_dict, strict=True)
         check_tower(tower, tensors, metadata, settings["select_layer"])
 
@@ -82,7 +83,7 @@ def test_vision_towers(parity_dir: Path) -> None:
         cut.load_state_dict({key: value for key, value in state_dict.items() if key in cut.state_dict()}, strict=True)
         assert_values(cut(tensors["pixel_values"]).last_hidden_state[:, 1:], tensors["selected_feature"], "cut tower")
 
-        back = state_dict_to_authors(
+        back = state_dict_to_original(
             {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}, tower.config.num_experts
         )
         assert back.keys() == authors.keys()
@@ -117,8 +118,8 @@ def check_tower(tower: MoveKDVisionModel, tensors: dict[str, torch.Tensor], meta
     loss = (features * tensors["w"]).sum()
     loss.backward()
     torch.testing.assert_close(loss, tensors["loss"], rtol=1e-5, atol=1e-4)
-    expected = with_prefix(state_dict_from_authors(with_prefix(tensors, "grad.")), "vision_tower.")
+    expected = with_prefix(state_dict_from_original(with_prefix(tensors, "grad.")), "vision_tower.")
     assert_gradients({name: parameter.grad for name, parameter in tower.named_parameters()}, expected)
-    without = {key_from_authors(key)[0].removeprefix("vision_tower.") for key in metadata["grad_none"]}
+    without = {key_from_original(key)[0].removeprefix("vision_tower.") for key in metadata["grad_none"]}
     packed_elsewhere = {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
     assert not without & packed_elsewhere

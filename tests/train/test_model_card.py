@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from hub.card import check_card, is_generated, write_card
+from hub.card_write import check_card, is_generated, write_card
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import build_trainer
 from train import run as stage_run

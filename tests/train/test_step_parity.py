@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoProcessor
 
 from hub.convert import convert
-from hub.convert_original_keys import key_from_authors, state_dict_from_authors
+from hub.convert_original_keys import key_from_original
 from modeling_movekd import MoveKDForConditionalGeneration
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.original_batches import NAMES, model_inputs
+from tests.helpers.original_weights import state_dict_from_original
 from tests.helpers.parity import assert_gradients, assert_values, read_case, with_prefix
 from train.build import build_distiller
 from train.config import MoveKDSFTConfig
@@ -41,7 +42,7 @@ def stage1(authors: Path, base_models: tuple[Path, Path], tmp_path_factory: pyte
 
 def test_stage1_with_base_models(authors: Path, stage1: Path) -> None:
     state = load_file(authors / "stage1_state.safetensors")
-    expected = state_dict_from_authors(state)
+    expected = state_dict_from_original(state)
     model = MoveKDForConditionalGeneration.from_pretrained(stage1)
     actual = model.state_dict() | with_prefix_added(load_file(stage1 / "distiller.safetensors"), "distiller.")
     assert actual.keys() == expected.keys()
@@ -161,7 +162,7 @@ def test_training_step(authors: Path, step: Step, stage: str) -> None:
     for name, value in ({"loss": loss.item()} | step.terms()).items():
         assert value == pytest.approx(expected[name].item(), rel=1e-5), name
     gradients = {name: value.grad for name, value in step.trainer.model.named_parameters()}
-    golden = state_dict_from_authors(with_prefix(expected, "grad."))
+    golden = state_dict_from_original(with_prefix(expected, "grad."))
     rows = step.trainer.model.config.original_vocab_size
     for name in gradients:
         if name.endswith("embed_tokens.weight") and gradients[name] is not None:
@@ -203,10 +204,10 @@ def test_trainable_parameters(authors: Path, step: Step, stage: str) -> None:
     golden = json.loads((authors / "training_reference.json").read_text())[stage]
     trains = {name for name, value in step.trainer.model.named_parameters() if value.requires_grad}
     gradients, _ = read_case(authors / f"{stage}_step.safetensors")
-    reached = {key_from_authors(key)[0] for key in with_prefix(gradients, "grad.")}
+    reached = {key_from_original(key)[0] for key in with_prefix(gradients, "grad.")}
     # Theirs train parameters too that nothing reaches, behind the layer in use
     assert trains == reached
     if stage == "stage1":
-        assert reached < {key_from_authors(key)[0] for key in golden["trainable"]}
+        assert reached < {key_from_original(key)[0] for key in golden["trainable"]}
     else:
         assert golden["frozen"] == []

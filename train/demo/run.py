@@ -13,9 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import TrlParser
 
-from hub.card import write_card
-from hub.card_facts import EVALUATION_NAME, weights_fingerprint
+from hub.card_facts import weights_fingerprint
+from hub.card_write import write_card
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.files import EVALUATION_NAME
 from train.build import build_student
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.demo.scenes import FAMILIES, chance_levels, scenes

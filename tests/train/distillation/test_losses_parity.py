@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hub.convert_original_keys import state_dict_from_authors
+from tests.helpers.original_weights import state_dict_from_original
 from tests.helpers.parity import assert_gradients, assert_values, cases, read_case, with_prefix
 from train.config import PRESETS
 from train.distillation.distiller import DistillationOutput, Distiller
@@ -59,7 +59,7 @@ def released_distiller(
         clip_share=metadata["kd_memory_w"],
         **{knob: PRESETS["released"][knob] for knob in KNOBS},
     )
-    distiller.load_state_dict(with_prefix(state_dict_from_authors(parameters), "distiller."), strict=True)
+    distiller.load_state_dict(with_prefix(state_dict_from_original(parameters), "distiller."), strict=True)
     return distiller
 
 
@@ -97,7 +97,7 @@ def test_distillation_loss(parity_dir: Path) -> None:
         teacher_loss = torch.stack(list(output.teacher_losses.values()), dim=1)
         assert_values(teacher_loss, tensors["teacher_loss"], f"{path.name} loss")
         (metadata["kd_w"] * output.loss.mean()).backward()
-        expected = state_dict_from_authors(with_prefix(tensors, "grad."))
+        expected = state_dict_from_original(with_prefix(tensors, "grad."))
         assert_gradients({"v_token": student.grad}, {"v_token": expected.pop("v_token")})
         gradients = {f"distiller.{name}": value.grad for name, value in distiller.named_parameters()}
         assert_gradients(gradients, expected, tolerance=ADAPTER_TOLERANCE)
@@ -130,7 +130,7 @@ def test_distillation_loss_of_a_training_step(parity_dir: Path) -> None:
     expected = {key: value for key, value in with_prefix(tensors, "grad.").items() if "_adapter_" in key}
     assert expected
     gradients = {f"distiller.{name}": value.grad for name, value in distiller.named_parameters()}
-    assert_gradients(gradients, state_dict_from_authors(expected), tolerance=ADAPTER_TOLERANCE)
+    assert_gradients(gradients, state_dict_from_original(expected), tolerance=ADAPTER_TOLERANCE)
 
 
 def test_balance_loss(parity_dir: Path) -> None:

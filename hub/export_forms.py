@@ -1,0 +1,309 @@
+"""The forms that a checkpoint can be exported in."""
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoProcessor,
+    BaseImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
+)
+from transformers import initialization as init
+
+from hub.card_facts import copy_evaluation
+from hub.checkpoint_parts import (
+    TOWER_PREFIX,
+    feature_layer,
+    load_image_processor,
+    load_tower,
+    read_config,
+)
+from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
+from hub.export_merged import features, merge_experts
+from hub.export_onnx import check_onnx, write_onnx
+from hub.files import new_folder, resolve_source
+from hub.weights import DTYPES
+from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, save_json
+from modeling_movekd.images import decode_image
+from modeling_movekd.vision_movekd import load_strictly
+
+
+MEASURED_FORMS = ("dense", "onnx", "merged")
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def image_files(images: Sequence[str | Path]) -> list[Path]:
+    """Files, and the images in folders, sorted by name."""
+    files: list[Path] = []
+    for path in map(Path, images):
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"There is no image or folder {path}. Check `images`.")
+    return files
+
+
+def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
+    """Pixels of each image, `(3, image_size, image_size)`, float32."""
+    return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
+
+
+@torch.no_grad()
+def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> float | None:
+    """
+    Turn on `dense_routing` in place.
+
+    Returns:
+        The relative change of the features on the images (Frobenius norm), or `None` without images.
+    """
+    if tower.config.num_experts == 0:
+        raise ValueError("The tower has no experts (`num_experts` is 0), so it has no dense form. Use `encoder`.")
+    before = [features(tower, image) for image in pixels]
+    tower.config.dense_routing = True
+    for layer in tower.encoder.layers:
+        layer.mlp.dense_routing = True  # type: ignore[union-attr]
+    if not before:
+        return None
+    changed = torch.cat([features(tower, image) for image in pixels]).float()
+    exact = torch.cat(before).float()
+    return float((changed - exact).norm() / exact.norm())
+
+
+def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """transformers' own LLaVA with the weights of ours, which are shared. The two must give the same outputs."""
+    config = model.config
+    refuse_experts(model.model.vision_tower, "llava")
+    if config.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
+        raise ValueError(
+            f"The stock LLaVA ties its head to `embed_tokens`, which {type(model.model.language_model).__name__} has "
+            "not. Choose another form than `llava`."
+        )
+    config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
+    if config.image_aspect_ratio == "anyres":
+        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
+    names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict())
+    names -= {"model_type", "vision_config", "text_config"}
+    stock_config = config_class(
+        **{name: getattr(config, name) for name in names},
+        vision_config=plain_clip_config(model.model.vision_tower),
+        text_config=config.text_config,
+    )
+    state_dict = {key: value for key, value in model.state_dict().items() if not key.startswith(TOWER_PREFIX)}
+    tower = plain_clip_state_dict(model.model.vision_tower)
+    state_dict |= {TOWER_PREFIX + key: value for key, value in tower.items()}
+    with init.no_init_weights():
+        stock = model_class._from_config(stock_config, dtype=model.dtype)
+    load_strictly(stock, state_dict, may_lack=lambda key: False, assign=True)
+    stock.tie_weights()
+    stock.generation_config = model.generation_config
+    check_equal(model.eval(), stock.eval())
+    return stock
+
+
+@torch.no_grad()
+def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditionalGeneration) -> None:
+    size, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
+    pixels = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    sizes = {}
+    if model.config.image_aspect_ratio == "anyres":
+        # The whole image, and the tiles of the first grid
+        height, width = model.config.image_grid_pinpoints[0]
+        pixels = pixels.repeat(height * width // size**2 + 1, 1, 1, 1)[None]
+        sizes["image_sizes"] = torch.tensor([[height, width]])
+    input_ids = torch.arange(min(4, model.config.text_config.vocab_size))[None]
+    pairs = {
+        "image features": [
+            torch.cat(list(it.get_image_features(pixels, **sizes).pooler_output)) for it in (model, stock)
+        ],
+        "logits": [it(input_ids=input_ids, use_cache=False).logits for it in (model, stock)],
+    }
+    for name, (ours, theirs) in pairs.items():
+        difference = (ours - theirs).abs().max()
+        if not difference <= 16 * torch.finfo(ours.dtype).eps * ours.abs().max():
+            raise ValueError(
+                f"The stock {type(stock).__name__} gives other {name} than the model (they differ by up to "
+                f"{float(difference):.3g}), as it builds this language model otherwise. Choose another form than "
+                "`llava`."
+            )
+
+
+def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForConditionalGeneration:
+    if not isinstance(read_config(folder), MoveKDConfig):
+        raise ValueError(f"{folder} holds an encoder alone; the form `{form}` needs a whole model.")
+    return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+
+
+def save_processor(folder: Path, dest: Path) -> None:
+    # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
+    AutoProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(dest)
+
+
+def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
+    tower = load_tower(folder, dtype)
+    tower.save_pretrained(dest)
+    return describe(tower)
+
+
+def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
+    tower = load_tower(folder, dtype)
+    dense = tower.config.dense_routing
+    difference = make_dense(tower, read_pixels(images, load_image_processor(folder, read_config(folder))))
+    tower.save_pretrained(dest)
+    if dense:
+        return [*describe(tower), "The model uses dense routing already: nothing changes."]
+    measured = "Give `--images` to measure the change."
+    if difference is not None:
+        measured = f"On {len(images)} images the features change by {difference:.2%}."
+    return [
+        *describe(tower),
+        f"The model was trained to route each token to one expert, so its outputs change. {measured}",
+    ]
+
+
+def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
+    tower = load_tower(folder, dtype)
+    write_clip(tower, load_image_processor(folder, read_config(folder)), dest)
+    lines = describe(tower)
+    if tower.post_layernorm is None:
+        lines.append("The tower is cut: its final layer norm is neutral, and its pooled output has no meaning.")
+    return lines
+
+
+def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
+    refuse_experts_of(folder, "llava")
+    stock = stock_llava(load_whole(folder, "llava", dtype))
+    # The keys of transformers 4, which transformers 5 reads too
+    state_dict = {
+        re.sub(rf"^{re.escape(TOWER_PREFIX)}", f"{TOWER_PREFIX}vision_model.", key): value
+        for key, value in stock.state_dict().items()
+    }
+    stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
+    save_processor(folder, dest)
+    return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
+
+
+def refuse_experts_of(folder: Path, form: str) -> None:
+    """[`refuse_experts`] before any weights are read."""
+    config = read_config(folder)
+    vision_config = config.vision_config if isinstance(config, MoveKDConfig) else config
+    with torch.device("meta"), init.no_init_weights():
+        refuse_experts(MoveKDVisionModel(vision_config), form)
+
+
+def export_onnx(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
+    config = read_config(folder)
+    tower = load_tower(folder, dtype or torch.float32)
+    pixels = read_pixels(images, load_image_processor(folder, config))
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    graph = write_onnx(tower, dest / "model.onnx", strategy)
+    report = check_onnx(graph, dest / "model.onnx", torch.stack(pixels) if pixels else None)
+    return [
+        *describe(tower),
+        f"ONNX Runtime against torch on {len(pixels) or 3} {'images' if pixels else 'noise images'}: largest relative "
+        f"difference {report['difference']:.1e}; {report['tokens_off']:.2%} of the tokens beyond 1e-3; "
+        f"{report['rerouted']:.3%} of the routers' decisions differ.",
+    ]
+
+
+def export_merged(
+    folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], rank: int | None, **_: object
+) -> list[str]:
+    config = read_config(folder)
+    if not images:
+        raise ValueError("`--form merged` needs `--images`: the MLPs are fitted and measured on images.")
+    pixels = read_pixels(images, load_image_processor(folder, config))
+    merged, report = merge_experts(load_tower(folder), pixels, rank)
+    if isinstance(config, MoveKDConfig):
+        model = load_whole(folder, "merged", dtype)
+        model.model.vision_tower = merged.to(model.dtype)
+        model.config.vision_config = merged.config
+        model.save_pretrained(dest)
+        save_processor(folder, dest)
+    else:
+        merged.to(dtype or merged.dtype).save_pretrained(dest)
+    save_json(report, dest / "merge_report.json")
+    lines = ["Relative error on images that were not used for fitting:", f"{'':>10}{'merged':>10}{'dropped':>10}"]
+    lines += [f"layer {it['layer']:>4}{it['merged']:>10.4f}{it['dropped']:>10.4f}" for it in report["layers"]]
+    lines.append(f"{'features':>10}{report['features']['merged']:>10.4f}{report['features']['dropped']:>10.4f}")
+    lines.append("Top-1 experts cannot be merged exactly. Evaluate this approximation before use.")
+    return lines
+
+
+def describe(tower: MoveKDVisionModel) -> list[str]:
+    config = tower.config
+    return [
+        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_experts} experts per "
+        f"layer, {tower.dtype}; the features are hidden state {feature_layer(config)}."
+    ]
+
+
+EXPORTS: dict[str, Callable[..., list[str]]] = {
+    "encoder": export_encoder,
+    "dense": export_dense,
+    "clip": export_clip,
+    "llava": export_llava,
+    "onnx": export_onnx,
+    "merged": export_merged,
+}
+FORMS = tuple(EXPORTS)
+
+
+def export(
+    checkpoint: str | Path,
+    dest: str | Path,
+    form: str,
+    *,
+    dtype: str | None = None,
+    images: Sequence[str | Path] = (),
+    rank: int | None = None,
+    revision: str | None = None,
+) -> Path:
+    """
+    Write a checkpoint in another form. `hub/export.py` describes the forms. `dest` appears when all of it is written.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder or Hub id of a MoVE-KD model or encoder.
+        dest (`str` or `Path`): Folder that is new or empty.
+        form (`str`): One of `FORMS`.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`, by default as stored (float32 for `onnx`).
+        images (sequence of `str` or `Path`, *optional*): Files or folders of images. `merged` needs them; `dense` and
+            `onnx` measure on them.
+        rank (`int`, *optional*): For `merged`, the rank of a layer's update at most.
+        revision (`str`, *optional*): Branch, tag or commit of the Hub id.
+
+    Returns:
+        `dest`.
+    """
+    if form not in FORMS:
+        raise ValueError(f"`form` is {form!r}; it must be one of {', '.join(FORMS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if images and form not in MEASURED_FORMS:
+        raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
+    if rank is not None and form != "merged":
+        raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
+    folder = resolve_source(checkpoint, revision)
+    config = read_config(folder)
+    torch_dtype = DTYPES[dtype] if dtype else None
+    with new_folder(dest) as temporary:
+        lines = EXPORTS[form](folder, temporary, dtype=torch_dtype, images=image_files(images), rank=rank)
+        whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
+        if not whole_model:
+            load_image_processor(folder, config).save_pretrained(temporary)
+        for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # for the card
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, temporary / name)
+        if form == "llava" and torch_dtype in (None, config.dtype):
+            copy_evaluation(folder, temporary)
+    print(*lines, sep="\n")
+    return Path(dest)
