@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for
+from modeling_movekd.files import DISTILLER_NAME
 from modeling_movekd.processing import add_image_token, build_processor
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
@@ -36,8 +37,7 @@ from train.teachers.loaders import load_teacher
 
 logger = logging.getLogger(__name__)
 
-DISTILLER_NAME = "distiller.safetensors"
-DISTILLER_KNOBS = (
+DISTILLER_OPTIONS = (
     "head_side",
     "head_form",
     "feature_normalization",
@@ -202,7 +202,7 @@ def build_distiller(
         student_grid=(side, side),
         teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
         whitening_components=args.whitening_components,
-        **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
+        **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
     )
     if checkpoint is not None:
         saved = cached_file(checkpoint, DISTILLER_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from modeling_movekd.experts_movekd import LoraExperts
 from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
 from train.config import MoveKDSFTConfig
+from train.data.bad_rows import BadRows
 from train.forward import split_crops
+from train.teachers.cached import Teacher
 
-
-if TYPE_CHECKING:
-    from train.trainer import MoveKDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,16 @@ class PictureCallback(TrainerCallback):
     Args:
         trainer: As it will train.
         student: Its model, without any wrapper.
+        teachers: By name.
+        bad_rows: Counts the rows that cannot be read.
     """
 
-    def __init__(self, trainer: "MoveKDTrainer", student: PreTrainedModel) -> None:
+    def __init__(
+        self, trainer: Trainer, student: PreTrainedModel, teachers: Mapping[str, Teacher], bad_rows: BadRows
+    ) -> None:
         check_pictures(trainer.args)
         self.trainer, self.student = trainer, student
+        self.teachers, self.bad_rows = teachers, bad_rows
         self.reference: torch.Tensor | None = None
         self.pixels = torch.empty(0)  # read by the main process alone
         self.teacher_tokens: dict[str, torch.Tensor] = {}
@@ -86,7 +91,7 @@ class PictureCallback(TrainerCallback):
         self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._read_images(args.visualize_images)
+            self._read_images(args)
             if state.global_step == 0:
                 self._draw(args, state.global_step)
             else:
@@ -97,7 +102,7 @@ class PictureCallback(TrainerCallback):
             self._draw(args, state.global_step)
 
     @torch.no_grad()
-    def _read_images(self, count: int) -> None:
+    def _read_images(self, args: MoveKDSFTConfig) -> None:
         """
         Pixels of the first images of the data, and what the teachers say of them.
 
@@ -109,37 +114,39 @@ class PictureCallback(TrainerCallback):
         last = None
         if dataset is trainer.train_dataset and isinstance(dataset, IterableDataset):
             # It has no end, but the run reads no more rows
-            last = trainer.args.rows_of_run
+            last = args.rows_of_run
         pixels: list[torch.Tensor] = []
-        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in self.teachers}
         for row in islice(dataset, last):
-            if len(pixels) >= count:
+            if len(pixels) >= args.visualize_images:
                 break
             if row.get("problem") is not None:
-                trainer.bad_rows.add([(row["source"], row["problem"])])
+                self.bad_rows.add([(row["source"], row["problem"])])
             if not row.get("images"):
                 continue
             batch = trainer.data_collator([row])
-            trainer.bad_rows.add(batch["bad_rows"])
+            self.bad_rows.add(batch["bad_rows"])
             images = len(batch["pixel_values"]) - batch["num_blank_images"]
             # Of the tiles of anyres the first, which is the whole image
             of_row = batch["pixel_values"] if batch["pixel_values"].dim() == 4 else batch["pixel_values"][:, 0]
             pixels += of_row[:images]
             inputs = batch.get("teacher_pixel_values") or batch.get("cached_features") or {}
             whole: slice | torch.Tensor = slice(None)
-            if trainer.args.distill_tiles == "all":
+            if args.distill_tiles == "all":
                 whole, _ = split_crops(self.student, batch["image_weights"], batch["image_sizes"])
-            for name, teacher in trainer.teachers.items():
+            for name, teacher in self.teachers.items():
                 of_teacher = inputs[name]
                 if isinstance(of_teacher, torch.Tensor):
                     of_teacher = of_teacher[whole]
                 tokens[name] += teacher(of_teacher).tokens[:images].cpu()
         if not pixels:
             raise ValueError(
-                f"`visualize_steps` is {trainer.args.visualize_steps}, but the data has no image to draw. Set it to 0."
+                f"`visualize_steps` is {args.visualize_steps}, but the data has no image to draw. Set it to 0."
             )
-        self.pixels = torch.stack(pixels[:count])
-        self.teacher_tokens = {name: torch.stack(of_teacher[:count]) for name, of_teacher in tokens.items()}
+        self.pixels = torch.stack(pixels[: args.visualize_images])
+        self.teacher_tokens = {
+            name: torch.stack(of_teacher[: args.visualize_images]) for name, of_teacher in tokens.items()
+        }
 
     def _keep_colours(self, folder: Path, step: int) -> None:
         """Those of the last pictures that the run drew before it was interrupted."""

@@ -1,9 +1,7 @@
 """Configuration of a MoVE-KD training run: TRL's `SFTConfig` with the method's own keys and presets."""
 
-import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from transformers.trainer_utils import HubStrategy
@@ -382,7 +380,7 @@ class MoveKDSFTConfig(SFTConfig):
             f"accumulated, on {self.world_size} processes."
         )
 
-    def knobs(self) -> dict[str, Any]:
+    def preset_options(self) -> dict[str, Any]:
         """The preset's knobs as they stand, overrides included."""
         return {knob: getattr(self, knob) for knob in PRESETS["paper"]}
 
@@ -416,10 +414,3 @@ def refuse_reentrant_checkpointing(args: SFTConfig) -> None:
         raise ValueError(
             "Activation checkpointing with `use_reentrant: true` gives the routers no gradient. Set it to false."
         )
-
-
-def save_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from modeling_movekd.files import new_file
 from train.config import MoveKDSFTConfig
 
 
@@ -205,12 +206,8 @@ def save_language_lora(model: nn.Module, path: Path, state_dict: Mapping[str, to
     state_dict = model.state_dict() if state_dict is None else state_dict
     tensors = {key: state_dict[own].detach().cpu().contiguous() for key, own in _lora_keys(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -3,33 +3,31 @@
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from huggingface_hub import ModelCard
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hub.card import CARD_NAME, is_generated, write_card
-from hub.card_facts import TRAINING_FACTS_NAME, public_name, read_json, read_training_facts, without_paths
+from hub.card import is_generated, write_card
+from hub.card_facts import public_name, read_training_facts, without_paths
+from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.build import image_settings
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import data_sources
 from train.language_lora import language_lora_facts
-from train.teachers.cached import CachedTeacher, FeatureCache
+from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, hub_revision
 from train.teachers.config import cached_commit as teacher_commit
 
-
-if TYPE_CHECKING:
-    from train.trainer import MoveKDTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")
 LOSSES = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
@@ -84,7 +82,7 @@ def run_facts(
                 "subset": source.subset,
                 "split": source.split,
                 "weight": source.weight,
-                "revision": cached_commit(source.name, kind="dataset"),
+                "revision": _commit(source.name, "dataset"),
             }
             for source in data_sources(data_args)
         ],
@@ -117,8 +115,8 @@ def _seconds_before(args: MoveKDSFTConfig) -> float:
         return 0.0
     if not Path(folder).is_dir():
         folder = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
-    facts = read_json(Path(folder) / TRAINING_FACTS_NAME) if folder else None
-    return float((facts or {}).get("seconds") or 0.0)
+    path = Path(folder or "") / TRAINING_FACTS_NAME
+    return float(read_json(path).get("seconds") or 0.0) if folder and path.is_file() else 0.0
 
 
 def base_model_facts(role: str, source: str) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def base_model_facts(role: str, source: str) -> dict[str, Any]:
     return {
         "role": role,
         "model": public_name(source),
-        "revision": cached_commit(source),
+        "revision": _commit(source),
         "license": noted_license(source),
     }
 
@@ -151,24 +149,16 @@ def cache_facts(cache: FeatureCache) -> dict[str, Any]:
     return {"folder": public_name(cache.folder.resolve()), "dtype": facts["dtype"], "teachers": teachers}
 
 
-def _snapshot_root(source: str, kind: str) -> Path:
-    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type=kind)
-
-
-def cached_commit(source: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit that a branch or tag of a Hub repository stands for in the local cache; nothing is asked online."""
-    if Path(source).exists() or source.count("/") != 1:
-        return None
-    reference = _snapshot_root(source, kind) / "refs" / (revision or "main")
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+def _commit(source: str, repo_type: str = "model") -> str | None:
+    return None if Path(source).exists() else cached_commit(source, repo_type=repo_type)
 
 
 def noted_license(source: str) -> str | None:
     """The licence in the card or the configuration of a model, as far as they are on this machine."""
     folder = Path(source)
-    if not folder.is_dir():
-        commit = cached_commit(source)
-        folder = _snapshot_root(source, "model") / "snapshots" / commit if commit else folder
+    if not folder.is_dir() and (commit := _commit(source)):
+        repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+        folder = repository / "snapshots" / commit
     found = None
     if (folder / CARD_NAME).is_file():
         try:
@@ -184,30 +174,32 @@ def noted_license(source: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
+def training_facts(
+    trainer: Trainer, run: RunFacts, teachers: Mapping[str, Teacher], num_bad_rows: int
+) -> dict[str, Any]:
     """The facts of the run so far, as they are saved with every checkpoint."""
-    args, state, run = trainer.args, trainer.state, trainer.run_facts
+    args, state = trainer.args, trainer.state
     last: dict[str, float] = {}
     for entry in state.log_history:
         last.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
     evaluated = {name: last[name] for name in last if name.startswith("eval_") and name.split("_")[-1] != "second"}
     evaluated.pop("eval_runtime", None)
-    caches = [teacher.cache for teacher in trainer.teachers.values() if isinstance(teacher, CachedTeacher)]
+    caches = [teacher.cache for teacher in teachers.values() if isinstance(teacher, CachedTeacher)]
     # As the student is, and not as it was asked for: a trainer may be given one of other settings
     images = image_settings(trainer.model.config)
     facts: dict[str, Any] = {
         "stage": args.stage,
         "distillation_preset": args.distillation_preset if args.distill else None,
-        "knobs": args.knobs() | {"cut_tower": images["cut_tower"]},
+        "knobs": args.preset_options() | {"cut_tower": images["cut_tower"]},
         "hyperparameters": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
         | {"image_aspect_ratio": images["image_aspect_ratio"]},
         "vision_model": public_name(args.vision_model) if args.vision_model else None,
         "language_model": public_name(args.language_model) if args.language_model else None,
-        "teachers": [teacher_facts(teacher.config) for teacher in trainer.teachers.values()],
+        "teachers": [teacher_facts(teacher.config) for teacher in teachers.values()],
         "steps": state.global_step,
         "epochs": None if state.epoch is None else round(state.epoch, 4),
         "rows": _length(trainer.train_dataset),
-        "bad_rows": len(trainer.bad_rows.reasons),
+        "bad_rows": num_bad_rows,
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
         "language_model_learning_rate": args.language_model_learning_rate,
@@ -235,19 +227,13 @@ def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _backend(trainer: "MoveKDTrainer") -> str:
+def _backend(trainer: Trainer) -> str:
     kind = trainer.accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return f"DeepSpeed ZeRO-{trainer.accelerator.deepspeed_plugin.zero_stage}"
     if kind == DistributedType.FSDP:
         return f"FSDP{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
     return "one process" if kind == DistributedType.NO else "DDP"
-
-
-def save_facts_and_card(trainer: "MoveKDTrainer", folder: Path) -> None:
-    """Write `training_facts.json` of the run so far, and the model card, beside weights just saved."""
-    save_json(training_facts(trainer), folder / TRAINING_FACTS_NAME)
-    update_card(folder, trainer.args)
 
 
 def update_card(folder: Path, args: MoveKDSFTConfig) -> None:

@@ -31,7 +31,7 @@ def build_collator(
             name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
         },
         max_length=args.max_length,
-        geometry=args.knobs()["geometry"],
+        geometry=args.preset_options()["geometry"],
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
         apply_orientation=args.distillation_preset != "released",
@@ -85,7 +85,7 @@ def train(
         processing_class=processor,
     )
     if args.visualize_steps:
-        trainer.add_callback(PictureCallback(trainer, model))
+        trainer.add_callback(PictureCallback(trainer, model, teachers, bad_rows))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir, _internal_call=True)  # `main` publishes it
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
-from train.build import DISTILLER_NAME, parameter_summary, set_trainable
+from modeling_movekd.files import DISTILLER_NAME, TRAINING_FACTS_NAME, save_json
+from train.build import parameter_summary, set_trainable
 from train.callbacks import GradientGuard
 from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.data.bad_rows import BadRows
@@ -29,7 +30,7 @@ from train.language_lora import (
     refuse_language_lora,
     save_language_lora,
 )
-from train.model_card import RunFacts, save_facts_and_card, update_card
+from train.model_card import RunFacts, training_facts, update_card
 from train.publish import PublishingMixin
 from train.teachers.cached import Teacher
 
@@ -94,7 +95,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
                 f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but LLaVA-NeXT's forward does not pass on "
                 "the router logits of a language model with experts, which that loss is computed from. Set it to 0."
             )
-        add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
+        add_distilling_forward(self._student(), args.preset_options()["balance_form"], args.distill_tiles)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         self.gradient_guard = GradientGuard(self.model, self.accelerator)
@@ -282,7 +283,9 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         if self.args.should_save:
             if self.teachers:
                 self._student().distiller.save(folder / DISTILLER_NAME, weights)
-            save_facts_and_card(self, folder)
+            facts = training_facts(self, self.run_facts, self.teachers, len(self.bad_rows.reasons))
+            save_json(facts, folder / TRAINING_FACTS_NAME)
+            update_card(folder, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_language_lora():

@@ -35,8 +35,8 @@ def train(arguments, monkeypatch: pytest.MonkeyPatch):
         teachers = build_teachers(args)
         change(student[0], teachers)
         with monkeypatch.context() as patch:
-            patch.setattr(sft, "build_student", lambda *_: student)
-            patch.setattr(sft, "build_teachers", lambda *_: teachers)
+            patch.setattr(stage_run, "build_student", lambda *_: student)
+            patch.setattr(stage_run, "build_teachers", lambda *_: teachers)
             return stage_run.train(data_args, args, model_args)
 
     return run

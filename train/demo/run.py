@@ -16,8 +16,9 @@ from trl import TrlParser
 from hub.card import write_card
 from hub.card_facts import EVALUATION_NAME, weights_fingerprint
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.files import save_json
 from train.build import build_student
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
 from train.distributed import whole_weights
 from train.run import train

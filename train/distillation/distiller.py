@@ -1,6 +1,5 @@
 """What stands between the student's tokens and the teachers' features while training (MoVE-KD, arXiv 2501.01709)."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from modeling_movekd.files import new_file
 from train.distillation.heads import Moments, StudentHead, Target, TeacherAdapter
 from train.distillation.losses import (
     CLIP,
@@ -281,7 +281,7 @@ class Distiller(nn.ModuleDict):
         Raises:
             ValueError: if keys are missing or left over, weights are spread, or statistics were not measured.
         """
-        path, own = Path(path), self.state_dict()
+        own = self.state_dict()
         state_dict = own if state_dict is None else state_dict
         if missing_or_unexpected := sorted(own.keys() ^ state_dict.keys()):
             raise ValueError(
@@ -291,13 +291,9 @@ class Distiller(nn.ModuleDict):
             raise ValueError(f"{spread} are spread over processes; gather them and give them as `state_dict`.")
         if self.needs_statistics:
             raise ValueError("The teachers' statistics are not measured yet; call `fit_statistics` before saving.")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with new_file(path) as temporary:
             tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
             save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> None:
         """
