@@ -128,7 +128,7 @@ def test_replaced_forward(train) -> None:
         ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"teachers": None}, "`teachers` is empty"),
-        ({"freeze_vision_tower": True}, "nothing to distil into"),
+        ({"freeze_vision_tower": True}, "nothing to distill into"),
         ({"freeze_vision_tower": True, "distill": False, "vision_tower_learning_rate": 1e-6}, "does not train"),
         ({"stage": "pretrain", "num_experts": 0, "distill": False, "vision_tower_learning_rate": 1e-6}, "not train"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
