@@ -1,4 +1,4 @@
-"""What a model card needs to say about a run: measured or configured, nothing inferred, and nothing of the machine."""
+"""The facts of a run for its model card, without anything private about the machine."""
 
 import json
 import platform
@@ -31,7 +31,7 @@ from train.teachers.config import cached_commit as teacher_commit
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")
 LOSSES = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
-# Of the arguments, those that tell one run from another, beside the knobs and what has a line of its own in the card
+# Arguments that the card lists, besides the preset's options and those with a line of their own in the card
 SETTINGS = (
     *("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vision_tower", "image_aspect_ratio"),
     *("chat_template", "distill_tiles", "whitening_components", "feature_statistics_images", "max_length"),
@@ -44,12 +44,12 @@ SETTINGS = (
 @dataclass
 class RunFacts:
     """
-    What is known of a run before its first step; from [`run_facts`], or empty where a trainer is built by hand.
+    What is known of a run before its first step.
 
     Args:
-        known: Entries of `training_facts.json`.
-        seconds_before: Wall time of the part of the run that this one resumes.
-        started: When it began, on the clock of `time.perf_counter`.
+        known (`dict[str, Any]`): Entries of `training_facts.json`.
+        seconds_before (`float`): Duration of the part of the run that this one resumes.
+        started (`float`): Start of the run on the clock of `time.perf_counter`.
     """
 
     known: dict[str, Any] = field(default_factory=dict)
@@ -65,11 +65,8 @@ def run_facts(
     recipe: str | None = None,
 ) -> RunFacts:
     """
-    Read at the start what may be gone or changed at the end: the facts of the stage before, and the commits and
-    licences of what was loaded. Call it when models and data are loaded, so that the local cache knows their commits.
-
-    Raises:
-        ValueError: if the facts of the checkpoint that this run continues cannot be read.
+    Collect what may be gone or changed at the end of the run: the facts of the stage before, and the commits and
+    licenses of models and data. Call it after they are loaded, so that the local cache knows the commits.
     """
     known: dict[str, Any] = {
         "recipe": None if recipe is None else public_name(Path(recipe).resolve()),
@@ -92,7 +89,7 @@ def run_facts(
         roles = {"vision_model": args.vision_model, "language_model": args.language_model}
         known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
     elif (earlier := read_training_facts(Path(source))) is not None:
-        # Facts that state a licence alone name no base models
+        # Facts may hold a license alone, without base models
         known["base_models"] = earlier.pop("base_models") or [base_model_facts("checkpoint", source)]
         stages = earlier.pop("earlier_stages")
         known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
@@ -120,7 +117,7 @@ def _seconds_before(args: MoveKDSFTConfig) -> float:
 
 
 def base_model_facts(role: str, source: str) -> dict[str, Any]:
-    """A model that the student was made of."""
+    """The facts of a model that the student was built from."""
     return {
         "role": role,
         "model": public_name(source),
@@ -130,7 +127,7 @@ def base_model_facts(role: str, source: str) -> dict[str, Any]:
 
 
 def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
-    """A teacher; `revision` is the commit that was read where the local cache knows it."""
+    """The facts of a teacher. `revision` is the commit, if the local cache knows it."""
     source = hub_revision(config)
     return {
         "name": config.name,
@@ -143,7 +140,7 @@ def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
 
 
 def cache_facts(cache: FeatureCache) -> dict[str, Any]:
-    """Where the teachers' features were read, of which commits they are, and how far they are off."""
+    """The facts of the feature cache: its folder, dtype and teachers."""
     facts = cache.facts
     teachers = {name: of | {"model": public_name(of["model"])} for name, of in facts["teachers"].items()}
     return {"folder": public_name(cache.folder.resolve()), "dtype": facts["dtype"], "teachers": teachers}
@@ -154,7 +151,7 @@ def _commit(source: str, repo_type: str = "model") -> str | None:
 
 
 def noted_license(source: str) -> str | None:
-    """The licence in the card or the configuration of a model, as far as they are on this machine."""
+    """The license in a model's card or configuration, if these are on this machine."""
     folder = Path(source)
     if not folder.is_dir() and (commit := _commit(source)):
         repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
@@ -164,7 +161,7 @@ def noted_license(source: str) -> str | None:
         try:
             found = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.license
         except (ValueError, TypeError, yaml.YAMLError, UnicodeDecodeError):
-            pass  # somebody else's file, of no use
+            pass  # a card that cannot be parsed
     if found is None and (folder / "config.json").is_file():
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -177,7 +174,7 @@ def noted_license(source: str) -> str | None:
 def training_facts(
     trainer: Trainer, run: RunFacts, teachers: Mapping[str, Teacher], num_bad_rows: int
 ) -> dict[str, Any]:
-    """The facts of the run so far, as they are saved with every checkpoint."""
+    """The content of `training_facts.json` for a checkpoint of the run."""
     args, state = trainer.args, trainer.state
     last: dict[str, float] = {}
     for entry in state.log_history:
@@ -185,7 +182,7 @@ def training_facts(
     evaluated = {name: last[name] for name in last if name.startswith("eval_") and name.split("_")[-1] != "second"}
     evaluated.pop("eval_runtime", None)
     caches = [teacher.cache for teacher in teachers.values() if isinstance(teacher, CachedTeacher)]
-    # As the student is, and not as it was asked for: a trainer may be given one of other settings
+    # From the student, not from the arguments: nobody has compared them if the trainer was built by hand
     images = image_settings(trainer.model.config)
     facts: dict[str, Any] = {
         "stage": args.stage,
@@ -238,8 +235,8 @@ def _backend(trainer: Trainer) -> str:
 
 def update_card(folder: Path, args: MoveKDSFTConfig) -> None:
     """
-    Write the card of a folder that has facts, unless it has one that somebody else wrote. Results in an
-    `evaluation.json` there are of older weights and left out.
+    Write the model card of a checkpoint, unless somebody else wrote one. Results of an older `evaluation.json` are
+    left out.
     """
     card = folder / CARD_NAME
     if (folder / TRAINING_FACTS_NAME).is_file() and (not card.exists() or is_generated(card)):
