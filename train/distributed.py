@@ -26,8 +26,8 @@ def check_launch(args: TrainingArguments) -> None:
     if on_cpu and args.world_size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "The configuration of `accelerate launch` asks for several processes, but one was started, as happens "
-            "with `--cpu` and `distributed_type: MULTI_CPU`. Leave `--cpu` out and give the script `--use_cpu true` as "
-            "in train/accelerate/ddp_cpu.yaml. For a single process add `--num_processes 1` and unset MASTER_ADDR."
+            "with `--cpu` and `distributed_type: MULTI_CPU`. Leave `--cpu` out and give the script `--use_cpu true` "
+            "(see train/accelerate/ddp_cpu.yaml). For one process add `--num_processes 1` and unset MASTER_ADDR."
         )
     plugin = args.deepspeed_plugin
     gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
