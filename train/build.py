@@ -1,4 +1,4 @@
-"""Puts the parts of a run together: student, processor, teachers, distiller; and says what of it trains."""
+"""Build the student, its processor, the teachers and the distiller of a run, and freeze what does not train."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for
+from modeling_movekd.files import DISTILLER_NAME
 from modeling_movekd.processing import add_image_token, build_processor
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
@@ -36,8 +37,7 @@ from train.teachers.loaders import load_teacher
 
 logger = logging.getLogger(__name__)
 
-DISTILLER_NAME = "distiller.safetensors"
-DISTILLER_KNOBS = (
+DISTILLER_OPTIONS = (
     "head_side",
     "head_form",
     "feature_normalization",
@@ -46,98 +46,92 @@ DISTILLER_KNOBS = (
     "teacher_weighting",
     "clip_share",
 )
-# What the saved student decides, and the arguments of a run that continues it must agree with
+# Options that a saved student has decided. A run that continues the student must give the same values.
 STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")
 
 
 def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
-    """What a new student's tower is built with, as keywords of `MoveKDVisionModel.from_clip`."""
+    """The arguments of `MoveKDVisionModel.from_clip` for a new student."""
     settings = {name: getattr(args, name) for name in (*STUDENT_FIELDS, "expert_init")}
     return settings | {"feature_layer": -2 if args.cut_tower else None}
 
 
 def image_settings(config: MoveKDConfig) -> dict[str, Any]:
-    """What a saved student says of the arguments that decided how its tower sees an image."""
+    """The values of `image_aspect_ratio` and `cut_tower` that a saved student was built with."""
     return {
         "image_aspect_ratio": config.image_aspect_ratio,
         "cut_tower": not config.vision_config.add_pooling_layer,
     }
 
 
-def _check_chat_template(asked: str, processor: ProcessorMixin, source: str) -> None:
-    templates = {name: chat_template_for(processor, name) for name in CHAT_TEMPLATES}
-    if asked == "own" or templates.get(asked, asked) == processor.chat_template:
-        return
-    saved = next((name for name, template in templates.items() if template == processor.chat_template), "another")
-    raise ValueError(
-        f"`chat_template` is {asked!r}, but {source} was saved with {saved!r}, which a run that continues it keeps. "
-        "Set it to 'own'."
-    )
-
-
 def build_student(
     args: MoveKDSFTConfig, model_args: ModelArguments
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
     """
-    The student and its processor: a saved one if `model_name_or_path` is given, else a new one from `vision_model` and
-    `language_model`.
+    Load the student at `model_name_or_path`, or build one from `vision_model` and `language_model`.
 
-    Raises:
-        ValueError: if neither or both are given, the saved one was made with other settings or saved with another chat
-            template, or the language model has no template of its own to keep.
+    Returns:
+        The student and its processor.
     """
     source, parts = model_args.model_name_or_path, (args.vision_model, args.language_model)
     if (source is None and not all(parts)) or (source is not None and any(parts)):
         raise ValueError(
-            f"`model_name_or_path` is {source}, `vision_model` {parts[0]} and `language_model` {parts[1]}: give the "
-            "first to continue a checkpoint, or both others to build a student."
+            f"`model_name_or_path` is {source}, `vision_model` {parts[0]} and `language_model` {parts[1]}. Give the "
+            "first to continue a student, or the other two to build one."
         )
     model_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if source is not None:
-        model = MoveKDForConditionalGeneration.from_pretrained(
-            source, revision=model_args.model_revision, **model_kwargs
-        )
-        tower = model.config.vision_config
-        compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
-        saved = {name: getattr(tower, name) for name in compared} | image_settings(model.config)
-        differing = {name: (value, getattr(args, name)) for name, value in saved.items()}
-        if differing := {name: values for name, values in differing.items() if values[0] != values[1]}:
-            raise ValueError(
-                f"{source} was made with other settings than this run asks for (saved, asked): {differing}. They are "
-                "part of the student and cannot be changed: give the saved ones."
-            )
-        # Else the tokenizer would ask at the terminal whether to run the model's code, which it has no use for
-        processor = AutoProcessor.from_pretrained(source, revision=model_args.model_revision, trust_remote_code=False)
-        _check_chat_template(args.chat_template, processor, source)
-        return model, processor
+        return _load_student(args, source, model_args.model_revision, **model_kwargs)
 
-    # The new weights (experts, routers, projector) depend on the seed alone
+    # The new weights (experts, routers, projector) must depend on the seed alone
     set_seed(args.seed)
     language, tokenizer = load_language_model(str(args.language_model), **model_kwargs)
-    own_template = tokenizer.chat_template
-    vision = MoveKDVisionModel.from_clip(
-        args.vision_model,
-        **tower_settings(args),
-    )
+    chat_template = tokenizer.chat_template if args.chat_template == "own" else args.chat_template
+    if chat_template is None:
+        raise ValueError(f"`chat_template` is 'own', but {args.language_model} has none. Choose 'vicuna_v1'.")
+    vision = MoveKDVisionModel.from_clip(args.vision_model, **tower_settings(args))
     if model_args.attn_implementation is not None:
         vision.set_attn_implementation(model_args.attn_implementation)
     model = MoveKDForConditionalGeneration.from_parts(
         vision, language, image_token_id=add_image_token(tokenizer), image_aspect_ratio=args.image_aspect_ratio
     )
-    chat_template = own_template if args.chat_template == "own" else args.chat_template
-    if chat_template is None:
-        raise ValueError(f"`chat_template` is 'own', but {args.language_model} has none; choose 'vicuna_v1'.")
     image_processor = AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False)
     return model, build_processor(model.config, image_processor, tokenizer, chat_template)
 
 
+def _load_student(
+    args: MoveKDSFTConfig, source: str, revision: str | None, **kwargs: Any
+) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
+    model = MoveKDForConditionalGeneration.from_pretrained(source, revision=revision, **kwargs)
+    tower = model.config.vision_config
+    compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
+    saved = {name: getattr(tower, name) for name in compared} | image_settings(model.config)
+    differing = {name: (value, getattr(args, name)) for name, value in saved.items() if value != getattr(args, name)}
+    if differing:
+        raise ValueError(
+            f"{source} was built with other options than this run asks for (saved, asked): {differing}. Give the "
+            "saved values."
+        )
+    # Without `trust_remote_code=False` the tokenizer asks at the terminal whether to run the model's code
+    processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    templates = {name: chat_template_for(processor, name) for name in CHAT_TEMPLATES}
+    asked = args.chat_template
+    if asked != "own" and templates.get(asked, asked) != processor.chat_template:
+        template = next((name for name, text in templates.items() if text == processor.chat_template), "another")
+        raise ValueError(
+            f"`chat_template` is {asked!r}, but {source} was saved with {template!r}, which a run that continues it "
+            "keeps. Set it to 'own'."
+        )
+    return model, processor
+
+
 def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A causal language model of transformers and its tokenizer; `kwargs` are those of `from_pretrained`.
+    Load a causal language model of transformers and its tokenizer; `kwargs` are passed to `from_pretrained`.
 
     Raises:
-        ValueError: if it needs code of its own, which is neither run nor asked about; if weights are missing, which
-            transformers would draw at random and only log.
+        ValueError: if the model needs code of its repository, which is not run, or if weights are missing, which
+            transformers would initialize at random.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -146,22 +140,21 @@ def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, Pr
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"`language_model` {source} cannot be loaded as a causal language model of transformers (code that a "
-            f"repository brings along is not run): {error}"
+            f"`language_model` {source} cannot be loaded as a causal language model of transformers: {error}. Code in "
+            "the repository is not run."
         ) from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"`language_model` {source} lacks {len(missing)} weights, which would be random: {missing}.")
+        raise ValueError(
+            f"`language_model` {source} lacks {len(missing)} weights, which would be random: {missing}. Give a "
+            "complete checkpoint."
+        )
     return model, tokenizer
 
 
 def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
     """
-    The frozen teachers by name, in the order given; empty if `distill` is false.
-
-    With `feature_cache` none is loaded: what stands in for them reads that folder.
-
-    Raises:
-        ValueError: if two teachers have one name.
+    Load the frozen teachers, by name; none if `distill` is false. With `feature_cache` they are not loaded, and
+    [`CachedTeacher`] takes their place.
     """
     configs = teacher_configs(args)
     if configs and args.feature_cache is not None:
@@ -171,13 +164,13 @@ def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
 
 
 def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
-    """The configurations of the teachers; none if `distill` is false. Raises as [`build_teachers`]."""
+    """The configurations of the teachers; none if `distill` is false."""
     if not args.distill:
         return []
     configs = [resolve_teacher(spec, args.distillation_preset == "released") for spec in args.teachers or []]
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
-        raise ValueError(f"Teachers need different names, got {names}; give each mapping a `name` of its own.")
+        raise ValueError(f"Teachers need different names, got {names}. Give each mapping a `name` of its own.")
     return configs
 
 
@@ -189,8 +182,12 @@ def build_distiller(
     revision: str | None = None,
 ) -> Distiller | None:
     """
-    The adapters or heads between the student and the teachers; read from `distiller.safetensors` where `checkpoint`, a
-    folder or a Hub id, has one, new otherwise. `None` without teachers.
+    Build the adapters or heads between student and teachers. `None` without teachers.
+
+    Args:
+        args, model, teachers: The run's.
+        checkpoint (`str`, *optional*): Folder or Hub id to load `distiller.safetensors` from, if it has the file.
+        revision (`str`, *optional*): Revision of a Hub id.
     """
     if not teachers:
         return None
@@ -202,12 +199,12 @@ def build_distiller(
         student_grid=(side, side),
         teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
         whitening_components=args.whitening_components,
-        **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
+        **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
     )
     if checkpoint is not None:
         saved = cached_file(checkpoint, DISTILLER_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if saved is None:
-            logger.warning("%s has no %s: distillation begins with new heads.", checkpoint, DISTILLER_NAME)
+            logger.warning("%s has no %s; distillation starts with new heads.", checkpoint, DISTILLER_NAME)
         else:
             distiller.load(saved)
     return distiller
@@ -223,12 +220,8 @@ def fit_feature_statistics(
     bad_rows: BadRows | None = None,
 ) -> None:
     """
-    The first pass over a sample of the data that measures the teachers' features, where the distiller needs it. Every
-    process measures the same sample and so gets the same statistics. Of a stream, which has no end, at least the first
-    image has to be among as many rows as the run reads.
-
-    Raises:
-        ValueError: if the data has no images, or too many bad rows.
+    Measure the statistics of the teachers' features on a sample of the data, if the distiller needs them. All
+    processes measure the same sample. A stream must have an image within the rows that the run reads.
     """
     if distiller is None or not distiller.needs_statistics:
         return
@@ -253,13 +246,13 @@ def fit_feature_statistics(
                 yield row
 
     def batches() -> Iterator[dict[str, TeacherFeatures]]:
-        # Cut only now: the sample must not depend on the batch size, which differs between layouts of one run
+        # Batch after sampling: the sample must not depend on the batch size
         rows = iter(tqdm(sample(), desc="teachers' statistics", unit=" rows", leave=False))
         while batch := list(islice(rows, args.per_device_train_batch_size)):
             collated = collator(batch)
             if bad_rows is not None:
                 bad_rows.add(collated["bad_rows"])
-            # Without weight stands a blank image, alone, where no image of the batch could be decoded
+            # If no image of the batch could be decoded, the batch is a blank image of weight zero
             if collated["image_weights"].all():
                 inputs = recursively_apply(
                     lambda value: value.to(args.device),
@@ -272,40 +265,20 @@ def fit_feature_statistics(
 
 def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    Freeze what the stage does not train. Both stages train projector and distiller.
+    Freeze the parameters that the stage does not train. Both stages train the projector and the distiller.
 
-    - `pretrain`: of the tower the experts and routers; of the language model nothing. Without experts the whole tower
-      is trained, since distillation would otherwise have nothing to change; without distillation either, none of it.
-    - `finetune`: tower and language model too; of the latter LoRA alone where `language_lora_rank` is set.
+    - `pretrain` trains the experts and routers of the tower. Without experts it trains the whole tower, since there is
+      nothing else to distill into; without distillation either, none of it.
+    - `finetune` trains also the tower and the language model, or its LoRA with `language_lora_rank`.
 
-    Frozen in any case: the tower under `freeze_vision_tower`, and what no loss reaches of the layers behind the one
-    that feeds the projector: a balance loss reaches the routers there and what lies in front of a router.
+    Always frozen are parameters that no loss reaches, and with `freeze_vision_tower` the tower.
     """
-    depth = model.config.vision_config.num_hidden_layers
-    layer = model.config.vision_feature_layer
-    layers = [layer] if isinstance(layer, int) else layer
-    used = max(index if index >= 0 else depth + 1 + index for index in layers)
-    unused = (*(f"encoder.layers.{index}." for index in range(used, depth)), "post_layernorm.")
-    last = f"encoder.layers.{depth - 1}."
-    experts = model.config.vision_config.num_experts > 0
+    used = _used_layers(model.config)
     for name, parameter in model.named_parameters():
-        is_expert = "expert" in name or "router" in name
-        if "distiller." in name:  # first, as its parts have the teachers' names, which may be those of the student's
+        if "distiller." in name:  # first, since teachers may be named like parts of the student
             trains = True
         elif "vision_tower." in name:
-            behind = any(part in name for part in unused)
-            balanced = experts and bool(args.lambda_balance) and "post_layernorm." not in name
-            if last in name:
-                balanced = balanced and any(part in name for part in (".router.", ".self_attn.", ".layer_norm"))
-            if behind and not balanced:
-                trains = False
-            elif args.stage == "pretrain":
-                trains = is_expert if experts else args.distill
-            else:
-                trains = True
-            if "router" in name and not behind and args.router_gradient == "none":
-                trains = trains and bool(args.lambda_balance)
-            trains = trains and not args.freeze_vision_tower
+            trains = not args.freeze_vision_tower and _tower_parameter_trains(name, model.config, args, used)
         elif "language_model." in name or "lm_head." in name:
             trains = args.stage == "finetune" and (not args.language_lora_rank or "lora_" in name)
         else:
@@ -313,8 +286,35 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         parameter.requires_grad_(trains)
 
 
+def _used_layers(config: MoveKDConfig) -> int:
+    """The number of the tower's layers up to the one that the projector reads."""
+    depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    layers = [layer] if isinstance(layer, int) else layer
+    return max(index if index >= 0 else depth + 1 + index for index in layers)
+
+
+def _tower_parameter_trains(name: str, config: MoveKDConfig, args: MoveKDSFTConfig, used: int) -> bool:
+    experts, depth = config.vision_config.num_experts > 0, config.vision_config.num_hidden_layers
+    is_router = "router" in name
+    unused = [f"encoder.layers.{index}." for index in range(used, depth)]
+    if "post_layernorm." in name:
+        return False
+    if any(layer in name for layer in unused):
+        # Behind the layer that is used, only the balance loss reaches routers and what is in front of a router
+        if not experts or not args.lambda_balance:
+            return False
+        parts = (".router.", ".self_attn.", ".layer_norm")
+        if f"encoder.layers.{depth - 1}." in name and not any(part in name for part in parts):
+            return False
+    elif is_router and args.router_gradient == "none" and not args.lambda_balance:
+        return False
+    if args.stage == "finetune":
+        return True
+    return ("expert" in name or is_router) if experts else args.distill
+
+
 def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers of trained and of frozen parameters of student and distiller by part; 4-bit ones unpacked."""
+    """Count the trained and the frozen parameters of student and distiller, by part; 4-bit weights count unpacked."""
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -326,14 +326,14 @@ def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, 
             group = "LoRA of the language model" if ".lora_" in name else "language model"
         else:
             group = "projector"
-        packed = 2 if parameter.dtype == torch.uint8 else 1  # two weights of 4 bits in each byte
+        packed = 2 if parameter.dtype == torch.uint8 else 1  # a byte holds two 4-bit weights
         counts = trained if parameter.requires_grad else frozen
         counts[group] = counts.get(group, 0) + packed * parameter.numel()
     return trained, frozen
 
 
 def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], args: MoveKDSFTConfig) -> str:
-    """One line: what trains, what is frozen, and how many parameters each."""
+    """A line for the log: the parts that train and that are frozen, with their numbers of parameters."""
     trained, frozen = (
         ", ".join(f"{group} {count:,}" for group, count in counts.items()) for counts in parameter_groups(model)
     )

@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from modeling_movekd.experts_movekd import LoraExperts
 from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
 from train.config import MoveKDSFTConfig
+from train.data.bad_rows import BadRows
 from train.forward import split_crops
+from train.teachers.cached import Teacher
 
-
-if TYPE_CHECKING:
-    from train.trainer import MoveKDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def check_pictures(args: MoveKDSFTConfig) -> None:
-    """
-    Raises:
-        ValueError: if pictures are asked for and the numbers make no sense, or no process will hold the whole tower.
-    """
+    """Refuse wrong numbers, and backends under which no process holds the whole tower."""
     if args.visualize_steps < 0 or args.visualize_images < 1:
         raise ValueError(
             f"`visualize_steps` is {args.visualize_steps} and `visualize_images` {args.visualize_images}; give steps "
@@ -52,97 +49,96 @@ def check_pictures(args: MoveKDSFTConfig) -> None:
     if args.visualize_steps and sharded:
         raise ValueError(
             f"`visualize_steps` is {args.visualize_steps}, but under {sharded} no process holds the whole tower to "
-            "draw. Set it to 0, and draw checkpoints by `python -m modeling_movekd.visualize`; or train with DDP or "
+            "draw. Set it to 0 and draw checkpoints with `python -m modeling_movekd.visualize`, or train with DDP or "
             "ZeRO-2."
         )
 
 
 class PictureCallback(TrainerCallback):
     """
-    Draws the same images before the first step and after every `visualize_steps`, in the layer whose features feed the
-    projector. The main process draws alone, by modules that no wrapper sees, so the others have no part in it; nothing
-    of the training changes.
+    Draws the tower's features of the same images before the first step and after every `visualize_steps` steps, into
+    `pictures/step-N/` of the output folder and to TensorBoard, Trackio and Weights & Biases if they are in
+    `report_to`.
 
-    The images come through the trainer's collator, so that student and teachers get what they get in training; the
-    teachers are run, or read from the cache, once. The colours of the components are kept from one step to the next,
-    also where a run is resumed. Written are PNG files in `pictures/step-N/` of the output folder, and the same images
-    go to TensorBoard, Trackio and Weights & Biases where they are in `report_to`.
+    The main process draws alone, with the unwrapped modules, and training does not change. The teachers run once. The
+    colors of the components stay the same over the run, also if it is resumed.
 
     Args:
-        trainer: As it will train.
-        student: Its model, without any wrapper.
+        trainer (`Trainer`): Its data, collator and trackers are used.
+        student (`PreTrainedModel`): The unwrapped model.
+        teachers (`Mapping[str, Teacher]`): Teachers by name.
+        bad_rows (`BadRows`): Counter of unusable rows.
     """
 
-    def __init__(self, trainer: "MoveKDTrainer", student: PreTrainedModel) -> None:
+    def __init__(
+        self, trainer: Trainer, student: PreTrainedModel, teachers: Mapping[str, Teacher], bad_rows: BadRows
+    ) -> None:
         check_pictures(trainer.args)
         self.trainer, self.student = trainer, student
+        self.teachers, self.bad_rows = teachers, bad_rows
         self.reference: torch.Tensor | None = None
         self.pixels = torch.empty(0)  # read by the main process alone
         self.teacher_tokens: dict[str, torch.Tensor] = {}
         if left_out := sorted(set(trainer.args.report_to) - set(TRACKERS)):
-            logger.warning(f"Pictures are not logged to {left_out}: they are in {FOLDER_NAME}/ of the output folder.")
+            logger.warning(f"Pictures are not logged to {left_out}. Find them in {FOLDER_NAME}/ of the output folder.")
 
     def on_train_begin(
         self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._read_images(args.visualize_images)
+            self._read_images(args)
             if state.global_step == 0:
                 self._draw(args, state.global_step)
             else:
-                self._keep_colours(Path(args.output_dir) / FOLDER_NAME, state.global_step)
+                self._keep_colors(Path(args.output_dir) / FOLDER_NAME, state.global_step)
 
     def on_step_end(self, args: MoveKDSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and args.visualize_steps and state.global_step % args.visualize_steps == 0:
             self._draw(args, state.global_step)
 
     @torch.no_grad()
-    def _read_images(self, count: int) -> None:
-        """
-        Pixels of the first images of the data, and what the teachers say of them.
-
-        Raises:
-            ValueError: if the data has no image, in a stream among the rows that the run reads; or too many bad rows.
-        """
+    def _read_images(self, args: MoveKDSFTConfig) -> None:
+        """Read the first images of the data as the student sees them, and the teachers' features of them."""
         trainer = self.trainer
         dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
         last = None
         if dataset is trainer.train_dataset and isinstance(dataset, IterableDataset):
-            # It has no end, but the run reads no more rows
-            last = trainer.args.rows_of_run
+            last = args.rows_of_run  # a stream may have no end
         pixels: list[torch.Tensor] = []
-        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.teachers}
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in self.teachers}
         for row in islice(dataset, last):
-            if len(pixels) >= count:
+            if len(pixels) >= args.visualize_images:
                 break
             if row.get("problem") is not None:
-                trainer.bad_rows.add([(row["source"], row["problem"])])
+                self.bad_rows.add([(row["source"], row["problem"])])
             if not row.get("images"):
                 continue
             batch = trainer.data_collator([row])
-            trainer.bad_rows.add(batch["bad_rows"])
+            self.bad_rows.add(batch["bad_rows"])
             images = len(batch["pixel_values"]) - batch["num_blank_images"]
-            # Of the tiles of anyres the first, which is the whole image
+            # The first tile of anyres is the whole image
             of_row = batch["pixel_values"] if batch["pixel_values"].dim() == 4 else batch["pixel_values"][:, 0]
             pixels += of_row[:images]
             inputs = batch.get("teacher_pixel_values") or batch.get("cached_features") or {}
             whole: slice | torch.Tensor = slice(None)
-            if trainer.args.distill_tiles == "all":
+            if args.distill_tiles == "all":
                 whole, _ = split_crops(self.student, batch["image_weights"], batch["image_sizes"])
-            for name, teacher in trainer.teachers.items():
+            for name, teacher in self.teachers.items():
                 of_teacher = inputs[name]
                 if isinstance(of_teacher, torch.Tensor):
                     of_teacher = of_teacher[whole]
                 tokens[name] += teacher(of_teacher).tokens[:images].cpu()
         if not pixels:
             raise ValueError(
-                f"`visualize_steps` is {trainer.args.visualize_steps}, but the data has no image to draw. Set it to 0."
+                f"`visualize_steps` is {args.visualize_steps}, but the data has no image to draw. Set it to 0."
             )
-        self.pixels = torch.stack(pixels[:count])
-        self.teacher_tokens = {name: torch.stack(of_teacher[:count]) for name, of_teacher in tokens.items()}
+        self.pixels = torch.stack(pixels[: args.visualize_images])
+        self.teacher_tokens = {
+            name: torch.stack(of_teacher[: args.visualize_images]) for name, of_teacher in tokens.items()
+        }
 
-    def _keep_colours(self, folder: Path, step: int) -> None:
-        """Those of the last pictures that the run drew before it was interrupted."""
+    def _keep_colors(self, folder: Path, step: int) -> None:
+        """Read the colors of the last pictures that the interrupted run drew."""
         files = {int(file.parent.name.split("-")[1]): file for file in folder.glob(f"step-*/{COMPONENTS_NAME}")}
         if earlier := [drawn for drawn in files if drawn <= step]:
             values = load_file(files[max(earlier)])["values"]
@@ -154,7 +150,7 @@ class PictureCallback(TrainerCallback):
         index = index if isinstance(index, int) else index[-1]
         pictures = student.model.vision_tower.visualize(
             self.pixels.to(student.device),
-            index if index < 0 else index - 1,  # of the hidden states the first is the embedding
+            index if index < 0 else index - 1,  # the first hidden state is the embedding
             image_mean=processor.image_mean,
             image_std=processor.image_std,
             other_tokens=self.teacher_tokens,
@@ -172,12 +168,12 @@ class PictureCallback(TrainerCallback):
             Image.fromarray(pictures.image[number - 1].numpy()).save(temporary / f"{number:02d}-image.png")
             for stem, (picture, _) in files.items():
                 picture.save(temporary / f"{number:02d}-{stem}.png")
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that this one resumes
+        shutil.rmtree(folder, ignore_errors=True)  # drawn by the run that this one resumes
         temporary.rename(folder)
         self._log({f"{FOLDER_NAME}/{stem}/{n}": file for n, files in numbered for stem, file in files.items()}, step)
 
     def _log(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
-        """Names, pictures and captions, to the trackers that Trainer's own callbacks have opened."""
+        """Log pictures with captions, by name, to the trackers that Trainer's callbacks have opened."""
         report_to = self.trainer.args.report_to
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -198,19 +194,15 @@ class PictureCallback(TrainerCallback):
 
 class GradientGuard(TrainerCallback):
     """
-    Raises if a trainable parameter has no gradient after the first step, or a gradient of exactly zero throughout the
-    first ten that have an image (text alone does not reach tower and projector). Each expert of a packed tensor counts
-    by itself, and is excused where it got no token. (Under `zero` initialisation the first step's gradient of every
-    down-projection is exactly zero, hence ten.)
+    Stops the run if a trainable parameter gets no gradient in the first step, or only gradients of exactly zero in the
+    first ten steps with images (with `expert_init: zero` they are zero in the first step).
 
-    Gradients are seen by hooks on the parameters, since DeepSpeed leaves no `.grad` behind; FSDP2 leaves nothing else.
+    Each expert counts by itself, and is excused if it got no token. Gradients are seen by hooks on the parameters,
+    since DeepSpeed leaves no `.grad`. FSDP2 replaces the parameters, so there `.grad` is read instead.
 
     Args:
-        model: The model in training, before it is wrapped.
-        accelerator: Reduces what the processes saw.
-
-    Raises:
-        ValueError: naming the parameters.
+        model (`nn.Module`): The model in training, before it is wrapped.
+        accelerator (`Accelerator`): Sums the flags of the processes.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
@@ -238,7 +230,7 @@ class GradientGuard(TrainerCallback):
         if isinstance(gradient, DTensor):
             gradient = gradient.full_tensor() if experts else gradient.to_local()
         if experts:
-            # The up-projection holds its experts along the second dimension
+            # The up-projections of the experts are stacked along the second dimension
             gradient = gradient.transpose(0, -1) if name.endswith("weight_b") else gradient
             nonzero = (gradient.reshape(experts, -1) != 0).any(dim=1)
         else:
@@ -247,12 +239,12 @@ class GradientGuard(TrainerCallback):
         self.nonzero[name] = nonzero if seen is None else seen | nonzero
 
     def count_tokens(self, expert_tokens: torch.Tensor) -> None:
-        """Add the tokens each expert got, `(num_layers, num_experts)`, summed over all processes."""
+        """Add the tokens that each expert got, `(num_layers, num_experts)`, summed over all processes."""
         if self.handles:
             self.expert_tokens = expert_tokens if self.expert_tokens is None else self.expert_tokens + expert_tokens
 
     def count_images(self, images: torch.Tensor) -> None:
-        """Take the number of images in the text of the coming step, summed over all processes."""
+        """Set the number of images in the text of the next step, summed over all processes."""
         if self.handles:
             self.has_images = bool(images)
 
@@ -261,7 +253,7 @@ class GradientGuard(TrainerCallback):
     ) -> None:
         if not self.handles:
             return
-        # Looked up again, because FSDP2 puts other parameters in the place of those the hooks are on
+        # FSDP2 has replaced the parameters that the hooks are on
         for name, parameter in kwargs["model"].named_parameters():
             if name in self.parameters and name not in self.reached and parameter.grad is not None:
                 self._see(name, parameter.grad)
@@ -275,9 +267,8 @@ class GradientGuard(TrainerCallback):
             reached = self._reduce([torch.tensor([float(name in self.reached)]) for name in names])
             if missing := [name for name, (seen,) in zip(names, reached, strict=True) if not seen]:
                 raise ValueError(
-                    f"{len(missing)} trainable parameters got no gradient in the first step: {missing}. The loss does "
-                    "not depend on them: freeze them, or correct the recipe (see `lambda_kd`, `lambda_balance`, "
-                    "`router_gradient`)."
+                    f"{len(missing)} trainable parameters got no gradient in the first step: {missing}. Freeze them, "
+                    "or check `lambda_kd`, `lambda_balance` and `router_gradient`."
                 )
         self.steps_with_images += self.has_images
         if self.steps_with_images == STEPS_WATCHED:
@@ -287,7 +278,7 @@ class GradientGuard(TrainerCallback):
             if zero := self._zero_parameters():
                 raise ValueError(
                     f"{len(zero)} trainable parameters had a gradient of exactly zero in each of the first "
-                    f"{STEPS_WATCHED} steps with images: {zero}. Freeze them, or correct what cuts them off."
+                    f"{STEPS_WATCHED} steps with images: {zero}. Freeze them, or find what cuts their gradient off."
                 )
 
     def _zero_parameters(self) -> list[str]:
@@ -306,7 +297,7 @@ class GradientGuard(TrainerCallback):
         return zero
 
     def _reduce(self, flags: list[torch.Tensor]) -> list[list[float]]:
-        """Sum over the processes, in one call and one synchronisation."""
+        """Sum over the processes, with one synchronization."""
         flat = torch.cat([flag.to(self.accelerator.device) for flag in flags])
         flat = self.accelerator.reduce(flat, reduction="sum")
         return [part.tolist() for part in flat.split([flag.numel() for flag in flags])]

@@ -34,9 +34,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from trl import TrlParser
 
 from modeling_movekd import MoveKDConfig
+from modeling_movekd.files import save_json
 from modeling_movekd.processing import add_image_token, build_processor
 from train.build import teacher_configs
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.datasets import load_train_and_validation

@@ -1,8 +1,9 @@
-"""The one forward of a training step: text, distillation and balance losses of MoVE-KD inside TRL's fused forward."""
+"""The forward of a training step: text, distillation and balance losses of MoVE-KD inside TRL's fused forward."""
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,15 @@ from train.distillation.losses import balance_loss
 @dataclass
 class MoveKDTrainingOutput(FusedCausalLMOutput):
     """
-    TRL's fused output with the terms of the method, per image, in declared fields: DDP rebuilds an output from those.
+    TRL's fused output with the losses of the method. Each is a declared field, since DDP rebuilds outputs from them.
 
     Args:
-        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, summed over the weighted teachers; of shape
-            `(num_crops,)` where all tiles are distilled, which share the image's weight.
-        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Unweighted, without gradient; or
-            `(num_teachers, num_crops)`.
-        balance (`torch.Tensor` of shape `(num_crops,)`): Router balance loss; for `pad` an image is one crop.
-        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Patches each expert got.
+        kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, the weighted sum over the teachers. If all
+            tiles are distilled, the shape is `(num_crops,)`, and the crops of an image share its weight.
+        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Loss of each teacher before the teacher
+            weights, without gradient; `(num_teachers, num_crops)` if all tiles are distilled.
+        balance (`torch.Tensor` of shape `(num_crops,)`): Balance loss of the routers. With `pad` an image is one crop.
+        expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Number of patches routed to each expert.
     """
 
     kd: torch.Tensor | None = None
@@ -38,17 +39,17 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
 
 def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_tiles: str = "base") -> None:
     """
-    Wrap the forward that TRL installed on this model, so that one call runs the student's tower once, feeds the
-    projector and the distiller with its features, and returns a [`MoveKDTrainingOutput`].
+    Wrap the forward that TRL installed on a student. The new forward runs the vision tower once, passes its features
+    to the projector and to the distiller, and returns a [`MoveKDTrainingOutput`].
 
-    The losses are computed in here and nowhere else: only what happens inside the forward of the wrapped model is seen
-    by DDP, ZeRO and FSDP2. The tower is run first and handed on through `mm_encoder_outputs`, also for blank images,
-    so that every process makes the same calls whatever its batch holds.
+    The losses are computed inside this forward, because DDP, ZeRO and FSDP2 only see what the wrapped model's forward
+    runs. The tower also runs on blank images, so that all processes make the same calls whatever their batches hold.
 
     Args:
-        model: The student, after TRL has put its forward in.
-        balance_form: See [`~train.distillation.losses.balance_loss`].
-        distill_tiles: `"base"`, whole images alone are distilled, or `"all"`, every tile of `anyres` too.
+        model (`PreTrainedModel`): The student, with TRL's fused forward.
+        balance_form (`str`): Form of [`~train.distillation.losses.balance_loss`].
+        distill_tiles (`str`, *optional*, defaults to `"base"`): `"base"` distills whole images, `"all"` also the tiles
+            of `anyres`.
     """
     fused_forward = model.forward
 
@@ -71,47 +72,34 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
             return fused_forward(*args, **images, fused_lm_head=fused_lm_head, **kwargs)
 
-        image_weights = image_weights.float()  # FSDP2 casts all inputs; the shares of crops would be rounded
+        image_weights = image_weights.float()  # FSDP2 casts inputs to bfloat16, which rounds the shares of crops
         vision = self.get_image_features(
             pixel_values, image_sizes, output_router_probabilities=True, output_expert_indices=True, return_dict=True
         )
-        # Blank images have no place in the text; a zero ties what they passed through to the loss. The tower's own
-        # output, which nothing else may use, is tied in any case: ZeRO-3 stops if the backward of two processes passes
-        # through different modules
+        # Add a zero-weighted term for the blank images, and for the tower's output, which may be used by nothing else,
+        # so that every process runs the same backward. ZeRO-3 stops otherwise.
         tied = (vision.last_hidden_state[0], *vision.pooler_output[num_images:])
         zero = 0.0 * torch.stack([part.sum() for part in tied]).sum()
-        # Without images an empty part of a blank one goes their way. Else no gradient would pass through a frozen
-        # language model here, while FSDP2 and ZeRO-3 gather its layers in the backward of the processes that have
-        # images, and wait for this one; and ZeRO-3 stops where the forwards of two processes differ
+        # Without images, pass an empty slice of the blank image's features on, so that the graph is the same on all
+        # processes: FSDP2 and ZeRO-3 gather a frozen language model in the backward only if a gradient passes it.
         vision.pooler_output = list(vision.pooler_output[:num_images]) or [vision.pooler_output[0][:0]]
-        head = self.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            # TRL reads the head's weight without calling the head, so that FSDP2 would not gather it; TRL's own way
-            # to gather it loses the gradient's sum over the processes
-            head.unshard()  # before the embedding in any case: the processes have to gather in the same order
-        outputs = fused_forward(*args, mm_encoder_outputs={"image": vision}, fused_lm_head=True, **kwargs)
-        if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
-            head.reshard()  # after a backward FSDP2 does it itself
+        with gathered_head(self.get_output_embeddings()):
+            outputs = fused_forward(*args, mm_encoder_outputs={"image": vision}, fused_lm_head=True, **kwargs)
 
-        distilled_crops, crop_weights = split_crops(self, image_weights, image_sizes)
-        distilled_weights = image_weights
-        if distill_tiles == "all":
-            distilled_crops, distilled_weights = slice(None), crop_weights
-        kd, teacher_losses = distilled_weights * 0.0 + zero, None
+        whole_images, crop_weights = split_crops(self, image_weights, image_sizes)
+        distilled, weights = (slice(None), crop_weights) if distill_tiles == "all" else (whole_images, image_weights)
+        kd, teacher_losses = weights * 0.0 + zero, None
         if teacher_features:
             tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
-            distilled = self.distiller(tokens[distilled_crops], teacher_features)
-            kd = kd + distilled.loss * distilled_weights
-            teacher_losses = torch.stack([distilled.teacher_losses[name] for name in teacher_features])
-            teacher_losses = teacher_losses.detach() * distilled_weights
+            distillation = self.distiller(tokens[distilled], teacher_features)
+            kd = kd + distillation.loss * weights
+            teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features])
+            teacher_losses = teacher_losses.detach() * weights
         balance = expert_tokens = None
         if vision.router_probabilities:
-            balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)
-            balance = balance * crop_weights
+            balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights
             num_experts = vision.router_probabilities[0].shape[-1]
-            # Patches alone: nothing reads the last layer's [CLS], so that an expert which got no more is not trained
-            one_hot = nn.functional.one_hot(torch.stack(vision.expert_indices)[..., 1:], num_experts)
-            expert_tokens = (one_hot.sum(dim=2) * (crop_weights > 0).unsqueeze(-1)).sum(dim=1)
+            expert_tokens = count_expert_tokens(torch.stack(vision.expert_indices), num_experts, crop_weights > 0)
         return MoveKDTrainingOutput(
             **outputs, kd=kd, teacher_losses=teacher_losses, balance=balance, expert_tokens=expert_tokens
         )
@@ -119,12 +107,38 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
     model.forward = types.MethodType(forward, model)
 
 
+@contextmanager
+def gathered_head(head: nn.Module) -> Iterator[None]:
+    """
+    Gather the language model's head for TRL's forward, which reads the weight without calling the head, so that FSDP2
+    does not gather it. TRL's own way to gather it loses the gradient's sum over the processes.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()  # before the embedding on all processes: they must gather in the same order
+    yield
+    if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
+        head.reshard()  # FSDP2 does this itself after a backward
+
+
+def count_expert_tokens(expert_indices: torch.Tensor, num_experts: int, is_counted: torch.Tensor) -> torch.Tensor:
+    """
+    Count the patches that each expert got, `(num_layers, num_experts)`, over the crops where `is_counted` is true.
+
+    [CLS] is left out: nothing reads it in the last layer, so that it does not train the expert that it is routed to.
+    """
+    one_hot = nn.functional.one_hot(expert_indices[..., 1:], num_experts)
+    return (one_hot.sum(dim=2) * is_counted.unsqueeze(-1)).sum(dim=1)
+
+
 def split_crops(
     model: PreTrainedModel, image_weights: torch.Tensor, image_sizes: torch.Tensor | None
 ) -> tuple[slice | torch.Tensor, torch.Tensor]:
     """
-    Which of the tower's inputs is each whole image, and the weight of every input: for `pad` the image and its weight,
-    for `anyres` the first of the image's crops, and its weight shared by all of them.
+    Find the whole images among the crops that the tower sees, and share each image's weight among its crops.
+
+    Returns:
+        The index of the whole images: all crops with `pad`, the first crop of each image with `anyres`. Then the
+        weights of all crops, `(num_crops,)`.
     """
     if model.config.image_aspect_ratio == "pad" or image_sizes is None:
         return slice(None), image_weights

@@ -1,10 +1,10 @@
 """
-LoRA of the language model, while the experts, routers, projector and distillation heads are trained in full.
+LoRA in the language model, while experts, routers, projector and distillation heads train in full.
 
-PEFT puts the adapters inside the language model, so that the student stays its own class, with TRL's fused head, the
-training forward and the saving that go with it. What is published at every save is the merged model; the adapters have
-a file of their own beside it, from which training resumes exactly. The frozen weights they are added to are not saved:
-a resumed run takes them from where the first one did, and checks that they are the same.
+PEFT injects the adapters into the language model, so that the student keeps its class, and with it TRL's fused head,
+the training forward and the saving. Each save holds the merged model and, in a file of their own, the adapters, from
+which training resumes exactly. The frozen weights under the adapters are not saved: a resumed run loads them again,
+and checks that they are the same.
 """
 
 import math
@@ -24,32 +24,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from modeling_movekd.files import new_file
 from train.config import MoveKDSFTConfig
 
 
 LANGUAGE_LORA_NAME = "language_lora.safetensors"
 ADAPTER = "default"  # PEFT's name for the only adapter
-# How far a merged weight may be from the saved one, in parts of the largest change that LoRA makes to it: as much as a
-# matrix product in TF32 differs from one in float32
+# A merged weight may differ from the saved one by this share of LoRA's largest change, as TF32 differs from float32
 MERGE_TOLERANCE = 2e-3
 
 
 def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    Put LoRA into the language model, as [`inject_language_lora`] does, and pack the weights under it if asked to.
+    Add LoRA to the language model, and with `load_in_4bit` quantize the weights under it to 4-bit NormalFloat (QLoRA,
+    arXiv 2305.14314).
 
-    With `load_in_4bit` the weights under the adapters, and no others, become 4-bit NormalFloat (QLoRA, arXiv
-    2305.14314) on the device of the run. Quantising the modules here, and not the whole model while it loads, keeps
-    the model from being marked as quantised, upon which TRL would cast all that trains, experts and heads included, to
-    bfloat16, and transformers would save packed weights that nothing of ours could be merged into.
-
-    Args:
-        model: The student, loaded.
-        args: With `language_lora_rank` above 0.
-
-    Raises:
-        ValueError: if a target names no linear layer, or 4-bit weights are asked for without the package, or under
-            DeepSpeed or FSDP.
+    transformers could quantize the model while it loads, but then marks the model as quantized: TRL would cast experts
+    and heads to bfloat16, and the saved weights would be packed.
     """
     inject_language_lora(model, args)
     if args.load_in_4bit:
@@ -58,8 +49,8 @@ def add_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
 
 def inject_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    LoRA on weights as they are, at its start without effect (B = 0). The adapters are float32, also on weights of
-    lower precision, and depend on the seed alone. Arguments and errors as above.
+    Add LoRA to the language model without changing its output (B = 0). The adapters are float32, and their values
+    depend on the seed alone.
     """
     language_model = model.model.language_model
     targets = args.language_lora_target_modules
@@ -68,8 +59,8 @@ def inject_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         if unknown := [part for part in targets if not any(f".{name}".endswith(f".{part}") for name in names)]:
             linear = {name.rsplit(".", 1)[-1] for name, part in language_model.named_modules() if _is_linear(part)}
             raise ValueError(
-                f"`language_lora_target_modules` names {unknown}, which {type(language_model).__name__} does not "
-                f"have. Its linear layers are called {sorted(linear)}."
+                f"`language_lora_target_modules` names {unknown}, which {type(language_model).__name__} does not have "
+                f"as layers. Choose from its linear layers {sorted(linear)}."
             )
     set_seed(args.seed)
     assert args.language_lora_alpha is not None, "the configuration fills it in"
@@ -84,7 +75,7 @@ def inject_language_lora(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     layers = language_lora_layers(model)
     adapted = {name: part.get_base_layer() for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     if unsupported := [name for name, part in adapted.items() if name not in layers or not _is_linear(part)]:
-        raise ValueError(f"LoRA here is for linear layers; {unsupported} are not. Choose other target modules.")
+        raise ValueError(f"LoRA is supported for linear layers only, not for {unsupported}. Choose other modules.")
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -92,7 +83,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
-    """Replace the frozen weights under the adapters by 4-bit ones, on the device of the run."""
+    """Replace the frozen weights under the adapters by 4-bit weights on the device of the run."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -100,7 +91,7 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
             "`load_in_4bit` needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or "
             "set `load_in_4bit: false`."
         ) from error
-    # Known before the processes have met; FSDP spreads packed weights, DeepSpeed loses track of them when it saves
+    # FSDP would shard packed weights, and DeepSpeed does not save them. No process group exists yet to ask.
     if args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ValueError(
             "`load_in_4bit` is true, but DeepSpeed and FSDP cannot handle packed 4-bit weights. Start the run with "
@@ -121,18 +112,18 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
             dense.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
         packed.bias = dense.bias
-        # On a CPU it would change to a format for inference in bfloat16 at the first evaluation, and not back
+        # On CPUs the first evaluation would change the weights to a bfloat16 format for inference, and not back
         packed.support_avx512bf16_for_cpu = False
         layer.base_layer = packed.to(args.device)
 
 
 def language_lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers of the student that carry LoRA, by the name their weights are published under."""
+    """The student's layers with LoRA, by the name that their weights are published under."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
 def language_lora_facts(model: nn.Module, args: MoveKDSFTConfig) -> dict[str, Any] | None:
-    """What a model card needs to say about it; `None` without LoRA."""
+    """The facts of LoRA for the model card; `None` without LoRA."""
     if not args.language_lora_rank:
         return None
     return {
@@ -148,8 +139,10 @@ def language_lora_facts(model: nn.Module, args: MoveKDSFTConfig) -> dict[str, An
 @torch.no_grad()
 def _merged_weight(name: str, layer: LoraLinear, state_dict: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """
-    The weight of a layer with LoRA added to it, `(out_features, in_features)`, in the data type of the weight before
-    it was packed, and the largest change in it. W + alpha / rank * B A, summed in float32.
+    Merge LoRA into a layer's weight: W + alpha / rank * B A, summed in float32.
+
+    Returns:
+        The weight `(out_features, in_features)` in the dtype of W before quantization, and the largest change in it.
     """
     base = state_dict[f"{name}.base_layer.weight"]
     if not base.is_floating_point():
@@ -163,12 +156,11 @@ def merged_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    The student's weights with LoRA merged into them, under the keys of a student without LoRA. The live weights are
-    left as they are; 4-bit weights are unpacked.
+    The student's weights with LoRA merged, and 4-bit weights unpacked, under the keys of a student without LoRA.
 
     Args:
-        model: The student.
-        state_dict: Gathered weights, where the model's own are spread over processes.
+        model (`nn.Module`): The student, which is not changed.
+        state_dict (`Mapping[str, torch.Tensor]`, *optional*): Gathered weights, if the model's are sharded.
     """
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     for name, layer in language_lora_layers(model).items():
@@ -183,7 +175,7 @@ def merged_state_dict(
 
 
 def _lora_keys(model: nn.Module) -> dict[str, str]:
-    """The model's keys of LoRA, by the keys they have in the file."""
+    """The model's keys of the adapters, by their keys in the file."""
     suffix = f".{ADAPTER}.weight"
     return {
         f"{name}.lora_{part}.weight": f"{name}.lora_{part}{suffix}"
@@ -194,72 +186,46 @@ def _lora_keys(model: nn.Module) -> dict[str, str]:
 
 def save_language_lora(model: nn.Module, path: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """
-    Write the adapters, unmerged, as safetensors: `{layer}.lora_A.weight` `(rank, in_features)` and
-    `{layer}.lora_B.weight` `(out_features, rank)`; under a temporary name first.
+    Save the adapters as safetensors: `{layer}.lora_A.weight` `(rank, in_features)` and `{layer}.lora_B.weight`
+    `(out_features, rank)`.
 
     Args:
-        model: The student.
-        path: The file, `language_lora.safetensors` by custom.
-        state_dict: Gathered weights, where the model's own are spread over processes.
+        model (`nn.Module`): The student.
+        path (`Path`): The file.
+        state_dict (`Mapping[str, torch.Tensor]`, *optional*): Gathered weights, if the model's are sharded.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     tensors = {key: state_dict[own].detach().cpu().contiguous() for key, own in _lora_keys(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def load_language_lora(model: PreTrainedModel, folder: str | Path) -> None:
     """
-    Load a checkpoint of a run with LoRA: the adapters from their file, everything else that is not under an adapter
-    from `model.safetensors` (or its shards). The frozen weights under the adapters stay as they were loaded; with the
-    adapters added they have to be the checkpoint's.
+    Load a checkpoint of a run with LoRA: the adapters from their file, all other trained weights from
+    `model*.safetensors`. The frozen weights under the adapters stay, and must be those of the checkpoint.
 
     Raises:
-        ValueError: if the adapters' file is missing or another model's; if weights are missing or left over; if the
-            frozen weights are not those that the checkpoint was trained on.
+        ValueError: if adapters, weights or the frozen weights do not fit the model.
     """
     folder = Path(folder)
-    path = folder / LANGUAGE_LORA_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: LoRA of the language model would start again at zero. Resume from a checkpoint that "
-            "has it, or continue its merged weights as `model_name_or_path`."
-        )
-    own, layers, keys = model.state_dict(), language_lora_layers(model), _lora_keys(model)
-    adapters = load_file(path)
-    shapes = {key: tuple(value.shape) for key, value in adapters.items()}
-    expected = {key: tuple(own[live].shape) for key, live in keys.items()}
-    if shapes != expected:
-        differing = {
-            key: (shapes.get(key), expected.get(key))
-            for key in sorted(shapes.keys() | expected.keys())
-            if shapes.get(key) != expected.get(key)
-        }
-        raise ValueError(
-            f"{path} holds other adapters than this run has (saved, asked): {differing}. Give the saved "
-            "`language_lora_rank` and `language_lora_target_modules`."
-        )
-    for key, live in keys.items():
-        own[live].copy_(adapters[key])
-
-    files = sorted(folder.glob("model*.safetensors"))
+    own, layers = model.state_dict(), language_lora_layers(model)
+    _load_adapters(own, _lora_keys(model), folder / LANGUAGE_LORA_NAME)
     seen: set[str] = set()
     unknown: list[str] = []
     distances: dict[str, float] = {}
-    for file in files:
+    for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():
                 seen.add(key)
-                name = key.removesuffix(".weight")
-                if name in layers:
+                name, _, kind = key.rpartition(".")
+                if name in layers and kind == "weight":
                     distances[name] = _difference(name, layers[name], own, weights.get_tensor(key))
-                elif (live := _live_key(key, layers)) in own:
+                    continue
+                live = f"{name}.base_layer.{kind}" if name in layers else key
+                if live in own:
                     own[live].copy_(weights.get_tensor(key))
                 else:
                     unknown.append(key)
@@ -268,36 +234,51 @@ def load_language_lora(model: PreTrainedModel, folder: str | Path) -> None:
     published |= {f"{name}.weight" for name in layers}
     missing = sorted(published - seen - set(model.all_tied_weights_keys))
     if missing or unknown:
-        raise ValueError(f"{folder} is not a checkpoint of this model; missing: {missing}, left over: {unknown}.")
+        raise ValueError(
+            f"{folder} is not a checkpoint of this model; missing: {missing}, left over: {unknown}. Resume from a "
+            "checkpoint of this run."
+        )
     if changed := sorted(name for name, distance in distances.items() if not distance <= 1):
         raise ValueError(
             f"The frozen weights under LoRA are not those that {folder} was trained on; {len(changed)} differ: "
-            f"{changed}. Resume with the `model_name_or_path` (or `language_model`), the data type and the "
-            "`language_lora_alpha` of the first run, or continue the checkpoint's merged weights as "
-            "`model_name_or_path`."
+            f"{changed}. Resume with the `model_name_or_path` (or `language_model`), the dtype and the "
+            "`language_lora_alpha` of the first run, or continue the merged weights as `model_name_or_path`."
         )
+
+
+def _load_adapters(own: Mapping[str, torch.Tensor], keys: Mapping[str, str], path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing, without which LoRA would start again at zero. Resume from a checkpoint that has the "
+            "file, or continue its merged weights as `model_name_or_path`."
+        )
+    adapters = load_file(path)
+    saved = {key: tuple(value.shape) for key, value in adapters.items()}
+    asked = {key: tuple(own[live].shape) for key, live in keys.items()}
+    if differing := {
+        key: (saved.get(key), asked.get(key))
+        for key in sorted(saved.keys() | asked.keys())
+        if saved.get(key) != asked.get(key)
+    }:
+        raise ValueError(
+            f"{path} holds other adapters than this run has (saved, asked): {differing}. Give the saved "
+            "`language_lora_rank` and `language_lora_target_modules`."
+        )
+    for key, live in keys.items():
+        own[live].copy_(adapters[key])
 
 
 def refuse_language_lora(folder: str | Path) -> None:
-    """
-    Raises:
-        ValueError: if the checkpoint is one of a run with LoRA; for a run without.
-    """
+    """Refuse a checkpoint of a run with LoRA, for a run without."""
     if (Path(folder) / LANGUAGE_LORA_NAME).exists():
         raise ValueError(
             f"{folder} is a checkpoint of a run with LoRA of the language model, but `language_lora_rank` is 0. "
-            "Resume with the rank of that run, or continue the checkpoint's merged weights as `model_name_or_path`."
+            "Resume with the rank of that run, or continue the merged weights as `model_name_or_path`."
         )
 
 
-def _live_key(key: str, layers: Mapping[str, LoraLinear]) -> str:
-    """Where a published weight is in the model: biases lie with the frozen weight, under the adapter."""
-    name, _, kind = key.rpartition(".")
-    return f"{name}.base_layer.{kind}" if name in layers else key
-
-
 def _difference(name: str, layer: LoraLinear, own: Mapping[str, torch.Tensor], saved: torch.Tensor) -> float:
-    """How far the merged weight is from the saved one, in parts of what rounding explains."""
+    """The largest difference of the merged weight from the saved one, in multiples of what rounding explains."""
     merged, delta = _merged_weight(name, layer, own)
     if merged.shape != saved.shape or merged.dtype != saved.dtype:
         return math.inf

@@ -1,40 +1,37 @@
-"""What a model card needs to say about a run: measured or configured, nothing inferred, and nothing of the machine."""
+"""The facts of a run for its model card, without anything private about the machine."""
 
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from huggingface_hub import ModelCard
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hub.card_facts import public_name, read_optional_json, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
-from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME
+from hub.card_facts import public_name, read_training_facts, without_paths
+from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.build import image_settings
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import data_sources
 from train.language_lora import language_lora_facts
-from train.teachers.cached import CachedTeacher, FeatureCache
+from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, hub_revision
 from train.teachers.config import cached_commit as teacher_commit
 
 
-if TYPE_CHECKING:
-    from train.trainer import MoveKDTrainer
-
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")
 LOSSES = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
-# Of the arguments, those that tell one run from another, beside the knobs and what has a line of its own in the card
+# Arguments that the card lists, besides the preset's options and those with a line of their own in the card
 SETTINGS = (
     *("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vision_tower", "image_aspect_ratio"),
     *("chat_template", "distill_tiles", "whitening_components", "feature_statistics_images", "max_length"),
@@ -47,12 +44,12 @@ SETTINGS = (
 @dataclass
 class RunFacts:
     """
-    What is known of a run before its first step; from [`run_facts`], or empty where a trainer is built by hand.
+    What is known of a run before its first step.
 
     Args:
-        known: Entries of `training_facts.json`.
-        seconds_before: Wall time of the part of the run that this one resumes.
-        started: When it began, on the clock of `time.perf_counter`.
+        known (`dict[str, Any]`): Entries of `training_facts.json`.
+        seconds_before (`float`): Duration of the part of the run that this one resumes.
+        started (`float`): Start of the run on the clock of `time.perf_counter`.
     """
 
     known: dict[str, Any] = field(default_factory=dict)
@@ -68,11 +65,8 @@ def run_facts(
     recipe: str | None = None,
 ) -> RunFacts:
     """
-    Read at the start what may be gone or changed at the end: the facts of the stage before, and the commits and
-    licences of what was loaded. Call it when models and data are loaded, so that the local cache knows their commits.
-
-    Raises:
-        ValueError: if the facts of the checkpoint that this run continues cannot be read.
+    Collect what may be gone or changed at the end of the run: the facts of the stage before, and the commits and
+    licenses of models and data. Call it after they are loaded, so that the local cache knows the commits.
     """
     known: dict[str, Any] = {
         "recipe": None if recipe is None else public_name(Path(recipe).resolve()),
@@ -85,7 +79,7 @@ def run_facts(
                 "subset": source.subset,
                 "split": source.split,
                 "weight": source.weight,
-                "revision": cached_commit(source.name, kind="dataset"),
+                "revision": _commit(source.name, "dataset"),
             }
             for source in data_sources(data_args)
         ],
@@ -95,7 +89,7 @@ def run_facts(
         roles = {"vision_model": args.vision_model, "language_model": args.language_model}
         known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
     elif (earlier := read_training_facts(Path(source))) is not None:
-        # Facts that state a licence alone name no base models
+        # Facts may hold a license alone, without base models
         known["base_models"] = earlier.pop("base_models") or [base_model_facts("checkpoint", source)]
         stages = earlier.pop("earlier_stages")
         known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
@@ -118,22 +112,22 @@ def _seconds_before(args: MoveKDSFTConfig) -> float:
         return 0.0
     if not Path(folder).is_dir():
         folder = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
-    facts = read_optional_json(Path(folder) / TRAINING_FACTS_NAME) if folder else None
-    return float((facts or {}).get("seconds") or 0.0)
+    path = Path(folder or "") / TRAINING_FACTS_NAME
+    return float(read_json(path).get("seconds") or 0.0) if folder and path.is_file() else 0.0
 
 
 def base_model_facts(role: str, source: str) -> dict[str, Any]:
-    """A model that the student was made of."""
+    """The facts of a model that the student was built from."""
     return {
         "role": role,
         "model": public_name(source),
-        "revision": cached_commit(source),
+        "revision": _commit(source),
         "license": noted_license(source),
     }
 
 
 def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
-    """A teacher; `revision` is the commit that was read where the local cache knows it."""
+    """The facts of a teacher. `revision` is the commit, if the local cache knows it."""
     source = hub_revision(config)
     return {
         "name": config.name,
@@ -146,36 +140,28 @@ def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
 
 
 def cache_facts(cache: FeatureCache) -> dict[str, Any]:
-    """Where the teachers' features were read, of which commits they are, and how far they are off."""
+    """The facts of the feature cache: its folder, dtype and teachers."""
     facts = cache.facts
     teachers = {name: of | {"model": public_name(of["model"])} for name, of in facts["teachers"].items()}
     return {"folder": public_name(cache.folder.resolve()), "dtype": facts["dtype"], "teachers": teachers}
 
 
-def _snapshot_root(source: str, kind: str) -> Path:
-    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type=kind)
-
-
-def cached_commit(source: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The commit that a branch or tag of a Hub repository stands for in the local cache; nothing is asked online."""
-    if Path(source).exists() or source.count("/") != 1:
-        return None
-    reference = _snapshot_root(source, kind) / "refs" / (revision or "main")
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+def _commit(source: str, repo_type: str = "model") -> str | None:
+    return None if Path(source).exists() else cached_commit(source, repo_type=repo_type)
 
 
 def noted_license(source: str) -> str | None:
-    """The licence in the card or the configuration of a model, as far as they are on this machine."""
+    """The license in a model's card or configuration, if these are on this machine."""
     folder = Path(source)
-    if not folder.is_dir():
-        commit = cached_commit(source)
-        folder = _snapshot_root(source, "model") / "snapshots" / commit if commit else folder
+    if not folder.is_dir() and (commit := _commit(source)):
+        repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+        folder = repository / "snapshots" / commit
     found = None
     if (folder / CARD_NAME).is_file():
         try:
             found = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.license
         except (ValueError, TypeError, yaml.YAMLError, UnicodeDecodeError):
-            pass  # somebody else's file, of no use
+            pass  # a card that cannot be parsed
     if found is None and (folder / "config.json").is_file():
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -185,30 +171,32 @@ def noted_license(source: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def training_facts(trainer: "MoveKDTrainer") -> dict[str, Any]:
-    """The facts of the run so far, as they are saved with every checkpoint."""
-    args, state, run = trainer.args, trainer.state, trainer.run_facts
+def training_facts(
+    trainer: Trainer, run: RunFacts, teachers: Mapping[str, Teacher], num_bad_rows: int
+) -> dict[str, Any]:
+    """The content of `training_facts.json` for a checkpoint of the run."""
+    args, state = trainer.args, trainer.state
     last: dict[str, float] = {}
     for entry in state.log_history:
         last.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
     evaluated = {name: last[name] for name in last if name.startswith("eval_") and name.split("_")[-1] != "second"}
     evaluated.pop("eval_runtime", None)
-    caches = [teacher.cache for teacher in trainer.teachers.values() if isinstance(teacher, CachedTeacher)]
-    # As the student is, and not as it was asked for: a trainer may be given one of other settings
+    caches = [teacher.cache for teacher in teachers.values() if isinstance(teacher, CachedTeacher)]
+    # From the student, not from the arguments: nobody has compared them if the trainer was built by hand
     images = image_settings(trainer.model.config)
     facts: dict[str, Any] = {
         "stage": args.stage,
         "distillation_preset": args.distillation_preset if args.distill else None,
-        "knobs": args.knobs() | {"cut_tower": images["cut_tower"]},
+        "knobs": args.preset_options() | {"cut_tower": images["cut_tower"]},
         "hyperparameters": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
         | {"image_aspect_ratio": images["image_aspect_ratio"]},
         "vision_model": public_name(args.vision_model) if args.vision_model else None,
         "language_model": public_name(args.language_model) if args.language_model else None,
-        "teachers": [teacher_facts(teacher.config) for teacher in trainer.teachers.values()],
+        "teachers": [teacher_facts(teacher.config) for teacher in teachers.values()],
         "steps": state.global_step,
         "epochs": None if state.epoch is None else round(state.epoch, 4),
         "rows": _length(trainer.train_dataset),
-        "bad_rows": len(trainer.bad_rows.reasons),
+        "bad_rows": num_bad_rows,
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
         "language_model_learning_rate": args.language_model_learning_rate,
@@ -236,7 +224,7 @@ def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _backend(trainer: "MoveKDTrainer") -> str:
+def _backend(trainer: Trainer) -> str:
     kind = trainer.accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return f"DeepSpeed ZeRO-{trainer.accelerator.deepspeed_plugin.zero_stage}"
@@ -245,16 +233,10 @@ def _backend(trainer: "MoveKDTrainer") -> str:
     return "one process" if kind == DistributedType.NO else "DDP"
 
 
-def save_facts_and_card(trainer: "MoveKDTrainer", folder: Path) -> None:
-    """Write `training_facts.json` of the run so far, and the model card, beside weights just saved."""
-    save_json(training_facts(trainer), folder / TRAINING_FACTS_NAME)
-    update_card(folder, trainer.args)
-
-
 def update_card(folder: Path, args: MoveKDSFTConfig) -> None:
     """
-    Write the card of a folder that has facts, unless it has one that somebody else wrote. Results in an
-    `evaluation.json` there are of older weights and left out.
+    Write the model card of a checkpoint, unless somebody else wrote one. Results of an older `evaluation.json` are
+    left out.
     """
     card = folder / CARD_NAME
     if (folder / TRAINING_FACTS_NAME).is_file() and (not card.exists() or is_generated(card)):

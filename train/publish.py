@@ -13,16 +13,16 @@ from train.config import MoveKDSFTConfig
 
 class PublishingMixin(Trainer):
     """
-    Put in front of a trainer: publishes with [`hub.push_checkpoint.push`], once, at the end. Trainer alone would send
-    whole folders, the optimizer's state included, at every save.
+    Mixin before a trainer that publishes with [`hub.push_checkpoint.push`], once at the end of the run. Trainer would send whole
+    folders with the optimizer's state at every save.
     """
 
     def take_token(self, args: MoveKDSFTConfig) -> None:
-        """Before anything is saved: Trainer writes its arguments, the token among them, beside every checkpoint."""
+        """Keep the token out of the arguments, which Trainer saves with every checkpoint."""
         self.hub_token, args.hub_token = args.hub_token, None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in Trainer, but a public repository is refused at once where a private one is asked for."""
+        """Also refuse a public repository if a private one is asked for, before training."""
         token = token or self.hub_token
         super().init_hf_repo(token, private)
         if self.hub_model_id is not None:
@@ -30,10 +30,10 @@ class PublishingMixin(Trainer):
             create_repository(HfApi(token=token), self.hub_model_id, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing is sent while the run goes on."""
+        """Send nothing during the run."""
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs: Any) -> str | None:
-        """Save the model and [`publish`] it; `kwargs` are that method's. Always waits for the upload."""
+        """Save the model and [`publish`] it. Always waits for the upload."""
         self.save_model(_internal_call=True)
         return self.publish(commit_message, **kwargs)
 
@@ -45,16 +45,13 @@ class PublishingMixin(Trainer):
         private: bool | None = None,
     ) -> str | None:
         """
-        Publish what training has left in `output_dir`, on `hub_revision` (`main` by default).
+        Publish `output_dir` on the branch `hub_revision`, `main` by default.
 
-        Where the run knows its best checkpoint (`metric_for_best_model`), that goes to the branch `best`. Under
-        `load_best_model_at_end` the best is what training leaves, and the last checkpoint goes to the branch `last`.
+        If the run knows its best checkpoint (`metric_for_best_model`), the checkpoint goes to the branch `best`. With
+        `load_best_model_at_end` the output folder is the best, and the last checkpoint goes to the branch `last`.
 
         Returns:
-            The URL of the first commit; `None` on any process but the first. No process waits for another.
-
-        Raises:
-            ValueError: as [`hub.push_checkpoint.push`]. Everything is on disk by then: `python hub/push.py` sends it.
+            The URL of the first commit; `None` on all processes but the first.
         """
         if not self.is_world_process_zero():
             return None

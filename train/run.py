@@ -22,7 +22,7 @@ from train.trainer import MoveKDTrainer
 def build_collator(
     args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
 ) -> MoveKDCollator:
-    """The collator of a stage. Stage `pretrain` trains on bare captions, whatever template is published."""
+    """Build the collator of a stage. Stage `pretrain` trains with the template `plain`, whatever is published."""
     if args.stage == "pretrain":
         processor = set_chat_template(copy.deepcopy(processor), "plain")
     return MoveKDCollator(
@@ -31,7 +31,7 @@ def build_collator(
             name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
         },
         max_length=args.max_length,
-        geometry=args.knobs()["geometry"],
+        geometry=args.preset_options()["geometry"],
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
         apply_orientation=args.distillation_preset != "released",
@@ -43,7 +43,16 @@ def build_collator(
 def train(
     data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, recipe: str | None = None
 ) -> MoveKDTrainer:
-    """Load, train and save one stage; gives back the trainer. `recipe` is the file that the arguments come from."""
+    """
+    Load, train and save one stage.
+
+    Args:
+        data_args ([`DataArguments`]), args ([`MoveKDSFTConfig`]), model_args ([`ModelArguments`]): Arguments.
+        recipe (`str`, *optional*): File that the arguments come from, for the model card.
+
+    Returns:
+        [`MoveKDTrainer`]: The trainer. It has not published yet.
+    """
     check_pictures(args)
     with whole_weights(args):
         model, processor = build_student(args, model_args)
@@ -59,8 +68,8 @@ def train(
     if data_args.streaming:
         if args.max_steps < 1 or args.group_by_modality_length:
             raise ValueError(
-                f"`streaming` with `max_steps` {args.max_steps} and `group_by_modality_length` "
-                f"{args.group_by_modality_length}: a stream has no end, so give a number of steps, and no lengths."
+                f"`streaming` is true with `max_steps` {args.max_steps} and `group_by_modality_length` "
+                f"{args.group_by_modality_length}. A stream has no length: set `max_steps`, and do not group."
             )
         bad_rows.total = args.rows_of_run
     train_dataset, eval_dataset = load_train_and_validation(
@@ -85,8 +94,8 @@ def train(
         processing_class=processor,
     )
     if args.visualize_steps:
-        trainer.add_callback(PictureCallback(trainer, model))
+        trainer.add_callback(PictureCallback(trainer, model, teachers, bad_rows))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir, _internal_call=True)  # `main` publishes it
+    trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
     return trainer

@@ -1,8 +1,8 @@
 """
 Train a MoVE-KD student.
 
-    accelerate launch train/sft.py                                    # the demo: both stages in a generated world
-    accelerate launch train/sft.py --config train/recipes/X.yaml      # a recipe; flags override it
+    accelerate launch train/sft.py                                    # the demo: both stages on generated scenes
+    accelerate launch train/sft.py --config train/recipes/X.yaml      # a recipe, which flags override
     accelerate launch train/sft.py --stage pretrain --teachers clip convnext --learning_rate 1e-3 \
         --vision_model openai/clip-vit-large-patch14-336 --language_model lmsys/vicuna-7b-v1.5 \
         --dataset_name blip_laion_cc_sbu_558k.json --image_folder images --output_dir outputs/pretrain
@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 
-# Run as a script, Python puts train/ first on the path, where its file names would shadow other packages
+# Python puts the script's folder first on the path, where its file names would shadow other packages
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     trainer = train(data_args, args, model_args, recipe)
     trainer.end()
     if trainer.args.push_to_hub:
-        trainer.publish()  # after the processes have parted, as none should wait for an upload
+        trainer.publish()  # after `end`, so that no process waits for the upload
 
 
 if __name__ == "__main__":

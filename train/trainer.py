@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` with the teachers, losses and files of MoVE-KD."""
+"""TRL's `SFTTrainer` with the teachers, losses and checkpoint files of MoVE-KD."""
 
 import time
 from collections.abc import Mapping, Sized
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
-from train.build import DISTILLER_NAME, parameter_summary, set_trainable
+from modeling_movekd.files import DISTILLER_NAME, TRAINING_FACTS_NAME, save_json
+from train.build import parameter_summary, set_trainable
 from train.callbacks import GradientGuard
 from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.data.bad_rows import BadRows
@@ -29,27 +30,26 @@ from train.language_lora import (
     refuse_language_lora,
     save_language_lora,
 )
-from train.model_card import RunFacts, save_facts_and_card, update_card
+from train.model_card import RunFacts, training_facts, update_card
 from train.publish import PublishingMixin
 from train.teachers.cached import Teacher
 
 
 class MoveKDTrainer(PublishingMixin, SFTTrainer):
     """
-    Trains a MoVE-KD student: text loss + `lambda_kd` * distillation + `lambda_balance` * router balance.
+    Trains a MoVE-KD student with the loss text + `lambda_kd` * distillation + `lambda_balance` * balance.
+
+    Logs, besides TRL's metrics: `text`, `kd`, `kd/{teacher}` (before the teacher weights), `balance`, `experts/{i}`
+    (share of the tokens) and `images_per_second`.
 
     Args:
-        model: The student, from [`train.build.build_student`].
+        model (`PreTrainedModel`): The student, from [`train.build.build_student`].
         args ([`MoveKDSFTConfig`]): Arguments.
-        teachers (`dict[str, FrozenTeacher]`): Frozen teachers by name; empty without distillation.
-        distiller (`Distiller`, *optional*): Their adapters or heads; becomes a submodule of the model while it trains.
-        bad_rows (`BadRows`, *optional*): Counts the rows that the collator could not use, beside those that were bad
-            when the data was read. By default at most one in a hundred may be.
-        run_facts (`RunFacts`, *optional*): What the model card should say of data, base models and earlier stages.
-        kwargs: As for [`~trl.SFTTrainer`].
-
-    Logs beside TRL's metrics: `text`, `kd`, `kd/{teacher}` (unweighted), `balance`, `experts/{i}` (share of tokens),
-    `images_per_second`.
+        teachers (`Mapping[str, Teacher]`, *optional*): Frozen teachers by name; none without distillation.
+        distiller ([`Distiller`], *optional*): Adapters or heads of the teachers. It becomes a submodule of the model.
+        bad_rows ([`BadRows`], *optional*): Counter of unusable rows. By default the run stops above 1% of the rows.
+        run_facts ([`RunFacts`], *optional*): What the model card says of data, base models and earlier stages.
+        kwargs: Passed to [`~trl.SFTTrainer`].
     """
 
     _tag_names = ["movekd", "knowledge-distillation", "mixture-of-experts"]
@@ -69,32 +69,26 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         if args.distill != bool(self.teachers) or bool(self.teachers) != (distiller is not None):
             raise ValueError(
                 f"`distill` is {args.distill}, with teachers {list(self.teachers)} and "
-                f"{'a' if distiller is not None else 'no'} distiller; give all of them or none."
+                f"{'a' if distiller is not None else 'no'} distiller. Give all of them or none."
             )
         check_launch(args)
         if self.teachers and not isinstance(model.config.vision_feature_layer, int):
             raise ValueError(
-                f"`vision_feature_layer` is {model.config.vision_feature_layer}; one layer can be distilled into."
+                f"`vision_feature_layer` is {model.config.vision_feature_layer}, but only a single layer can be "
+                "distilled into. Give one layer, or train without distillation."
             )
         if distiller is not None:
             model.distiller = distiller.to(device=model.device, dtype=model.dtype)
-            # Published weights are the student's alone; the distiller has a file of its own
+            # The distiller is saved to a file of its own, and the published weights are the student's alone
             model._keys_to_ignore_on_save.update(f"distiller.{key}" for key in distiller.state_dict())
         if args.language_lora_rank:
             add_language_lora(model, args)
         set_trainable(model, args)
         self.take_token(args)
         super().__init__(model=model, args=args, **kwargs)
-        refuse_reentrant_checkpointing(self.args)
+        self._check_trl()
         prepare_fsdp(self.accelerator)
-        if self.compute_loss_func is not None:
-            raise ValueError("`compute_loss_func` would replace the losses of the method; override `compute_loss`.")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but LLaVA-NeXT's forward does not pass on "
-                "the router logits of a language model with experts, which that loss is computed from. Set it to 0."
-            )
-        add_distilling_forward(self._student(), args.knobs()["balance_form"], args.distill_tiles)
+        add_distilling_forward(self._student(), args.preset_options()["balance_form"], args.distill_tiles)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         self.gradient_guard = GradientGuard(self.model, self.accelerator)
@@ -107,6 +101,17 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         self._images_since_log = torch.zeros((), device=self.args.device)
         self.accelerator.print(parameter_summary(self.model, self.teachers, args))
 
+    def _check_trl(self) -> None:
+        """Refuse settings of TRL that do not work with the losses."""
+        refuse_reentrant_checkpointing(self.args)
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` would replace the losses of the method. Override `compute_loss`.")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but LLaVA-NeXT's forward does not return the "
+                "router logits of a language model with experts, which this loss needs. Set it to 0."
+            )
+
     def _student(self) -> PreTrainedModel:
         if is_peft_available():
             from peft import PeftModel
@@ -116,7 +121,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         return self.model
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As in Trainer, counting the images of the whole step besides its tokens, over all processes."""
+        """Also count the images of the step over all processes."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._images, shown = self._count(batch_samples, device)
         self.gradient_guard.count_images(shown)
@@ -125,8 +130,8 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
 
     def _count(self, batches: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Images in these batches of all processes: those that are distilled, and those in the text. Takes out their bad
-        rows, too many of which stop the run.
+        Count the distilled images and the images in the text, over all processes. Moves the bad rows of the batches to
+        `bad_rows`.
         """
         found = [row for batch in batches for row in batch.pop("bad_rows", [])]
         images = sum((batch["image_weights"].sum() for batch in batches), torch.zeros((), device=device))
@@ -153,36 +158,39 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             inputs["teacher_features"] = {
                 name: teacher(teacher_inputs[name]) for name, teacher in self.teachers.items()
             }
-        # TRL keeps the model's output to itself, so it is noted where TRL gets it
-        noted: list[Any] = []
+        # TRL does not return the model's output, so keep it when TRL calls the model
+        kept: list[Any] = []
 
-        def noting_model(*args: Any, **kwargs: Any) -> Any:
-            noted.append(model(*args, **kwargs))
-            return noted[-1]
+        def keeping_model(*args: Any, **kwargs: Any) -> Any:
+            kept.append(model(*args, **kwargs))
+            return kept[-1]
 
         text = super().compute_loss(
-            noting_model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            keeping_model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         text, logits_outputs = text if return_outputs else (text, None)
-        outputs = noted[0]
+        outputs = kept[0]
         if getattr(outputs, "kd", None) is None:
-            raise ValueError("The forward returned no distillation terms: something replaced `model.forward`.")
+            raise ValueError(
+                "The forward returned no distillation loss, since something replaced `model.forward`. Replace it "
+                "before the trainer is built."
+            )
 
         if num_items_in_batch is None:
             share = 1 / inputs["image_weights"].sum().clamp(min=1)
         else:
-            # Trainer sums over micro-batches and averages over processes; this is a mean over all images of the step
+            # The mean over all images of the step: Trainer sums over micro-batches and averages over processes
             share = self.accelerator.num_processes / self.get_tp_size() / self._images.clamp(min=1)
         loss = text + self.args.lambda_kd * outputs.kd.sum() * share
         if outputs.balance is not None:
             loss = loss + self.args.lambda_balance * outputs.balance.sum() * share
-        self._note_terms(text.detach(), outputs, inputs["image_weights"], num_items_in_batch is not None)
+        self._log_terms(text.detach(), outputs, inputs["image_weights"], num_items_in_batch is not None)
         return (loss, logits_outputs) if return_outputs else loss
 
-    def _note_terms(
+    def _log_terms(
         self, text: torch.Tensor, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor, is_scaled: bool
     ) -> None:
-        """Log and check the terms. One reduction of a fixed length on every process, also for a text-only batch."""
+        """Log and check the losses, with one reduction that has the same length on all processes."""
         mode = "train" if self.model.training else "eval"
         names, values = ["text", "images"], [text, image_weights.sum()]
         if outputs.kd is not None and outputs.teacher_losses is not None:
@@ -200,8 +208,8 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         images = totals.pop("images")
         tokens = sum(value for name, value in totals.items() if name.startswith("experts/"))
         step_images = self._images.item() if is_scaled else images
-        if step_images:  # else all batches were text alone, and there is nothing to take a mean of
-            # TRL logs the mean over the micro-batches, so each adds its part of the step's images
+        if step_images:
+            # TRL logs the mean over the micro-batches, so weigh each by its share of the step's images
             weight = steps * images / step_images
             for name, value in totals.items():
                 metrics[name] = weight * value / max(tokens if name.startswith("experts/") else images, 1.0)
@@ -220,7 +228,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in Trainer; tower, language model and LoRA are in groups of their own where they have own rates."""
+        """Put the tower, the language model and LoRA into groups with their own learning rates."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = {
@@ -229,7 +237,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             "lm_head.": self.args.language_model_learning_rate,
             ".lora_": self.args.language_lora_learning_rate,
         }
-        # The distiller's parts have the teachers' names, which may be those of the student's
+        # Teachers may be named like parts of the student
         student = {name: value for name, value in self.model.named_parameters() if "distiller." not in name}
         for part, rate in rates.items():
             if not is_new or rate is None:
@@ -246,7 +254,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
         world_size = self.args.world_size * self.args.gradient_accumulation_steps
-        # Not `train_dataset`, whose columns Trainer has dropped by now
+        # Not `train_dataset`, since Trainer has dropped its columns
         return ModalityLengthGroupedSampler(
             self.train_dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
         )
@@ -257,19 +265,19 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         self._signature_columns += [name for name in own if name not in self._signature_columns]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Ours instead of TRL's, which describes a text model; it also comes with every save, beside the facts."""
+        """Replace TRL's card, which describes a text model."""
         if self.args.should_save:
             update_card(Path(self.args.output_dir), self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, which would write no weights of its own where FSDP's checkpoints are sharded."""
+        """Save whole weights also if FSDP's checkpoints are sharded, for which Trainer saves none."""
         if saves_sharded_state(self.accelerator):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if state_dict is not None:  # gathered, where tied weights are no longer one tensor, and would be saved twice
+        if state_dict is not None:  # gathered: tied weights are separate tensors, and would be saved twice
             tied = self._student().all_tied_weights_keys
             state_dict = {key: value for key, value in state_dict.items() if key not in tied}
         if self.args.should_save and self.teachers:
@@ -282,7 +290,9 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         if self.args.should_save:
             if self.teachers:
                 self._student().distiller.save(folder / DISTILLER_NAME, weights)
-            save_facts_and_card(self, folder)
+            facts = training_facts(self, self.run_facts, self.teachers, len(self.bad_rows.reasons))
+            save_json(facts, folder / TRAINING_FACTS_NAME)
+            update_card(folder, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_language_lora():
@@ -301,11 +311,11 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         self._load_distiller(self.state.best_model_checkpoint)
 
     def _has_own_state(self) -> bool:
-        """FSDP and DeepSpeed keep the distiller and LoRA in their own state, with the rest of the module."""
+        """Whether the backend's own checkpoint restores the distiller and LoRA."""
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def _loads_language_lora(self) -> bool:
-        # The saved weights are merged, which Trainer would not find the places of, and skip
+        # The saved weights are merged. Trainer would find no parameters of these names, and skip them
         return bool(self.args.language_lora_rank) and not self._has_own_state()
 
     def _load_distiller(self, folder: str) -> None:

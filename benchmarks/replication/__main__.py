@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks.replication.arms import ARMS, CHOSEN_TWICE, CONTROLS, HEADLINE, SCHEDULES, Schedule
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
-from train.config import save_json
+from modeling_movekd.files import save_json
 
 
 OUTPUT = Path("outputs/replication")

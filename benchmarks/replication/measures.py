@@ -14,7 +14,7 @@ from benchmarks.replication.side_by_side import SideBySideEncoders
 from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
-from train.config import save_json
+from modeling_movekd.files import save_json
 from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
 from train.demo.scenes import GRID, IMAGE_SIZE, SHAPES
 from train.distillation.heads import resample_grid

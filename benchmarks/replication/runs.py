@@ -19,8 +19,9 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.files import save_json
 from train.build import build_student
-from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
 from train.demo.run import accuracy_by_family, answer_questions

@@ -47,7 +47,7 @@ from benchmarks.replication.world import (
     object_words,
     sample_scene,
 )
-from train.config import save_json
+from modeling_movekd.files import save_json
 from train.demo.networks import (
     HALF,
     IMAGENET_MEAN,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from train.build import DISTILLER_KNOBS
+from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import Distiller
 from train.teachers.features import TeacherFeatures
@@ -17,8 +17,8 @@ TEACHERS = {"clip": (WIDTH, GRID), "eva": (10, (8, 12)), "sam": (24, (5, 7))}
 
 def make_distiller(preset: str = "paper", teachers: dict[str, Any] = TEACHERS, **overrides: Any) -> Distiller:
     torch.manual_seed(0)
-    knobs = {knob: PRESETS[preset][knob] for knob in DISTILLER_KNOBS}
-    distiller = Distiller(WIDTH, GRID, teachers, **{"whitening_components": 8, **knobs, **overrides})
+    options = {name: PRESETS[preset][name] for name in DISTILLER_OPTIONS}
+    distiller = Distiller(WIDTH, GRID, teachers, **{"whitening_components": 8, **options, **overrides})
     if distiller.needs_statistics:
         distiller.fit_statistics([make_features(16, seed=7, teachers=teachers)])
     return distiller

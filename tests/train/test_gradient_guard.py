@@ -35,8 +35,8 @@ def train(arguments, monkeypatch: pytest.MonkeyPatch):
         teachers = build_teachers(args)
         change(student[0], teachers)
         with monkeypatch.context() as patch:
-            patch.setattr(sft, "build_student", lambda *_: student)
-            patch.setattr(sft, "build_teachers", lambda *_: teachers)
+            patch.setattr(stage_run, "build_student", lambda *_: student)
+            patch.setattr(stage_run, "build_teachers", lambda *_: teachers)
             return stage_run.train(data_args, args, model_args)
 
     return run
@@ -128,7 +128,7 @@ def test_replaced_forward(train) -> None:
         ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
         ({"teachers": None}, "`teachers` is empty"),
-        ({"freeze_vision_tower": True}, "nothing to distil into"),
+        ({"freeze_vision_tower": True}, "nothing to distill into"),
         ({"freeze_vision_tower": True, "distill": False, "vision_tower_learning_rate": 1e-6}, "does not train"),
         ({"stage": "pretrain", "num_experts": 0, "distill": False, "vision_tower_learning_rate": 1e-6}, "not train"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

@@ -13,11 +13,12 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from hub.card_write import check_card, is_generated, write_card
+from modeling_movekd.files import cached_commit
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import build_trainer
 from train import run as stage_run
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.model_card import cached_commit, noted_license, run_facts, teacher_facts, training_facts, update_card
+from train.model_card import noted_license, run_facts, teacher_facts, training_facts, update_card
 from train.teachers.config import resolve_teacher
 
 
@@ -185,12 +186,12 @@ def test_facts_are_of_the_student_that_is_there(arguments) -> None:
     def ask_for_others(*parts: Any) -> None:
         args.image_aspect_ratio, args.cut_tower = "anyres", False
 
-    facts = training_facts(build_trainer(data_args, args, model_args, prepare=ask_for_others))
+    trainer = build_trainer(data_args, args, model_args, prepare=ask_for_others)
+    facts = training_facts(trainer, trainer.run_facts, trainer.teachers, 0)
     assert (facts["hyperparameters"]["image_aspect_ratio"], facts["knobs"]["cut_tower"]) == ("pad", True)
 
 
 def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("train.model_card.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)

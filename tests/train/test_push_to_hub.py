@@ -128,7 +128,7 @@ def test_what_could_not_be_published_stops_the_run_before_it_starts(
 
 
 def test_publishing_whole_folders_meanwhile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`hub_strategy` is 'every_save'; a run is published at its end"):
+    with pytest.raises(ValueError, match="`hub_strategy` is 'every_save', but a run is published at its end"):
         MoveKDSFTConfig(
             output_dir=str(tmp_path), distill=False, push_to_hub=True, hub_strategy="every_save", bf16=False
         )

@@ -69,7 +69,7 @@ def test_stages_of_a_pair_agree(pretrain: str, finetune: str):
     assert model.model_name_or_path == yaml.safe_load((FOLDER / f"{pretrain}.yaml").read_text())["output_dir"]
     for field in (*STUDENT_FIELDS, "image_aspect_ratio", "teachers", "distill", "distillation_preset", "cut_tower"):
         assert getattr(first, field) == getattr(second, field), field
-    assert first.knobs() == second.knobs()
+    assert first.preset_options() == second.preset_options()
 
 
 @pytest.mark.parametrize("version_and_size", PAPER)

@@ -16,9 +16,9 @@ from trl import TrlParser
 from hub.card_facts import weights_fingerprint
 from hub.card_write import write_card
 from modeling_movekd import MoveKDForConditionalGeneration
-from modeling_movekd.files import EVALUATION_NAME
+from modeling_movekd.files import EVALUATION_NAME, save_json
 from train.build import build_student
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
 from train.distributed import whole_weights
 from train.run import train

@@ -1,6 +1,5 @@
-"""What stands between the student's tokens and the teachers' features while training (MoVE-KD, arXiv 2501.01709)."""
+"""The distiller: adapters or heads between student and teachers, and their loss (MoVE-KD, arXiv 2501.01709)."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from modeling_movekd.files import new_file
 from train.distillation.heads import Moments, StudentHead, Target, TeacherAdapter
 from train.distillation.losses import (
     CLIP,
@@ -25,12 +25,16 @@ from train.distillation.losses import (
 if TYPE_CHECKING:
     from train.teachers.features import TeacherFeatures
 
-HEAD_SIDES = ("teacher", "student")
-HEAD_FORMS = ("mlp", "unit_linear")
-FEATURE_NORMALIZATIONS = ("none", "standardize", "whiten")
-GRID_MATCHINGS = ("learned", "resample")
-# Where one image's tokens at the student's width have more values than this, a batch passes the adapter in parts, one
-# after the other; always as many, since processes with different numbers of images make the same calls under ZeRO-3
+CHOICES = {
+    "head_side": ("teacher", "student"),
+    "head_form": ("mlp", "unit_linear"),
+    "feature_normalization": ("none", "standardize", "whiten"),
+    "grid_matching": ("learned", "resample"),
+    "token_weighting": TOKEN_WEIGHTINGS,
+    "teacher_weighting": TEACHER_WEIGHTINGS,
+}
+# If the features of one image have more values than this at the student's width, a batch is compared in parts, to save
+# memory. The number of parts is fixed: under ZeRO-3 processes with fewer images must make the same calls.
 LARGE_FEATURES = 2**19
 NUM_PARTS = 8
 
@@ -38,9 +42,9 @@ NUM_PARTS = 8
 class DistillationOutput(NamedTuple):
     """
     Args:
-        loss (`torch.Tensor` of shape `(batch_size,)`): Sum over the weighted teachers, float32, with gradient.
-        teacher_losses (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`, unweighted, detached.
-        teacher_weights (`dict[str, torch.Tensor]`): By teacher `(batch_size,)`, detached.
+        loss (`torch.Tensor` of shape `(batch_size,)`): Weighted sum over the teachers, float32.
+        teacher_losses (`dict[str, torch.Tensor]`): Each teacher's loss `(batch_size,)`, unweighted and detached.
+        teacher_weights (`dict[str, torch.Tensor]`): Each teacher's weight `(batch_size,)`, detached.
     """
 
     loss: torch.Tensor
@@ -50,27 +54,19 @@ class DistillationOutput(NamedTuple):
 
 class Distiller(nn.ModuleDict):
     """
-    The adapters or heads of all teachers, by teacher, and the distillation loss they give.
+    The adapters or heads of all teachers, by the teacher's name, and the distillation loss.
 
-    The teacher `"clip"` is the model that the student started from: beside adapters it has none and is compared as it
-    is; beside heads on the student's side it has a head like all others.
+    The teacher named `"clip"` must be the model that the student started from if the others have adapters: it has
+    none, and the student is compared with its plain features. With heads on the student it has a head like all others.
 
     Args:
-        student_width (`int`): Channels of the student's tokens.
-        student_grid (`tuple[int, int]`): Their (h, w).
-        teachers (`Mapping[str, tuple[int, tuple[int, int]]]`): By name the width and the grid of a teacher's features.
-        head_side (`str`): `"teacher"`, adapters on the features; `"student"`, heads on the student's tokens.
-        head_form (`str`): Of heads on the student's side: `"mlp"`, or `"unit_linear"`, which cannot amplify.
-        feature_normalization (`str`): `"none"`; `"standardize"`, zero mean and unit variance per channel; `"whiten"`,
-            that and then the first principal components, scaled to unit variance.
-        whitening_components (`int`): How many, at most as many as there are channels.
-        grid_matching (`str`): `"learned"`, tokens mixed by the adapter; `"resample"`, see [`resample_grid`].
-        token_weighting (`str`): See [`~train.distillation.losses.token_weights`].
-        teacher_weighting (`str`): See [`~train.distillation.losses.teacher_weights`].
-        clip_share (`float`): Share of the teacher `"clip"`, if there are others.
-
-    Raises:
-        ValueError: for values outside the choices, or that do not go together, with what to change.
+        student_width (`int`): Channels of the student's features.
+        student_grid (`tuple[int, int]`): Height and width of the student's patch grid.
+        teachers (`Mapping[str, tuple[int, tuple[int, int]]]`): Width and grid of each teacher's features.
+        whitening_components (`int`, *optional*, defaults to 64): Principal components that `"whiten"` keeps of each
+            teacher, at most all of them.
+        head_side, head_form, feature_normalization, grid_matching, token_weighting, teacher_weighting, clip_share:
+            The options of [`MoveKDSFTConfig`].
     """
 
     def __init__(
@@ -88,82 +84,84 @@ class Distiller(nn.ModuleDict):
         clip_share: float = 0.8,
     ) -> None:
         super().__init__()
-        for option, value, choices in (
-            ("head_side", head_side, HEAD_SIDES),
-            ("head_form", head_form, HEAD_FORMS),
-            ("feature_normalization", feature_normalization, FEATURE_NORMALIZATIONS),
-            ("grid_matching", grid_matching, GRID_MATCHINGS),
-            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
-            ("teacher_weighting", teacher_weighting, TEACHER_WEIGHTINGS),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{option}` is {value!r}, expected one of {choices}.")
-        if not 0 <= clip_share <= 1:
-            raise ValueError(f"`clip_share` is {clip_share}; a share lies between 0 and 1.")
-        if whitening_components < 1:
-            raise ValueError(f"`whitening_components` is {whitening_components}; at least 1 is needed.")
-        if not teachers:
-            raise ValueError("There are no teachers; name at least one, or train without distillation.")
-        if head_side == "student" and (grid_matching == "learned" or teacher_weighting != "equal"):
-            raise ValueError(
-                f"Heads on the student's side need `grid_matching` 'resample' and `teacher_weighting` 'equal', got "
-                f"{grid_matching!r} and {teacher_weighting!r}: fixed targets are not in the student's space."
-            )
-        if head_side == "teacher" and head_form != "mlp":
-            raise ValueError(
-                f"`head_form` is {head_form!r}, but `head_side` {head_side!r} has adapters, which have no other form "
-                "than 'mlp'. Set `head_side` to 'student', or leave `head_form` out."
-            )
-        if CLIP not in teachers and (token_weighting != "none" or teacher_weighting != "equal"):
-            raise ValueError(
-                f"`token_weighting` {token_weighting!r} and `teacher_weighting` {teacher_weighting!r} look at the CLS "
-                f"token of a teacher named {CLIP!r}; there are only {list(teachers)}. Add it, or choose 'none' and "
-                "'equal'."
-            )
-        student_grid = (student_grid[0], student_grid[1])
-        self.student_width, self.student_grid = student_width, student_grid
-        self.token_weighting, self.teacher_weighting = token_weighting, teacher_weighting
-        self.clip_share = clip_share
+        self.student_width, self.student_grid = student_width, (student_grid[0], student_grid[1])
         self.teachers = {name: (width, (grid[0], grid[1])) for name, (width, grid) in teachers.items()}
+        self.head_side, self.head_form = head_side, head_form
+        self.token_weighting, self.teacher_weighting = token_weighting, teacher_weighting
+        self.feature_normalization, self.grid_matching = feature_normalization, grid_matching
+        self.clip_share = clip_share
+        if whitening_components < 1:
+            raise ValueError(f"`whitening_components` is {whitening_components}. Set it to 1 or more.")
+        self._check_options()
+        self._check_teachers()
         kwargs = {
             "feature_normalization": feature_normalization,
             "whitening_components": whitening_components,
             "grid_matching": grid_matching,
         }
+        student = student_width, self.student_grid
         for name, (width, grid) in self.teachers.items():
-            if "." in name or hasattr(self, name):
-                raise ValueError(f"A teacher cannot be named {name!r}, which is no state-dict key; rename it.")
-            if name == CLIP and head_side == "teacher" and (width, grid) != (student_width, student_grid):
-                raise ValueError(
-                    f"Teacher {CLIP} has width {width} on {grid}, the student {student_width} on {student_grid}: "
-                    "it must be the model that the student started from. Give another model another name."
-                )
-            if name == CLIP and token_weighting != "none" and grid != student_grid:
-                raise ValueError(
-                    f"Teacher {CLIP} has the grid {grid}, the student {student_grid}: its attention cannot weigh the "
-                    "student's tokens. Use one image size, or set `token_weighting` to 'none'."
-                )
             if head_side == "student":
-                self[name] = StudentHead(width, grid, student_width, student_grid, head_form, **kwargs)
+                self[name] = StudentHead(width, grid, *student, head_form, **kwargs)
             elif name == CLIP:
-                self[name] = Target(width, grid, student_grid)
+                self[name] = Target(width, grid, self.student_grid)
             else:
-                self[name] = TeacherAdapter(width, grid, student_width, student_grid, **kwargs)
+                self[name] = TeacherAdapter(width, grid, *student, **kwargs)
+
+    def _check_options(self) -> None:
+        for option, choices in CHOICES.items():
+            if (value := getattr(self, option)) not in choices:
+                raise ValueError(f"`{option}` is {value!r}, expected one of {choices}.")
+        if not 0 <= self.clip_share <= 1:
+            raise ValueError(f"`clip_share` is {self.clip_share}. Set it between 0 and 1.")
+        if self.head_side == "student" and (self.grid_matching == "learned" or self.teacher_weighting != "equal"):
+            raise ValueError(
+                f"Heads on the student need `grid_matching` 'resample' and `teacher_weighting` 'equal', got "
+                f"{self.grid_matching!r} and {self.teacher_weighting!r}."
+            )
+        if self.head_side == "teacher" and self.head_form != "mlp":
+            raise ValueError(
+                f"`head_form` is {self.head_form!r}, but `head_side` {self.head_side!r} has adapters, which have no "
+                "other form than 'mlp'. Set `head_side` to 'student', or leave `head_form` out."
+            )
+
+    def _check_teachers(self) -> None:
+        if not self.teachers:
+            raise ValueError("There are no teachers. Name at least one, or train without distillation.")
+        if bad := [name for name in self.teachers if "." in name or hasattr(self, name)]:
+            raise ValueError(f"Teachers cannot be named {bad}, which are no valid module names. Rename them.")
+        if CLIP not in self.teachers:
+            if self.token_weighting != "none" or self.teacher_weighting != "equal":
+                raise ValueError(
+                    f"`token_weighting` {self.token_weighting!r} and `teacher_weighting` {self.teacher_weighting!r} "
+                    f"need the CLS token of a teacher named {CLIP!r}; there are only {list(self.teachers)}. Add it, "
+                    "or choose 'none' and 'equal'."
+                )
+            return
+        width, grid = self.teachers[CLIP]
+        if self.head_side == "teacher" and (width, grid) != (self.student_width, self.student_grid):
+            raise ValueError(
+                f"Teacher {CLIP} has width {width} on {grid}, the student {self.student_width} on "
+                f"{self.student_grid}, but the student must have started from it. Give another model another name."
+            )
+        if self.token_weighting != "none" and grid != self.student_grid:
+            raise ValueError(
+                f"Teacher {CLIP} has the grid {grid}, the student {self.student_grid}: its attention cannot weigh the "
+                "student's tokens. Use one image size, or set `token_weighting` to 'none'."
+            )
 
     def forward(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> DistillationOutput:
         """
-        The distillation loss of each image, before `lambda_kd`.
+        Compute the distillation loss of each image, before `lambda_kd`.
 
         Args:
-            student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, student_width)`): Patches, without CLS.
-            features: By teacher, for the same images.
-
-        Raises:
-            ValueError: if student or teachers are not what the heads were built for, with both shapes; if statistics
-                were not measured yet; or if the CLIP teacher gave no CLS token where it is needed.
+            student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, student_width)`): Features of the
+                student's patches, without CLS.
+            features (`Mapping[str, TeacherFeatures]`): Each teacher's features of the same images.
         """
         self._check_inputs(student_tokens, features)
-        cls, cls_attention = self._clip_outputs(features)
+        cls = self._clip_output(features, "teacher_weighting", "cls")
+        cls_attention = self._clip_output(features, "token_weighting", "cls_attention")
         weights = None if cls_attention is None else token_weights(cls_attention, self.token_weighting)
         losses, targets = {}, {}
         for name in self.teachers:
@@ -179,7 +177,7 @@ class Distiller(nn.ModuleDict):
     def _compare(
         self, name: str, student_tokens: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One teacher's loss `(batch_size,)` and the mean of its target's tokens `(batch_size, 1, num_channels)`."""
+        """One teacher's loss `(batch_size,)`, and the mean of its target `(batch_size, 1, num_channels)`."""
 
         def compare(
             student_tokens: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None
@@ -193,7 +191,7 @@ class Distiller(nn.ModuleDict):
         sizes = [(len(tokens) + part) // NUM_PARTS for part in range(NUM_PARTS)]
         weight_parts = [None] * NUM_PARTS if weights is None else weights.split(sizes)
         parts = zip(student_tokens.split(sizes), tokens.detach().split(sizes), weight_parts, strict=True)
-        # Computed again in the backward: an adapter's activations have the size of the teacher's features
+        # Recompute in the backward, since the activations of an adapter are as large as the teacher's features
         compared = [checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         loss, mean = (torch.cat(values) for values in zip(*compared, strict=True))
         return loss, mean
@@ -201,7 +199,7 @@ class Distiller(nn.ModuleDict):
     def _check_inputs(self, student_tokens: torch.Tensor, features: "Mapping[str, TeacherFeatures]") -> None:
         if set(features) != set(self.teachers):
             raise ValueError(
-                f"Features of {sorted(features)} were given, those of {sorted(self.teachers)} are needed."
+                f"Features of {sorted(features)} were given, but those of {sorted(self.teachers)} are needed."
             )
         height, width = self.student_grid
         if tuple(student_tokens.shape[1:]) != (height * width, self.student_width):
@@ -221,43 +219,31 @@ class Distiller(nn.ModuleDict):
                 raise ValueError(f"Teacher {name} saw {len(tokens)} images, the student {len(student_tokens)}.")
             if self[name].needs_statistics:
                 raise ValueError(
-                    f"The statistics of teacher {name} are not measured yet: call `fit_statistics` or `load` first."
+                    f"The statistics of teacher {name} are not measured yet. Call `fit_statistics` or `load` first."
                 )
 
-    def _clip_outputs(
-        self, features: "Mapping[str, TeacherFeatures]"
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The CLS embedding and the CLS attention of the CLIP teacher, each if the weights in use need it."""
-        outputs: list[torch.Tensor | None] = [None, None]
-        for index, (option, value, unneeded, field) in enumerate(
-            (
-                ("teacher_weighting", self.teacher_weighting, "equal", "cls"),
-                ("token_weighting", self.token_weighting, "none", "cls_attention"),
+    def _clip_output(self, features: "Mapping[str, TeacherFeatures]", option: str, field: str) -> torch.Tensor | None:
+        """The CLS embedding or attention of the CLIP teacher; `None` if the weighting does not need it."""
+        value, unneeded = getattr(self, option), "equal" if option == "teacher_weighting" else "none"
+        if value == unneeded:
+            return None
+        if (output := getattr(features[CLIP], field)) is None:
+            raise ValueError(
+                f"`{option}` is {value!r}, which needs `{field}` of teacher {CLIP}, but the teacher gave none. Choose "
+                f"{unneeded!r}."
             )
-        ):
-            if value == unneeded:
-                continue
-            output = getattr(features[CLIP], field)
-            if output is None:
-                raise ValueError(
-                    f"`{option}` {value!r} needs `{field}` of teacher {CLIP}, which gave none; choose {unneeded!r}."
-                )
-            outputs[index] = output.detach()
-        return outputs[0], outputs[1]
+        return output.detach()
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether [`Distiller.fit_statistics`] has to be called before the first forward."""
+        """Whether [`Distiller.fit_statistics`] must be called before the first forward."""
         return any(target.needs_statistics for target in self.values())
 
     @torch.no_grad()
     def fit_statistics(self, batches: "Iterable[Mapping[str, TeacherFeatures]]") -> None:
         """
-        Measure mean, variance and principal components of the teachers' features over a sample, in one pass. Every
-        process must be given the same sample.
-
-        Raises:
-            ValueError: naming the teacher, if the sample cannot give them.
+        Measure mean, variance and principal components of the teachers' features in one pass over a sample. All
+        processes must get the same sample.
         """
         moments = {
             name: Moments(name, target)
@@ -272,16 +258,13 @@ class Distiller(nn.ModuleDict):
 
     def save(self, path: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """
-        Write weights and statistics as safetensors, under a temporary name first.
+        Save weights and statistics as safetensors.
 
         Args:
-            path: The file, `distiller.safetensors` by custom.
-            state_dict: Gathered weights, where the module's own are spread over processes.
-
-        Raises:
-            ValueError: if keys are missing or left over, weights are spread, or statistics were not measured.
+            path (`str` or `Path`): The file.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*): Gathered weights, if the module's are sharded.
         """
-        path, own = Path(path), self.state_dict()
+        own = self.state_dict()
         state_dict = own if state_dict is None else state_dict
         if missing_or_unexpected := sorted(own.keys() ^ state_dict.keys()):
             raise ValueError(
@@ -290,25 +273,20 @@ class Distiller(nn.ModuleDict):
         if spread := [key for key, value in state_dict.items() if isinstance(value, DTensor) or not value.numel()]:
             raise ValueError(f"{spread} are spread over processes; gather them and give them as `state_dict`.")
         if self.needs_statistics:
-            raise ValueError("The teachers' statistics are not measured yet; call `fit_statistics` before saving.")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+            raise ValueError("The teachers' statistics are not measured yet. Call `fit_statistics` before saving.")
+        with new_file(path) as temporary:
             tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
             save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> None:
         """
-        Read what [`Distiller.save`] wrote; to be called before a module is spread over processes.
+        Load what [`Distiller.save`] wrote, into a module that is not sharded.
 
         Raises:
-            ValueError: if the file is missing, or lacks keys, has others, other shapes, or values that are not finite;
-                listing them. Nothing is changed then.
+            ValueError: if the file is missing or does not fit. Nothing is loaded then.
         """
         if not Path(path).is_file():
-            raise ValueError(f"{path} is missing: without it adapters and heads would start anew. Restore it.")
+            raise ValueError(f"{path} is missing, without which adapters and heads would start anew. Restore it.")
         loaded, own = load_file(path), self.state_dict()
         shapes = {
             key: (tuple(loaded[key].shape), tuple(own[key].shape))
@@ -322,5 +300,5 @@ class Distiller(nn.ModuleDict):
                 f"file, needed) {shapes}. Use the teachers, image sizes and preset it was trained with."
             )
         if bad := [key for key, value in loaded.items() if not value.isfinite().all()]:
-            raise ValueError(f"{path} has values that are not finite in {bad}; use an earlier checkpoint.")
+            raise ValueError(f"{path} has values that are not finite in {bad}. Use an earlier checkpoint.")
         self.load_state_dict(loaded)

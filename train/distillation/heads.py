@@ -1,4 +1,4 @@
-"""Adapters on the teachers' features, heads on the student's tokens, and the fixed targets below both."""
+"""Adapters on the teachers' features, heads on the student's features, and the targets that both are compared with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 
-# The covariance of more channels takes gigabytes, and minutes to decompose
+# More channels have a covariance of gigabytes, which takes minutes to decompose
 MAX_UNSHUFFLED_CHANNELS = 4096
-# Of a channel's mean square, and of the largest principal variance: what lies below is rounding, not a feature
+# A channel with less variance than this share of its mean square is constant up to rounding
 CONSTANT_CHANNEL = 1e-10
+# A principal component with less variance than this share of the first is rounding
 EMPTY_DIRECTION = 1e-6
 
 
 def unshuffle_factors(width: int, grid: tuple[int, int], target_grid: tuple[int, int]) -> tuple[int, int] | None:
     """
-    How many rows and columns of cells become one cell with the channels of all: `grid` over `target_grid` where both
-    divide and the channels stay within 4096, else `None`.
+    The rows and columns of `grid` that make one cell of `target_grid`. `None` if the grids do not divide, or if the
+    cells together have more than 4096 channels.
     """
     (rows, rest_rows), (columns, rest_columns) = (
         divmod(size, target) for size, target in zip(grid, target_grid, strict=True)
@@ -29,13 +30,13 @@ def unshuffle_factors(width: int, grid: tuple[int, int], target_grid: tuple[int,
 
 def resample_grid(tokens: torch.Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> torch.Tensor:
     """
-    Bring features to another grid: cells are put together as the channels of one (pixel-unshuffle, nothing is lost)
-    where [`unshuffle_factors`] has factors, else interpolated bilinearly with antialiasing, for any sizes.
+    Resample features to another grid: by pixel-unshuffle, which loses nothing, if [`unshuffle_factors`] gives factors,
+    and by bilinear interpolation with antialiasing otherwise.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, h * w, num_channels)`): Row by row.
-        grid (`tuple[int, int]`): Their (h, w).
-        target_grid (`tuple[int, int]`): The wanted (H, W).
+        tokens (`torch.Tensor` of shape `(batch_size, h * w, num_channels)`): Features, row by row.
+        grid (`tuple[int, int]`): Their height and width in cells.
+        target_grid (`tuple[int, int]`): The height H and width W to resample to.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, H * W, num_channels * rows * columns)`.
@@ -53,11 +54,11 @@ def resample_grid(tokens: torch.Tensor, grid: tuple[int, int], target_grid: tupl
 
 class Target(nn.Module):
     """
-    One teacher's features as a target without parameters: standardised per channel, brought to the student's grid,
-    whitened; each where asked for. By itself it is CLIP's place beside adapters, whose features are compared as is.
+    The target that one teacher's features give: normalized, resampled and whitened as the options say. It has no
+    parameters. Used alone for the CLIP teacher, whose features need no adapter.
 
-    The buffers `mean`, `variance` (per channel, after the grid) and `components` (one principal direction a row,
-    scaled to unit variance) are not finite until `Distiller.fit_statistics` has measured them. They stay float32.
+    The buffers `mean`, `variance` (per channel after resampling) and `components` (one principal component a row,
+    scaled to unit variance) are NaN until [`Distiller.fit_statistics`] measures them. They stay float32.
     """
 
     mean: torch.Tensor
@@ -89,7 +90,7 @@ class Target(nn.Module):
         self.needs_statistics = bool(self.buffer_names)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Target":
-        # Half precision would round the statistics for good, in the file too
+        """Move the statistics with the module, but keep them float32: half precision would round them for good."""
         statistics = {name: getattr(self, name) for name in self.buffer_names}
         super()._apply(fn, recurse)
         for name, value in statistics.items():
@@ -102,15 +103,17 @@ class Target(nn.Module):
 
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
         """
-        `(batch_size, h * w, width)` to `(batch_size, num_target_tokens, target_width)`, without gradient; float32 if
-        anything is done to the features.
+        Compute the target of features `(batch_size, h * w, width)`, without gradient. Changed features are float32.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_target_tokens, target_width)`.
         """
         tokens = tokens.detach()
         if self.grid == self.target_grid and not self.buffer_names:
             return tokens
         tokens = resample_grid(tokens.float(), self.grid, self.target_grid)
         if self.buffer_names:
-            # Taking means and scales does not depend on the order with the linear resampling
+            # The same as normalizing before the resampling, which is linear
             tokens = (tokens - self.mean) * torch.where(self.variance > 0, self.variance, 1.0).rsqrt()
         if "components" in self.buffer_names:
             with torch.autocast(tokens.device.type, enabled=False):
@@ -118,14 +121,14 @@ class Target(nn.Module):
         return tokens
 
     def forward(self, student_tokens: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two sides of the squared error, `(batch_size, num_student_tokens, num_channels)` each."""
+        """The student's and the teacher's side of the squared error, `(batch_size, num_tokens, num_channels)` each."""
         return student_tokens, self.target(tokens)
 
 
 class TeacherAdapter(Target):
     """
-    Teacher's side: `channels` brings the teacher's channels to the student's width, then, after a GELU, `tokens` the
-    teacher's tokens to the student's (the paper's encoder adapter). Resampled features need no `tokens`.
+    The paper's encoder adapter on a teacher's features: a linear layer `channels` to the student's width, GELU, and a
+    linear layer `tokens` over the tokens to the student's grid. Resampled features need no `tokens`.
     """
 
     def __init__(
@@ -145,10 +148,7 @@ class TeacherAdapter(Target):
 
 
 class UnitLinear(nn.Linear):
-    """
-    A linear layer whose rows have length one whatever the weight's is: it reads directions and amplifies none. What it
-    has to give with unit variance, its input must have with at least that.
-    """
+    """A linear layer with weight rows scaled to length one, so that an output varies no more than the input."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight, dim=-1), self.bias)
@@ -156,8 +156,10 @@ class UnitLinear(nn.Linear):
 
 class StudentHead(Target):
     """
-    Student's side: `head` from the student's tokens to the fixed target. As an `"mlp"` d-2d-k it finds in the tokens
-    what is there however faintly; as `"unit_linear"` it asks for it in full size, so that a projector finds it too.
+    A head on the student's features that predicts a teacher's target.
+
+    An `"mlp"` (d-2d-k) can amplify features that are faint in the student. `"unit_linear"` cannot, so that training
+    makes them as large as the projector needs to find them.
     """
 
     def __init__(
@@ -181,12 +183,12 @@ class StudentHead(Target):
 
 
 def _to_parameters(tokens: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """In the layer's dtype; autocast chooses by itself, and a copy in float32 would only cost memory."""
+    """Cast to the layer's dtype, except under autocast, which casts by itself and saves the copy."""
     return tokens if torch.is_autocast_enabled(tokens.device.type) else tokens.to(next(layer.parameters()).dtype)
 
 
 class Moments:
-    """Sums in float64 over a sample of one teacher's features, and the statistics they give."""
+    """Sums over a sample of one teacher's features, in float64, and the statistics of a [`Target`] from them."""
 
     def __init__(self, name: str, target: Target) -> None:
         self.name, self.target = name, target
@@ -194,8 +196,8 @@ class Moments:
         self.count = 0
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Count in `(batch_size, h * w, width)`."""
-        # Where the features are, since the product of all channels is heavy; Metal has no float64
+        """Add features `(batch_size, h * w, width)`."""
+        # On the features' device, since the product of all channels is heavy; but Metal has no float64
         tokens = tokens.detach().to("cpu" if tokens.device.type == "mps" else tokens.device).double()
         resampled = resample_grid(tokens, self.target.grid, self.target.target_grid).flatten(0, 1)
         tokens = tokens.flatten(0, 1)
@@ -208,41 +210,45 @@ class Moments:
 
     def set_statistics(self) -> None:
         """
+        Compute the target's statistics.
+
         Raises:
-            ValueError: if nothing was counted in, values are not finite, all channels are constant, or the sample has
-                fewer directions of any variance than principal components are asked for.
+            ValueError: if the sample is empty, not finite, constant, or has too few principal components.
         """
         if not self.count:
-            raise ValueError(
-                f"There are no features of teacher {self.name} to take statistics from; give some images."
-            )
+            raise ValueError(f"There are no features of teacher {self.name} to measure. Give data with images.")
         raw_mean, mean_square, mean, *products = (total.cpu() / self.count for total in self.sums)
         if not mean_square.isfinite().all():
-            raise ValueError(f"Features of teacher {self.name} are not finite; look at the images and its dtype.")
+            raise ValueError(f"Features of teacher {self.name} are not finite. Check the images and its dtype.")
         variance = mean_square - raw_mean.square()
         variance = torch.where(variance > CONSTANT_CHANNEL * mean_square, variance, 0.0)
         if not variance.any():
             raise ValueError(
-                f"All {len(variance)} channels of teacher {self.name} are constant over {self.count} tokens; give "
+                f"All {len(variance)} channels of teacher {self.name} are constant over {self.count} tokens. Give "
                 "different images, or correct the teacher's output."
             )
         variance = variance.repeat(len(mean) // len(variance))
         if products:
-            scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-            covariance = (products[0] - torch.outer(mean, mean)) * torch.outer(scale, scale)
-            # Ascending, one eigenvector a column
-            values, vectors = torch.linalg.eigh(covariance * torch.outer(variance > 0, variance > 0))
-            asked, found = self.target.target_width, int((values > EMPTY_DIRECTION * values[-1]).sum())
-            if found < asked:
-                raise ValueError(
-                    f"Teacher {self.name} has {found} directions of any variance in {self.count} tokens, and {asked} "
-                    f"principal components are asked for. Set `whitening_components` to {found} or less, or measure "
-                    "more images."
-                )
-            components = vectors.flip(1)[:, :asked].T / values.flip(0)[:asked, None].sqrt()
-            # An eigenvector's sign is arbitrary: its largest entry is made positive
-            largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-            self.target.components.copy_(components * largest.sign())
+            covariance = products[0] - torch.outer(mean, mean)
+            self.target.components.copy_(self._components(covariance, variance))
         self.target.mean.copy_(mean)
         self.target.variance.copy_(variance)
         self.target.needs_statistics = False
+
+    def _components(self, covariance: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """The first principal components of the standardized features, scaled to unit variance, one a row."""
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        covariance = covariance * torch.outer(scale, scale)
+        # Ascending, one eigenvector a column
+        values, vectors = torch.linalg.eigh(covariance * torch.outer(variance > 0, variance > 0))
+        asked, found = self.target.target_width, int((values > EMPTY_DIRECTION * values[-1]).sum())
+        if found < asked:
+            raise ValueError(
+                f"Teacher {self.name} has {found} directions with variance in {self.count} tokens, fewer than the "
+                f"{asked} principal components asked for. Set `whitening_components` to {found} or less, or measure "
+                "more images."
+            )
+        components = vectors.flip(1)[:, :asked].T / values.flip(0)[:asked, None].sqrt()
+        # The sign of an eigenvector is arbitrary: make its largest entry positive
+        largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+        return components * largest.sign()

@@ -1,8 +1,8 @@
 """
-The losses of MoVE-KD (arXiv 2501.01709) as pure functions, with one value for each image.
+The losses of MoVE-KD (arXiv 2501.01709) as pure functions with one value for each image.
 
-Nothing here depends on how a batch is split over processes, but for the `"released"` teacher weights, which look at
-the batch's mean by definition. Sums run in float32 whatever the dtype of the inputs, and no loss waits for the device.
+Results do not depend on how a batch is split over processes, except the `"released"` teacher weights, which use the
+batch mean. Sums are float32 whatever the inputs' dtype, and no loss synchronizes with the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,21 @@ DOMINANT_SHARE = 0.8
 
 def token_weights(cls_attention: torch.Tensor, form: str) -> torch.Tensor:
     """
-    Weight of each patch from the CLS attention of the CLIP teacher (token weights of the paper's attention-guided
-    distillation).
+    Token weights of the paper's attention-guided distillation, from the CLS attention of the CLIP teacher.
 
-    - `"cls_attention"`, as the paper writes it: softmax over the patches of q_cls . k / sqrt(d), mean over the heads.
-      Dividing the attention row by its sum over the patches is that softmax.
-    - `"released"`, as the authors' code runs: softmax over the patches of the heads' mean, which is a softmax already;
-      the weights are nearly equal.
+    - `"cls_attention"`, as in the paper: softmax over the patches of q_cls . k / sqrt(d), averaged over the heads.
+      This equals the attention row divided by its sum over the patches.
+    - `"released"`, as in the original code: softmax over the patches of the attention averaged over the heads. After
+      two softmaxes the weights are nearly equal.
     - `"none"`: equal weights.
 
     Args:
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, num_patches)`): The CLS query's row after the
-            softmax over CLS and patches, cut to the patches (each row's sum is below 1).
-        form (`str`): One of the above.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, num_patches)`): Attention of CLS to the
+            patches, after the softmax over CLS and patches.
+        form (`str`): One of the forms above.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_patches)`, float32: sums to 1 for each image.
-
-    Raises:
-        ValueError: for an unknown form.
+        `torch.Tensor` of shape `(batch_size, num_patches)`, float32, which sums to 1 for each image.
     """
     attention = cls_attention.float()
     if form == "cls_attention":
@@ -51,16 +47,16 @@ def token_weights(cls_attention: torch.Tensor, form: str) -> torch.Tensor:
 
 def teacher_scores(cls: torch.Tensor, teacher_tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    How much each teacher's features look like the CLS embedding: mean over the tokens v of cls . v, unscaled.
+    Similarity of each teacher to the CLS embedding: mean over the tokens v of cls . v, without scale.
 
     Args:
-        cls (`torch.Tensor` of shape `(batch_size, hidden_size)`): The CLIP teacher's CLS embedding.
-        teacher_tokens: By teacher `(batch_size, num_tokens, hidden_size)`, in the student's space.
+        cls (`torch.Tensor` of shape `(batch_size, hidden_size)`): CLS embedding of the CLIP teacher.
+        teacher_tokens (`Mapping[str, torch.Tensor]`): Each teacher's `(batch_size, num_tokens, hidden_size)`.
 
     Returns:
-        By teacher `(batch_size,)`, float32.
+        `dict[str, torch.Tensor]`: Each teacher's score `(batch_size,)`, float32.
     """
-    # A product of elements and a sum, because autocast would run a matrix product in half precision
+    # Not a matrix product, which autocast would run in half precision
     return {
         name: (cls.float() * tokens.mean(dim=1, dtype=torch.float32)).sum(dim=-1)
         for name, tokens in teacher_tokens.items()
@@ -71,29 +67,26 @@ def teacher_weights(
     cls: torch.Tensor | None, teacher_tokens: Mapping[str, torch.Tensor], form: str, clip_share: float
 ) -> dict[str, torch.Tensor]:
     """
-    Share of each teacher in the loss of each image (teacher weights of the paper's attention-guided distillation).
+    Teacher weights of the paper's attention-guided distillation, for each image.
 
-    The teacher named `"clip"` has the fixed share `clip_share` and the others divide the rest. Alone, it has weight 1;
-    where it is missing, which only `"equal"` can do without, the others divide all. The others' parts are
+    The teacher named `"clip"` has the weight `clip_share`, and the others share the rest. A single teacher has
+    weight 1. The forms differ in the shares of the others:
 
-    - `"cls_similarity"`, as the paper writes it: softmax over the teachers of mean(cls . v) / sqrt(d), detached.
-    - `"released"`, as the authors' code runs: the same without 1 / sqrt(d) and not detached; where the largest of the
-      batch's mean shares exceeds 0.8, a second softmax flattens them all.
-    - `"equal"`: equal.
+    - `"cls_similarity"`, as in the paper: softmax over the teachers of mean(cls . v) / sqrt(d), detached.
+    - `"released"`, as in the original code: not divided by sqrt(d) and not detached. If the largest share, averaged
+      over the batch, is above 0.8, a second softmax flattens the shares.
+    - `"equal"`: equal shares. Only this form works without a teacher `"clip"`.
 
     Args:
-        cls (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*): The CLIP teacher's CLS embedding; not
-            used by `"equal"`.
-        teacher_tokens: By teacher `(batch_size, num_tokens, hidden_size)`, in the student's space; of `"equal"`'s only
-            the batch size is used.
-        form (`str`): One of the above.
-        clip_share (`float`): Between 0 and 1.
+        cls (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*): CLS embedding of the CLIP teacher;
+            unused by `"equal"`.
+        teacher_tokens (`Mapping[str, torch.Tensor]`): Each teacher's `(batch_size, num_tokens, hidden_size)` in the
+            student's space.
+        form (`str`): One of the forms above.
+        clip_share (`float`): Weight of the teacher `"clip"`, between 0 and 1.
 
     Returns:
-        By teacher, in the order given, `(batch_size,)`, float32: they sum to 1 for each image.
-
-    Raises:
-        ValueError: for an unknown form, or one that needs the CLS embedding without it.
+        `dict[str, torch.Tensor]`: Each teacher's weight `(batch_size,)`, float32, which sum to 1 for each image.
     """
     if form not in TEACHER_WEIGHTINGS:
         raise ValueError(f"Teacher weights have no form {form!r}; choose one of {TEACHER_WEIGHTINGS}.")
@@ -107,8 +100,8 @@ def teacher_weights(
         shares = ones[:, None].expand(-1, len(others)) / len(others)
     elif cls is None:
         raise ValueError(
-            f"Teacher weights of the form {form!r} need the CLS embedding of a teacher named {CLIP!r}, and there is "
-            f"none; the teachers are {list(teacher_tokens)}. Add it, or choose the form 'equal'."
+            f"Teacher weights of the form {form!r} need a teacher named {CLIP!r}; there are only "
+            f"{list(teacher_tokens)}. Add it, or choose the form 'equal'."
         )
     else:
         scores = torch.stack(
@@ -128,20 +121,20 @@ def distillation_loss(
     student_tokens: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None, form: str
 ) -> torch.Tensor:
     """
-    Squared error against one teacher: mean over channels, weighted sum over tokens (the paper's distillation loss).
-    The form `"released"` adds the plain mean over tokens to the weighted sum, as the authors' code does.
+    The paper's distillation loss against one teacher: sum over the tokens of w * mean over the channels of (s - t)^2.
+    The form `"released"` adds the plain mean over the tokens, as the original code does.
 
     Args:
-        student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): Student.
-        target (`torch.Tensor` of the same shape): Teacher.
-        weights (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): From [`token_weights`]; `None` is the
-            plain mean over tokens.
-        form (`str`): The form the weights have.
+        student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The student's side s.
+        target (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The teacher's side t.
+        weights (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Weights w from [`token_weights`];
+            `None` for the plain mean.
+        form (`str`): The form of the weights.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float32.
     """
-    # One float32 tensor of full size is kept for the backward pass: the difference
+    # Autograd keeps one float32 tensor of full size, the difference
     errors = (student_tokens.float() - target.float()).square().mean(dim=-1)
     if weights is None:
         return errors.mean(dim=-1)
@@ -155,23 +148,19 @@ def balance_loss(
     form: str,
 ) -> torch.Tensor:
     """
-    How unevenly the routers use their experts: the mean probability p_e of an expert times the share f_e of the tokens
-    it gets, summed over the experts (Switch Transformer, arXiv 2101.03961, equation 4). Only p_e carries gradient.
+    Balance loss of the routers (Switch Transformer, arXiv 2101.03961, equation 4): sum over the experts e of p_e f_e,
+    where p_e is the mean probability of an expert, which has the gradient, and f_e its share of the tokens.
 
-    - `"per_layer"`: per image and layer E * sum_e p_e f_e over the tokens, 1 at perfect balance, mean over the layers.
-    - `"pooled"`, as the authors' code runs: per image sum_e p_e f_e over the tokens of all layers together, without
-      the factor E.
+    - `"per_layer"`: E * sum_e p_e f_e for each layer, averaged over the layers; 1 at perfect balance.
+    - `"pooled"`, as in the original code: sum_e p_e f_e with p and f over the tokens of all layers, without E.
 
     Args:
-        router_probabilities: Per layer `(batch_size, num_tokens, num_experts)`, as a sequence or one tensor.
-        expert_indices: Per layer `(batch_size, num_tokens)`, long.
-        form (`str`): One of the above.
+        router_probabilities (sequence of `torch.Tensor` of shape `(batch_size, num_tokens, num_experts)`): By layer.
+        expert_indices (sequence of `torch.Tensor` of shape `(batch_size, num_tokens)`): By layer, long.
+        form (`str`): One of the forms above.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float32.
-
-    Raises:
-        ValueError: for an unknown form.
     """
     if form not in BALANCE_FORMS:
         raise ValueError(f"The balance loss has no form {form!r}; choose one of {BALANCE_FORMS}.")
@@ -186,13 +175,13 @@ def balance_loss(
 
 def check_finite(terms: Mapping[str, torch.Tensor]) -> None:
     """
-    Stop at a value that is infinite or not a number. Waits for the device once, however many terms there are.
+    Stop if a loss is infinite or NaN. Synchronizes with the device once.
 
     Args:
-        terms: Tensors of any shape on one device, by the name they are logged under (`"text"`, `"kd/{teacher}"`).
+        terms (`Mapping[str, torch.Tensor]`): Tensors on one device, by the name they are logged under.
 
     Raises:
-        ValueError: naming every such term, with the number of such values in it.
+        ValueError: naming each such term.
     """
     if not terms:
         return
@@ -204,7 +193,6 @@ def check_finite(terms: Mapping[str, torch.Tensor]) -> None:
     ]
     if bad:
         raise ValueError(
-            f"Values that are not finite in {', '.join(bad)}. A single teacher points at its features, all of them at "
-            "the student's. Look at the images and that teacher's dtype, lower the learning rate, or train in "
-            "bfloat16 instead of float16."
+            f"Values are not finite in {', '.join(bad)}. If one teacher alone is listed, check its dtype and the "
+            "images. Otherwise lower the learning rate, or train in bfloat16 instead of float16."
         )

@@ -28,7 +28,7 @@ from transformers import (
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.configuration_movekd import MoveKDConfig
-from train.build import DISTILLER_KNOBS, set_trainable, teacher_configs, tower_settings
+from train.build import DISTILLER_OPTIONS, set_trainable, teacher_configs, tower_settings
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.distillation.distiller import Distiller
 from train.distillation.heads import Target
@@ -335,7 +335,7 @@ def build_planned_distiller(
         student_grid=(side, side),
         teachers=shapes,
         whitening_components=args.whitening_components,
-        **{name: args.knobs()[name] for name in DISTILLER_KNOBS},
+        **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
     )
     for module in distiller.modules():
         if isinstance(module, Target):

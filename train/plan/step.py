@@ -193,14 +193,14 @@ def _student_loss(
     embeddings = torch.cat([images, model.get_input_embeddings()(ids).to(images.dtype)], dim=1)
     labels = torch.zeros(embeddings.shape[:2], dtype=torch.long)
     loss = model(inputs_embeds=embeddings, labels=labels, fused_lm_head=True).loss
-    knobs = args.knobs()
+    options = args.preset_options()
     if features:
         tokens = vision.hidden_states[model.config.vision_feature_layer][:, 1:]
         if args.distill_tiles == "base":
             tokens = tokens[:: len(tokens) // len(images)]
-        loss = loss + knobs["lambda_kd"] * model.distiller(tokens, features).loss.sum()
+        loss = loss + options["lambda_kd"] * model.distiller(tokens, features).loss.sum()
     probabilities, indices = vision.router_probabilities, vision.expert_indices
     if probabilities and indices:
-        balance = balance_loss(probabilities, indices, knobs["balance_form"])
-        loss = loss + knobs["lambda_balance"] * balance.sum()
+        balance = balance_loss(probabilities, indices, options["balance_form"])
+        loss = loss + options["lambda_balance"] * balance.sum()
     return loss

@@ -237,7 +237,7 @@ def test_a_stream_without_images_ends(arguments, tmp_path: Path, settings: dict[
 def test_what_a_stream_cannot_do(arguments, spoiled: Path, settings: dict[str, Any]) -> None:
     data_args, args, model_args = arguments(dataset_name=str(spoiled), **settings)
     data_args.streaming = True
-    with pytest.raises(ValueError, match="a stream has no end, so give a number of steps, and no lengths"):
+    with pytest.raises(ValueError, match="A stream has no length: set `max_steps`, and do not group"):
         stage_run.train(data_args, args, model_args)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers.distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
-from train.build import DISTILLER_KNOBS
+from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import NUM_PARTS, DistillationOutput, Distiller
 from train.distillation.losses import teacher_weights, token_weights
@@ -280,7 +280,7 @@ def test_saved_and_loaded_it_gives_the_same_loss(preset: str, tmp_path: Path) ->
     assert set(load_file(path)) == set(distiller.state_dict())
     torch.manual_seed(99)
     other = Distiller(
-        WIDTH, GRID, TEACHERS, whitening_components=8, **{knob: PRESETS[preset][knob] for knob in DISTILLER_KNOBS}
+        WIDTH, GRID, TEACHERS, whitening_components=8, **{name: PRESETS[preset][name] for name in DISTILLER_OPTIONS}
     )
     other.load(path)
     assert torch.equal(other(make_student(), make_features()).loss, distiller(make_student(), make_features()).loss)
@@ -346,7 +346,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_weights_are_those_of_the_functions() -> None:
-    """The knobs reach the functions: any other form gives other weights here."""
+    """The options reach the functions: any other form gives other weights here."""
     features, student = make_features(), make_student()
     for form in ("cls_similarity", "released", "equal"):
         distiller = make_distiller("paper", teacher_weighting=form, clip_share=0.3)

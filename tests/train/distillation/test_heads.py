@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
-from train.build import DISTILLER_KNOBS
+from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import Distiller
 from train.distillation.heads import resample_grid, unshuffle_factors
@@ -118,8 +118,8 @@ def test_a_sample_without_the_statistics_is_refused(spoil: Any, message: str) ->
 
 
 def test_statistics_are_needed_first(tmp_path: Path) -> None:
-    knobs = {knob: PRESETS["student_heads"][knob] for knob in DISTILLER_KNOBS}
-    distiller = Distiller(WIDTH, GRID, TEACHERS, whitening_components=8, **knobs)
+    options = {name: PRESETS["student_heads"][name] for name in DISTILLER_OPTIONS}
+    distiller = Distiller(WIDTH, GRID, TEACHERS, whitening_components=8, **options)
     assert distiller.needs_statistics
     with pytest.raises(ValueError, match="statistics of teacher clip are not measured"):
         distiller(make_student(), make_features())

@@ -18,7 +18,7 @@ from train.teachers.features import TeacherFeatures
 pytestmark = pytest.mark.parity
 
 NAMES = {"CLIP": "clip", "SAM": "sam", "EVA": "eva02", "Pix2Struct": "pix2struct", "ConvNeXt": "convnext"}
-KNOBS = ("head_side", "feature_normalization", "grid_matching")
+OPTIONS = ("head_side", "feature_normalization", "grid_matching")
 # Through the teacher weights gradients of the adapters partly cancel
 ADAPTER_TOLERANCE = 3e-4
 
@@ -57,7 +57,7 @@ def released_distiller(
         token_weighting="released" if metadata["token_weight"] else "none",
         teacher_weighting="released" if metadata["teacher_weight"] else "equal",
         clip_share=metadata["kd_memory_w"],
-        **{knob: PRESETS["released"][knob] for knob in KNOBS},
+        **{name: PRESETS["released"][name] for name in OPTIONS},
     )
     distiller.load_state_dict(with_prefix(state_dict_from_original(parameters), "distiller."), strict=True)
     return distiller
