@@ -118,13 +118,13 @@ def pad_to_square(image: PILImage.Image, background: tuple[int, int, int]) -> PI
     return square
 
 
-def colour(mean: Sequence[float]) -> tuple[int, int, int]:
+def color(mean: Sequence[float]) -> tuple[int, int, int]:
     """A mean of pixels in [0, 1] as a colour, rounded down as LLaVA does."""
     red, green, blue = (int(value * 255) for value in mean)
     return red, green, blue
 
 
-def centre_square(image: PILImage.Image) -> PILImage.Image:
+def center_square(image: PILImage.Image) -> PILImage.Image:
     """The central square of the image's shorter side."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -137,5 +137,5 @@ def shared_crop(image: PILImage.Image, image_processor: Any) -> PILImage.Image:
     if getattr(image_processor, "image_grid_pinpoints", None) is not None:
         return image
     if getattr(image_processor, "do_pad", False):
-        return pad_to_square(image, colour(image_processor.image_mean))
-    return centre_square(image)
+        return pad_to_square(image, color(image_processor.image_mean))
+    return center_square(image)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from modeling_movekd.images import colour, decode_image, pad_to_square, shared_crop
+from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
 from train.data.tiles import cut_tiles
 from train.teachers.preprocessing import TeacherPreprocessor
@@ -251,7 +251,7 @@ class MoveKDCollator:
         return bool(self.processor.image_processor.do_pad) and not self._is_anyres
 
     def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
-        return [pad_to_square(image, colour(preprocessor.mean)) for image in images] if self._pads else images
+        return [pad_to_square(image, color(preprocessor.mean)) for image in images] if self._pads else images
 
     def _with_images(
         self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int

@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from modeling_movekd.chat_templates import set_chat_template
-from modeling_movekd.images import centre_square, pad_to_square
+from modeling_movekd.images import center_square, pad_to_square
 from train.data.collator import MoveKDCollator
 from train.data.datasets import load_conversations
 from train.teachers.preprocessing import TeacherPreprocessor
@@ -136,7 +136,7 @@ def test_padding_is_centred_on_the_mean_colour() -> None:
     assert wide.size == (7, 7)
     column = [wide.getpixel((3, y)) for y in range(7)]
     assert column == [(122, 116, 104)] + [(255, 0, 0)] * 4 + [(122, 116, 104)] * 2
-    assert centre_square(picture(10, 4)).tobytes() == picture(10, 4).crop((3, 0, 7, 4)).tobytes()
+    assert center_square(picture(10, 4)).tobytes() == picture(10, 4).crop((3, 0, 7, 4)).tobytes()
 
 
 def test_per_teacher_geometry() -> None:
