@@ -1,17 +1,20 @@
 """Rows of the training data into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
 
 from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
-from train.data.tiles import cut_tiles
 from train.teachers.preprocessing import TeacherPreprocessor
 
 
@@ -64,6 +67,36 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
     if position != counted and (max_length is None or position < max_length):
         return [False] * len(input_ids)
     return mask
+
+
+def cut_tiles(image: Image.Image, grids: Sequence[Sequence[int]], tile_size: int) -> list[Image.Image]:
+    """The tiles that `LlavaNextImageProcessor` cuts an image into, with the pixels they had before its resize.
+
+    The same grid, the same place in it and the same black margins, but no tile has fewer pixels than that part of the
+    image has. An image that is smaller than its grid is enlarged as the student's, so that the tiles are the same.
+
+    Args:
+        image: RGB image.
+        grids: (height, width) in pixels of the grids to choose from, `image_grid_pinpoints`.
+        tile_size: side of a tile in those pixels.
+
+    Returns:
+        Square tiles, row by row: one less than `image_size_to_num_patches` says, which counts the whole image too.
+    """
+    height, width = select_best_resolution((image.height, image.width), [list(grid) for grid in grids])
+    # Only its shape is looked at
+    shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))
+    new_height, new_width = get_patch_output_size(shape, (height, width), ChannelDimension.LAST)
+    shrinking = max(image.height / new_height, image.width / new_width, 1.0)
+    side = math.ceil(tile_size * shrinking)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    edges = (left, top, left + new_width, top + new_height)
+    left, top, right, bottom = (round(edge * side / tile_size) for edge in edges)
+    canvas = Image.new("RGB", (width // tile_size * side, height // tile_size * side))
+    resized = image.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BICUBIC)
+    canvas.paste(resized, (left, top))
+    corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 @dataclass
