@@ -42,7 +42,7 @@ from train.data.collator import MoveKDCollator
 from train.data.datasets import load_train_and_validation
 from train.run import build_collator
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
-from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, geometry_of, image_bytes, live_facts, rows_of
+from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, live_facts, rows_of
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
 
@@ -275,7 +275,7 @@ def _index(
             "images": sum(len(images) for images in rows["images"]),
             "fingerprint": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
         },
-        "geometry": geometry_of(collator),
+        "geometry": collator.teacher_geometry,
         "dtype": cache_args.cache_dtype,
         "rows_per_shard": cache_args.rows_per_shard,
         "teachers": {},

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from transformers.image_utils import ChannelDimension
 
 from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
+from train.teachers.cached import FeatureCache
 from train.teachers.preprocessing import TeacherPreprocessor
 
-
-if TYPE_CHECKING:
-    from train.teachers.cached import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +151,7 @@ class MoveKDCollator:
     apply_orientation: bool = True
     distill_tiles: str = "base"
     pad_to_multiple_of: int | None = None
-    feature_cache: "FeatureCache | None" = None
+    feature_cache: FeatureCache | None = None
 
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:
@@ -180,7 +178,7 @@ class MoveKDCollator:
                 "one in with modeling_movekd.chat_templates.set_chat_template."
             )
         if self.feature_cache is not None:
-            self.feature_cache.check_geometry(self)
+            self.feature_cache.check_geometry(self.teacher_geometry)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images, problems = [], {}
@@ -274,6 +272,19 @@ class MoveKDCollator:
         if self.teacher_preprocessors:
             batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
         return batch
+
+    @property
+    def teacher_geometry(self) -> dict[str, Any]:
+        """How images are cut for the teachers, as a feature cache stores and compares it."""
+        crop = "whole" if self._is_anyres else "pad" if self._pads else "centre_square"
+        mean = self.processor.image_processor.image_mean
+        pads_with_mean = crop == "pad" and self.geometry == "shared"
+        return {
+            "geometry": self.geometry,
+            "crop": crop,
+            "background": [round(value, 6) for value in mean] if pads_with_mean else None,
+            "apply_orientation": self.apply_orientation,
+        }
 
     @property
     def _is_anyres(self) -> bool:

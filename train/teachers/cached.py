@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -24,9 +24,6 @@ from train.teachers.cache_shards import BLANK, UNREADABLE, WAY_OUT, ShardLayout,
 from train.teachers.config import TeacherConfig, cached_commit
 from train.teachers.features import FrozenTeacher, TeacherFeatures
 
-
-if TYPE_CHECKING:
-    from train.data.collator import MoveKDCollator
 
 INDEX_NAME, ROWS_NAME = "index.json", "rows.json"
 # What a header and the index agree on; a field of a teacher's own comes from its configuration and its preprocessor
@@ -76,20 +73,6 @@ def rows_of(*datasets: Dataset) -> dict[str, list[Any]]:
                     f"{stored[row]}; a feature cache needs rows told apart by it."
                 )
     return {"row_index": list(rows), "images": list(rows.values())}
-
-
-def geometry_of(collator: "MoveKDCollator") -> dict[str, Any]:
-    """How the collator cuts the images for the teachers."""
-    image_processor = collator.processor.image_processor
-    anyres = getattr(image_processor, "image_grid_pinpoints", None) is not None
-    crop = "whole" if anyres else "pad" if image_processor.do_pad else "centre_square"
-    pads_in_own_colour = crop == "pad" and collator.geometry == "shared"
-    return {
-        "geometry": collator.geometry,
-        "crop": crop,
-        "background": [round(value, 6) for value in image_processor.image_mean] if pads_in_own_colour else None,
-        "apply_orientation": collator.apply_orientation,
-    }
 
 
 def teacher_facts(config: TeacherConfig) -> dict[str, Any]:
@@ -226,12 +209,14 @@ class FeatureCache:
             if value != cached["asked"][field] and (value is None or value != cached[field]):
                 check_same(f"Teacher {config.name}", {field: cached[field]}, {field: value})
 
-    def check_geometry(self, collator: "MoveKDCollator") -> None:
+    def check_geometry(self, geometry: Mapping[str, Any]) -> None:
         """
+        Compare the collator's `teacher_geometry` with the geometry of the cache.
+
         Raises:
-            ValueError: if the collator cuts images in another way than for the cache, naming the field.
+            ValueError: naming the first field that differs.
         """
-        check_same(f"`feature_cache` {self.folder}", self.index["geometry"], geometry_of(collator))
+        check_same(f"`feature_cache` {self.folder}", self.index["geometry"], geometry)
 
     def check_data(self, dataset: Dataset) -> None:
         """
