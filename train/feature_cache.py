@@ -35,12 +35,11 @@ from trl import TrlParser
 
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.processing import add_image_token, build_processor
-from train.build import teacher_configs
+from train.build import build_collator, teacher_configs
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.datasets import load_train_and_validation
-from train.run import build_collator
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
 from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, live_facts, rows_of
 from train.teachers.features import FrozenTeacher
