@@ -22,9 +22,10 @@ from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, launch, write_settings
 from train import run as stage_run
 from train.build import build_collator, build_teachers
+from train.cache_writer import CacheArguments, cache_features, load_processor
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import load_conversations
-from train.feature_cache import CacheArguments, cache_features, load_processor, main
+from train.feature_cache import main
 from train.teachers.cache_shards import decode, encode
 from train.teachers.cached import CachedTeacher, rows_of
 from train.teachers.features import TeacherFeatures

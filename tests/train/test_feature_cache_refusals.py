@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.cached_rows import mixed_rows, write
 from train import run as stage_run
 from train.build import build_collator, build_teachers
+from train.cache_writer import load_processor
 from train.data.datasets import load_conversations
-from train.feature_cache import load_processor
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
