@@ -1,6 +1,6 @@
 """Trains the four small networks the demo starts from, all on scenes of the split `towers`.
 
-    python -m train.demo.networks --output_dir train/demo/weights
+    accelerate launch train/sft.py --rebuild_towers
 
 - `clip`: the student's starting point, a CLIP vision tower (64 px, 4 x 4 patches) trained against captions, which say
   nothing about the digits;
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -82,15 +80,6 @@ INITIALIZER_RANGE = 0.08
 # A finished language model's configuration initialises the projector: its tokens should come out as large as the
 # embeddings of words, and with 0.08 they are eight times as large here.
 PROJECTOR_RANGE = 0.02
-
-
-@dataclass
-class TowersArguments:
-    output_dir: str = field(default="train/demo/weights", metadata={"help": "Where the four folders are written."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the weights."})
-    pictures: int = field(default=8000, metadata={"help": "Number of scenes to train on."})
-    effort: float = field(default=1.0, metadata={"help": "Scales the number of training steps of every network."})
-    workers: int = field(default=2, metadata={"help": "How many networks are trained at a time, on one core each."})
 
 
 def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
@@ -420,8 +409,3 @@ def image_processor_of(kind: type, size: int, mean: tuple[float, ...], std: tupl
         {"size": {"shortest_edge": size}, "crop_size": square} if kind is CLIPImageProcessor else {"size": square}
     )
     return kind(**options, resample=3, image_mean=list(mean), image_std=list(std))
-
-
-if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(TowersArguments).parse_args_into_dataclasses()
-    print(json.dumps(build_towers(**vars(arguments)), indent=2))
