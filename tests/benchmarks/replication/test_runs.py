@@ -47,9 +47,9 @@ def test_attribute_and_size_tell_about_the_object_that_is_meant() -> None:
         words = re.sub(r"[?]", "", question.text).split()
         if question.kind == "colour":
             (item,) = [item for item in scene.objects if item.pattern in words]
-            assert question.answer == item.colour
+            assert question.answer == item.color
         else:
-            (item,) = [item for item in scene.objects if item.colour in words and item.shape in words]
+            (item,) = [item for item in scene.objects if item.color in words and item.shape in words]
             assert question.answer == (item.pattern if question.kind == "pattern" else world.size_of(item))
         kinds[question.kind, question.answer] += 1
     assert {"colour", "pattern", "size"} == {kind for kind, _ in kinds}
