@@ -1,4 +1,4 @@
-"""Writes the teachers' features of a data set to a folder, which training then reads instead of running them."""
+"""Writes the teachers' features of a data set to a folder, from which training reads them."""
 
 import dataclasses
 import hashlib
@@ -25,14 +25,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
 from modeling_movekd import MoveKDConfig
+from modeling_movekd.files import TEMPORARY_PREFIX, new_file, read_json, save_json
 from modeling_movekd.processing import add_image_token, build_processor
 from train.build import build_collator, teacher_configs
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_json
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
+from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
-from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, live_facts, rows_of
+from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, loaded_teacher, rows_of
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
 
@@ -40,32 +42,32 @@ from train.teachers.loaders import load_teacher
 @dataclass
 class CacheArguments:
     """
-    How features are kept.
+    How features are stored.
 
     Args:
-        cache_dtype (`str`, defaults to `"float16"`): `"float16"`, or `"int8"` per channel and image.
-        rows_per_shard (`int`, defaults to 128): Rows with images whose features go into one file of each teacher.
+        cache_dtype (`str`, defaults to `"float16"`): `"float16"`, or `"int8"` with a scale per channel and image.
+        rows_per_shard (`int`, defaults to 128): Rows with images in each file of a teacher.
     """
 
     cache_dtype: Literal["float16", "int8"] = field(
-        default="float16", metadata={"help": "float16, or int8 per channel."}
+        default="float16", metadata={"help": "float16, or int8 with a scale per channel and image."}
     )
-    rows_per_shard: int = field(default=128, metadata={"help": "Rows with images per file."})
+    rows_per_shard: int = field(default=128, metadata={"help": "Rows with images in each file."})
 
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
-            raise ValueError(f"`rows_per_shard` is {self.rows_per_shard}; give a positive number.")
+            raise ValueError(f"`rows_per_shard` is {self.rows_per_shard}. Set it to a positive number.")
 
 
 def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
-    """The student's processor as [`train.build.build_student`] makes it, as far as teachers' pixels go, without it."""
+    """The processor of [`train.build.build_student`] without loading the student; for teachers' pixels only."""
     if model_args.model_name_or_path is not None:
         return AutoProcessor.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
         )
     if args.vision_model is None or args.language_model is None:
         raise ValueError(
-            "The recipe names no student: give `model_name_or_path`, or `vision_model` and `language_model`."
+            "The recipe names no student. Set `model_name_or_path`, or `vision_model` and `language_model`."
         )
     vision = AutoConfig.from_pretrained(args.vision_model, trust_remote_code=False)
     vision = getattr(vision, "vision_config", vision)
@@ -74,7 +76,7 @@ def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> Process
         vision_config={"image_size": vision.image_size, "patch_size": vision.patch_size},
         image_token_index=add_image_token(tokenizer),
         image_aspect_ratio=args.image_aspect_ratio,
-        image_grid_pinpoints=[[vision.image_size, vision.image_size]],  # tiles are the student's alone
+        image_grid_pinpoints=[[vision.image_size, vision.image_size]],  # teachers see no tiles
     )
     return build_processor(
         config, AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False), tokenizer
@@ -82,27 +84,22 @@ def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> Process
 
 
 class _TeacherPixels(torch.utils.data.Dataset):
-    """Of each row one teacher's pixels of its images, their checksums, and (row, reason) if one is unreadable."""
+    """For each row the pixels of one teacher, the checksums of the images, and the bad rows."""
 
-    def __init__(self, dataset: Dataset, collator: MoveKDCollator, name: str) -> None:
-        self.dataset, self.collator, self.name = dataset, collator, name
+    def __init__(self, dataset: Dataset, collator: MoveKDCollator, teacher: str) -> None:
+        self.dataset, self.collator, self.teacher = dataset, collator, teacher
 
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
-        row = self.dataset[place]
-        # Through the whole collator, so that the teacher gets what it would get in training
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
+        row = self.dataset[position]
+        # The training collator makes the pixels, so that they are those of training
         batch = self.collator([row])
-        pixels, count = batch["teacher_pixel_values"][self.name], len(row["images"])
+        pixels, count = batch["teacher_pixel_values"][self.teacher], len(row["images"])
         if batch["bad_rows"]:
             return pixels[:1].expand(count, -1, -1, -1), [UNREADABLE] * count, batch["bad_rows"]
-        if len(pixels) != count:
-            raise ValueError(
-                f"Row {row['row_index']} has {count} images, of which teacher {self.name} gets {len(pixels)}: "
-                "features of anything but whole images are not cached."
-            )
         return pixels, [zlib.crc32(image_bytes(image)) for image in row["images"]], []
 
 
-def _together(
+def _concatenate(
     rows: list[tuple[torch.Tensor, list[int], list[tuple[str, str]]]],
 ) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
     pixels, checksums, bad = zip(*rows, strict=True)
@@ -113,50 +110,48 @@ def cache_features(
     data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, cache_args: CacheArguments
 ) -> dict[str, dict[str, float]]:
     """
-    Write the feature cache of a recipe to `args.feature_cache`, on all processes together.
+    Write the feature cache of a recipe to the folder `args.feature_cache`, on all processes together.
 
     Returns:
-        By teacher the measured errors: `relative_error`, the norm of the difference over that of the features, and
-        `largest_error` of any value.
+        By teacher, `relative_error` (norm of the encoding error over the norm of the features), `largest_error` of a
+        value, and the number of `unreadable_images`.
 
     Raises:
-        ValueError: if the recipe names no folder or no teacher, the folder holds the cache of something else (naming
-            the field and both values) or another run is writing to it, the disk has too little space, or too many
-            images cannot be decoded.
+        ValueError: if the recipe has no folder or no teacher, the folder holds another cache, another run writes to
+            it, the disk is too small, or too many images cannot be decoded.
     """
     if args.feature_cache is None or not args.distill:
         raise ValueError(
-            f"`feature_cache` is {args.feature_cache} and `distill` {args.distill}: name the folder to write to, and "
+            f"`feature_cache` is {args.feature_cache} and `distill` {args.distill}. Name the folder to write to, and "
             "teachers."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
-        raise ValueError(f"{launched} processes were launched, {args.world_size} met; on CPUs add `--use_cpu true`.")
-    folder, state = Path(args.feature_cache), PartialState()
-    with _lock(folder) if state.is_main_process else nullcontext():
-        return _write_cache(folder, state, data_args, args, model_args, cache_args)
+        raise ValueError(
+            f"{launched} processes were launched, but {args.world_size} are connected. On CPUs add `--use_cpu true`."
+        )
+    folder = Path(args.feature_cache)
+    with _lock(folder) if PartialState().is_main_process else nullcontext():
+        return _write_cache(folder, data_args, args, model_args, cache_args)
 
 
 def _lock(folder: Path) -> AbstractContextManager[Any]:
-    """Held in a `with` statement; the system releases that of a killed process. Beside the folder, which a run that is
-    refused does not make."""
+    # Beside the folder, so that a run that is refused creates no folder. The system releases the lock of a killed run
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder.with_name(f".{folder.name}.lock")).acquire(blocking=False)
     except Timeout as error:
-        raise ValueError(
-            f"Another run is writing the feature cache {folder}. Start again when it has ended."
-        ) from error
+        raise ValueError(f"Another run is writing the feature cache {folder}. Wait for its end.") from error
 
 
 def _write_cache(
     folder: Path,
-    state: PartialState,
     data_args: DataArguments,
     args: MoveKDSFTConfig,
     model_args: ModelArguments,
     cache_args: CacheArguments,
 ) -> dict[str, dict[str, float]]:
+    state = PartialState()
     bad_rows = BadRows(None, data_args.max_bad_row_share, data_args.max_bad_rows)
     loaded = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
@@ -164,90 +159,91 @@ def _write_cache(
     datasets = [dataset for dataset in loaded if dataset is not None]
     rows = rows_of(*datasets)
     teachers = {config.name: load_teacher(config) for config in teacher_configs(args)}
-    # Neither the text nor its length matters here
     collator = build_collator(args, load_processor(args, model_args), teachers)
+    # The text does not matter here, nor does its length
     collator = dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)
-    blanks = blank_features(collator, teachers, cache_args.cache_dtype)
+    blanks = _blank_features(collator, teachers, cache_args.cache_dtype)
     index = _index(folder, rows, collator, teachers, blanks, cache_args)
-    layout = ShardLayout(rows, index)
-
-    missing = {
-        name: [shard for shard in layout.shards if not _is_done(layout, folder, name, shard)] for name in blanks
-    }
+    layout = ShardLayout(folder, rows, index)
+    missing = {name: [shard for shard in layout.keys if not _is_complete(layout, name, shard)] for name in teachers}
     missing = broadcast_object_list([missing])[0]
-    _check_size(folder, layout, missing, state)
+    _check_disk_space(layout, missing, state)
     state.wait_for_everyone()
     if state.is_main_process:
         for name, blank in blanks.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
-            for left_behind in (folder / name).glob(".*.tmp"):
+            for left_behind in (folder / name).glob(f"{TEMPORARY_PREFIX}*"):
                 left_behind.unlink()
             if BLANK in missing[name]:
-                _save(layout, folder, name, BLANK, blank, [0], {})
+                _save(layout, name, BLANK, blank, [0], [])
         save_json(rows, folder / ROWS_NAME)
         save_json(index, folder / INDEX_NAME)
     state.wait_for_everyone()
 
     dataset = concatenate_datasets(datasets)
-    places = dict(zip(reversed(dataset["row_index"][:]), reversed(range(len(dataset))), strict=True))
     for name, teacher in teachers.items():
         shards = [shard for shard in missing[name] if shard != BLANK][state.process_index :: state.num_processes]
-        pixels = _TeacherPixels(
-            dataset, dataclasses.replace(collator, teacher_preprocessors={name: teacher.preprocessor}), name
-        )
-        size = args.per_device_train_batch_size
-        batches: dict[str, list[list[int]]] = {}
-        for shard in shards:
-            of_shard = [places[row] for row in layout.rows[shard]]
-            batches[shard] = [of_shard[start : start + size] for start in range(0, len(of_shard), size)]
-        loader = iter(
-            DataLoader(
-                pixels,
-                batch_sampler=[batch for shard in shards for batch in batches[shard]],
-                collate_fn=_together,
-                num_workers=args.dataloader_num_workers,
-            )
-        )
-        teacher.to(args.device)
-        for shard in tqdm(shards, desc=name, unit="shard", disable=args.disable_tqdm or not state.is_main_process):
-            parts = []
-            for _ in batches[shard]:
-                values, checksums, bad = next(loader)
-                bad_rows.add(bad)
-                parts.append((*_encode_and_measure(teacher, values.to(args.device), index["dtype"]), checksums))
-            encoded = {key: torch.cat([part[0][key] for part in parts]) for key in parts[0][0]}
-            _save(
-                layout,
-                folder,
-                name,
-                shard,
-                encoded,
-                [value for part in parts for value in part[2]],
-                _sum_measures([part[1] for part in parts]),
-            )
-        teacher.to("cpu")
-
+        preprocessors = {name: teacher.preprocessor}
+        pixels = _TeacherPixels(dataset, dataclasses.replace(collator, teacher_preprocessors=preprocessors), name)
+        _write_shards(layout, teacher, shards, pixels, args, bad_rows)
     state.wait_for_everyone()
-    errors = {name: _errors(layout, folder, name) for name in teachers}
+    errors = {name: _measured_errors(layout, name) for name in teachers}
     if state.is_main_process:
         save_json(index | {"errors": index.get("errors", {}) | errors}, folder / INDEX_NAME)
-        for name, measured in errors.items():
+        for name, error in errors.items():
             print(
-                f"{name}: {index['dtype']} is off by {measured['relative_error']:.1e} of the features' norm, a value "
-                f"by {measured['largest_error']:.1e} at most; {measured['unreadable_images']} images are unreadable."
+                f"{name}: relative error of {index['dtype']} {error['relative_error']:.1e}, largest error of a value "
+                f"{error['largest_error']:.1e}, {error['unreadable_images']} unreadable images."
             )
         print(f"The feature cache is complete. Train with `feature_cache: {folder}`.", flush=True)
     state.wait_for_everyone()
     return errors
 
 
-def blank_features(
+def _write_shards(
+    layout: ShardLayout,
+    teacher: FrozenTeacher,
+    shards: Sequence[str],
+    pixels: _TeacherPixels,
+    args: MoveKDSFTConfig,
+    bad_rows: BadRows,
+) -> None:
+    positions = {row: position for position, row in enumerate(pixels.dataset["row_index"][:])}
+    size = args.per_device_train_batch_size
+    batches = {}
+    for shard in shards:
+        of_shard = [positions[row] for row in layout.rows[shard]]
+        batches[shard] = [of_shard[start : start + size] for start in range(0, len(of_shard), size)]
+    loader = iter(
+        DataLoader(
+            pixels,
+            batch_sampler=list(chain(*batches.values())),
+            collate_fn=_concatenate,
+            num_workers=args.dataloader_num_workers,
+        )
+    )
+    teacher.to(args.device)
+    hidden = args.disable_tqdm or not PartialState().is_main_process
+    for shard in tqdm(shards, desc=teacher.name, unit="shard", disable=hidden):
+        parts, checksums, measures = [], [], []
+        for _ in batches[shard]:
+            values, of_batch, bad = next(loader)
+            bad_rows.add(bad)
+            encoded, measured = _encode(teacher, values.to(args.device), layout.index["dtype"])
+            parts.append(encoded)
+            measures.append(measured)
+            checksums += of_batch
+        encoded = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        _save(layout, teacher.name, shard, encoded, checksums, measures)
+    teacher.to("cpu")
+
+
+def _blank_features(
     collator: MoveKDCollator, teachers: Mapping[str, FrozenTeacher], dtype: str
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """By teacher, the encoded features of the black image that stands in where a batch has none."""
-    messages = [{"role": role, "content": [{"type": "text", "text": "black"}]} for role in ("user", "assistant")]
-    pixels = collator([{"messages": messages, "images": [], "row_index": -1}])["teacher_pixel_values"]
-    return {name: _encode_and_measure(teacher, pixels[name], dtype)[0] for name, teacher in teachers.items()}
+    """By teacher, the encoded features of the black image that a batch without images gets."""
+    pixels = collator([{"messages": STAND_IN, "images": []}])["teacher_pixel_values"]
+    return {name: _encode(teacher, pixels[name], dtype)[0] for name, teacher in teachers.items()}
 
 
 def _index(
@@ -258,7 +254,7 @@ def _index(
     blanks: Mapping[str, Mapping[str, torch.Tensor]],
     cache_args: CacheArguments,
 ) -> dict[str, Any]:
-    """What the cache will be of; what the folder holds already must be of the same, but may have other teachers."""
+    """The content of `index.json`. The folder may hold this cache already, with other teachers too."""
     index: dict[str, Any] = {
         "data": {
             "rows": len(rows["row_index"]),
@@ -275,31 +271,31 @@ def _index(
             key: [str(value.dtype).removeprefix("torch."), list(value.shape[1:])]
             for key, value in blanks[name].items()
         }
-        index["teachers"][name] = live_facts(teacher) | {"tensors": tensors}
+        index["teachers"][name] = loaded_teacher(teacher) | {"tensors": tensors}
     if not (folder / INDEX_NAME).is_file():
         return index
-    found = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    found = read_json(folder / INDEX_NAME)
     what = f"`feature_cache` {folder}"
     for part in ("data", "geometry"):
         check_same(f"{what}, {part}", found[part], index[part])
     for part in ("dtype", "rows_per_shard"):
         check_same(what, {part: found[part]}, {part: index[part]})
     for name in found["teachers"].keys() & index["teachers"].keys():
-        # How the recipe says it may differ, as long as it comes to the same
+        # The recipe may now set what it left to the model's files before, if the features stay the same
         cached, needed = found["teachers"][name], index["teachers"][name]
         check_same(f"{what}, teacher {name}", cached, needed | {"asked": cached["asked"]})
     return found | {"teachers": index["teachers"] | found["teachers"]}
 
 
-def _is_done(layout: ShardLayout, folder: Path, name: str, shard: str) -> bool:
+def _is_complete(layout: ShardLayout, teacher: str, shard: str) -> bool:
     try:
-        return bool(layout.check(folder, name, shard))
+        return bool(layout.check(teacher, shard))
     except ValueError:
         return False
 
 
-def _check_size(folder: Path, layout: ShardLayout, missing: Mapping[str, Sequence[str]], state: PartialState) -> None:
-    """Print what the cache takes on disk, and refuse to start if there is less."""
+def _check_disk_space(layout: ShardLayout, missing: Mapping[str, Sequence[str]], state: PartialState) -> None:
+    """Print the size of the cache. Raise a `ValueError` if the disk has less space than the missing shards need."""
     needed, lines = 0, []
     images = sum(len(keys) for keys in layout.keys.values())
     for name, shards in missing.items():
@@ -309,26 +305,28 @@ def _check_size(folder: Path, layout: ShardLayout, missing: Mapping[str, Sequenc
         needed += left
         lines.append(
             f"{name}: {images} images of {size / 1e6:.3g} MB, {size * images / 1e9:.4g} GB; {left / 1e9:.4g} GB to "
-            f"write in {len(shards)} of {len(layout.shards)} shards."
+            f"write in {len(shards)} of {len(layout.keys)} shards."
         )
+    folder = layout.folder
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     lines.append(
-        f"Together {needed / 1e9:.4g} GB to write to {folder}, where {free / 1e9:.4g} GB are free, by "
-        f"{state.num_processes} processes."
+        f"In total {needed / 1e9:.4g} GB to write to {folder} by {state.num_processes} processes; {free / 1e9:.4g} GB "
+        "are free."
     )
     if state.is_main_process:
         print("\n".join(lines), flush=True)
     if needed > free:
         raise ValueError(
-            f"{needed / 1e9:.4g} GB are needed in {folder}, {free / 1e9:.4g} GB are free. Free space, name another "
-            "folder, or halve it by `cache_dtype` int8."
+            f"{needed / 1e9:.4g} GB are needed in {folder}, {free / 1e9:.4g} GB are free. Free space, choose another "
+            "folder, or halve the size with `cache_dtype` int8."
         )
 
 
-def _encode_and_measure(
+def _encode(
     teacher: FrozenTeacher, pixels: torch.Tensor, dtype: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Encoded features on the CPU, and the errors of the encoding."""
     features = teacher(pixels)
     try:
         encoded = encode(features, dtype)
@@ -340,44 +338,36 @@ def _encode_and_measure(
         "squared_error": difference.square().sum().item(),
         "squared_norm": tokens.square().sum().item(),
         "largest_error": difference.abs().max().item(),
-        "images": float(len(tokens)),
     }
     return {key: value.cpu().contiguous() for key, value in encoded.items()}, measures
 
 
-def _sum_measures(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _total(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {
         key: (max if key == "largest_error" else math.fsum)(part.get(key, 0.0) for part in measures)
-        for key in ("squared_error", "squared_norm", "largest_error", "images", "unreadable_images")
+        for key in ("squared_error", "squared_norm", "largest_error", "unreadable_images")
     }
 
 
-def _errors(layout: ShardLayout, folder: Path, name: str) -> dict[str, float]:
-    """The errors measured over all shards; every shard is checked on the way."""
-    total = _sum_measures([json.loads(layout.check(folder, name, shard)["errors"]) for shard in layout.shards])
+def _measured_errors(layout: ShardLayout, teacher: str) -> dict[str, float]:
+    """The errors over all shards, from their headers. Every shard is checked."""
+    total = _total([json.loads(layout.check(teacher, shard)["errors"]) for shard in layout.keys])
     return {
         "relative_error": math.sqrt(total["squared_error"] / max(total["squared_norm"], 1e-30)),
         "largest_error": total["largest_error"],
-        "images": int(total["images"]),
         "unreadable_images": int(total["unreadable_images"]),
     }
 
 
 def _save(
     layout: ShardLayout,
-    folder: Path,
-    name: str,
+    teacher: str,
     shard: str,
     encoded: Mapping[str, torch.Tensor],
     checksums: list[int],
-    measures: dict[str, float],
+    measures: Sequence[Mapping[str, float]],
 ) -> None:
-    path = layout.path(folder, name, shard)
-    temporary = path.with_name(f".{path.name}.tmp")
-    measures["unreadable_images"] = checksums.count(UNREADABLE)
-    header = layout.header(name, shard) | {"format": "pt", "errors": json.dumps(measures)}
-    try:
+    errors = (_total(measures) if measures else {}) | {"unreadable_images": checksums.count(UNREADABLE)}
+    header = layout.header(teacher, shard) | {"format": "pt", "errors": json.dumps(errors)}
+    with new_file(layout.path(teacher, shard)) as temporary:
         save_file({**encoded, "checksums": torch.tensor(checksums)}, temporary, metadata=header)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
