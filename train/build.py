@@ -1,5 +1,6 @@
 """Build the student, its processor, the teachers and the distiller of a run, and freeze what does not train."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for
+from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for, set_chat_template
 from modeling_movekd.files import DISTILLER_NAME
 from modeling_movekd.processing import add_image_token, build_processor
 from train.config import ModelArguments, MoveKDSFTConfig
@@ -31,7 +32,7 @@ from train.data.collator import MoveKDCollator
 from train.distillation.distiller import Distiller
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, resolve_teacher
-from train.teachers.features import TeacherFeatures
+from train.teachers.features import FrozenTeacher, TeacherFeatures
 from train.teachers.loaders import load_teacher
 
 
@@ -172,6 +173,27 @@ def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
     if len(set(names)) < len(names):
         raise ValueError(f"Teachers need different names, got {names}. Give each mapping a `name` of its own.")
     return configs
+
+
+def build_collator(
+    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
+) -> MoveKDCollator:
+    """The collator of a stage. Stage `pretrain` trains on bare captions, whatever template is published."""
+    if args.stage == "pretrain":
+        processor = set_chat_template(copy.deepcopy(processor), "plain")
+    return MoveKDCollator(
+        processor,
+        teacher_preprocessors={
+            name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
+        },
+        max_length=args.max_length,
+        geometry=args.preset_options()["geometry"],
+        labels="released" if args.distillation_preset == "released" else "answers",
+        distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
+        apply_orientation=args.distillation_preset != "released",
+        distill_tiles=args.distill_tiles,
+        feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
+    )
 
 
 def build_distiller(

@@ -17,8 +17,8 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hub.card_write import is_generated, write_card
 from hub.card_facts import public_name, read_training_facts, without_paths
+from hub.card_write import is_generated, write_card
 from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.build import image_settings
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig

@@ -13,8 +13,8 @@ from train.config import MoveKDSFTConfig
 
 class PublishingMixin(Trainer):
     """
-    Mixin before a trainer that publishes with [`hub.push_checkpoint.push`], once at the end of the run. Trainer would send whole
-    folders with the optimizer's state at every save.
+    Mixin before a trainer that publishes with [`hub.push_checkpoint.push`], once at the end of the run. Trainer would
+    send whole folders with the optimizer's state at every save.
     """
 
     def take_token(self, args: MoveKDSFTConfig) -> None:

@@ -1,43 +1,13 @@
 """One stage of training: load, train, save."""
 
-import copy
-from collections.abc import Mapping
-
-from transformers import ProcessorMixin
-
-from modeling_movekd.chat_templates import set_chat_template
-from train.build import build_distiller, build_student, build_teachers, fit_feature_statistics
+from train.build import build_collator, build_distiller, build_student, build_teachers, fit_feature_statistics
 from train.callbacks import PictureCallback, check_pictures
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
-from train.data.collator import MoveKDCollator
 from train.data.datasets import load_train_and_validation
 from train.distributed import whole_weights
 from train.model_card import run_facts
-from train.teachers.cached import CachedTeacher, Teacher
-from train.teachers.features import FrozenTeacher
 from train.trainer import MoveKDTrainer
-
-
-def build_collator(
-    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
-) -> MoveKDCollator:
-    """Build the collator of a stage. Stage `pretrain` trains with the template `plain`, whatever is published."""
-    if args.stage == "pretrain":
-        processor = set_chat_template(copy.deepcopy(processor), "plain")
-    return MoveKDCollator(
-        processor,
-        teacher_preprocessors={
-            name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
-        },
-        max_length=args.max_length,
-        geometry=args.preset_options()["geometry"],
-        labels="released" if args.distillation_preset == "released" else "answers",
-        distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
-        apply_orientation=args.distillation_preset != "released",
-        distill_tiles=args.distill_tiles,
-        feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
-    )
 
 
 def train(

@@ -20,13 +20,13 @@ from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import save_json
-from train.build import build_student
+from train.build import build_collator, build_student
+from train.cache_writer import CacheArguments, cache_features
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
 from train.demo.run import accuracy_by_family, answer_questions
-from train.feature_cache import CacheArguments, cache_features
-from train.run import build_collator, train
+from train.run import train
 from train.teachers.config import TeacherConfig
 from train.teachers.loaders import load_teacher
 from train.trainer import MoveKDTrainer

@@ -124,7 +124,7 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Question:
     if rng.integers(2):
         singles = single_patterns(scene)
         item = singles[rng.integers(len(singles))]
-        return Question("attribute", "colour", f"What colour is the {item.pattern} object?", item.colour)
+        return Question("attribute", "colour", f"What colour is the {item.pattern} object?", item.color)
     item = scene.objects[rng.integers(len(scene.objects))]
     return Question("attribute", "pattern", f"What pattern is the {item.name}?", item.pattern)
 
@@ -201,14 +201,14 @@ def facts(scene: Scene, rng: np.random.Generator, count: int = 9) -> str:
         else:
             item = scene.objects[i]
             place = f"{COLUMNS[item.column]} {ROWS[item.row]}"
-            parts = [item.colour, item.shape, item.pattern, size_of(item), place]
+            parts = [item.color, item.shape, item.pattern, size_of(item), place]
         told.append(" ".join(parts[j] for j in rng.permutation(len(parts))))
     return ", ".join(told)
 
 
 def object_words(item: SceneObject) -> tuple[str, ...]:
     """What a scene told in words says of an object."""
-    return item.colour, item.shape, item.pattern, size_of(item)
+    return item.color, item.shape, item.pattern, size_of(item)
 
 
 def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
@@ -220,10 +220,10 @@ def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
         for item in scene.objects:
             pattern[i, item.row * GRID + item.column] = PATTERNS.index(item.pattern)
             size[i, item.row * GRID + item.column] = tuple(SIZES).index(size_of(item))
-    is_object = found.colour > 0
+    is_object = found.color > 0
     return {
         "shape": torch.where(is_object, found.shape - 1, -1),
-        "colour": torch.where(is_object, found.colour - 1, -1),
+        "colour": torch.where(is_object, found.color - 1, -1),
         "pattern": pattern,
         "size": size,
         "digit": torch.where(found.digit < 10, found.digit, -1),

@@ -36,10 +36,9 @@ from transformers import (
 from benchmarks.speed.measure import ROOT, Row, paired_times, parser, report
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
-from train.build import build_distiller
+from train.build import build_collator, build_distiller
 from train.config import MoveKDSFTConfig
 from train.data.datasets import load_conversations
-from train.run import build_collator
 from train.teachers.cache_shards import decode, encode
 from train.teachers.config import TeacherConfig
 from train.teachers.features import FrozenTeacher, TeacherFeatures, clip_features, transformers_features

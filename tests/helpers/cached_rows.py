@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.helpers.colored_rows import llava_rows
-from train.feature_cache import CacheArguments, cache_features
+from train.cache_writer import CacheArguments, cache_features
 
 
 TEXT_ONLY = (0, 1, 2, 3, 5, 11, 12, 13, 14, 15)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from train import run as stage_run
-from train.build import build_distiller, build_student, build_teachers
+from train.build import build_collator, build_distiller, build_student, build_teachers
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import load_conversations
 from train.trainer import MoveKDTrainer
@@ -24,7 +24,7 @@ def build_trainer(
     teachers = build_teachers(args)
     distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
     dataset = load_conversations(data_args.dataset_name)
-    collator = stage_run.build_collator(args, processor, teachers)
+    collator = build_collator(args, processor, teachers)
     stage_run.fit_feature_statistics(args, distiller, teachers, dataset, collator)
     prepare(model, teachers, distiller)
     return MoveKDTrainer(

@@ -21,11 +21,11 @@ from tests.helpers.cached_rows import TEXT_ONLY, write
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, launch, write_settings
 from train import run as stage_run
-from train.build import build_teachers
+from train.build import build_collator, build_teachers
+from train.cache_writer import CacheArguments, cache_features, load_processor
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import load_conversations
-from train.feature_cache import CacheArguments, cache_features, load_processor, main
-from train.run import build_collator
+from train.feature_cache import main
 from train.teachers.cache_shards import decode, encode
 from train.teachers.cached import CachedTeacher, rows_of
 from train.teachers.features import TeacherFeatures
@@ -214,7 +214,7 @@ def test_every_shard_says_what_it_is_of(cached, parts: dict[str, str]) -> None:
         **{"model": parts["vit"], "revision": None, "commit": None},
         **{name: index["errors"]["vit"][name] for name in ("relative_error", "largest_error")},
     }
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob(".tmp-*"))
 
 
 def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.CaptureFixture) -> None:
@@ -225,14 +225,14 @@ def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.Captu
     lost, cut, *kept = shards
     lost.unlink()
     cut.write_bytes(whole[cut][:-5])
-    (folder / "vit" / ".000001.safetensors.tmp").write_bytes(b"left behind")
+    (folder / "vit" / ".tmp-1234-000001.safetensors").write_bytes(b"left behind")
     times = {path: path.stat().st_mtime_ns for path in kept}
     capsys.readouterr()
     write(settings)
     assert "write in 2 of 4 shards" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == times
     # The header's entries have no fixed order
-    assert {path: load_file(path).keys() for path in shards} and not list(folder.rglob(".*.tmp"))
+    assert {path: load_file(path).keys() for path in shards} and not list(folder.rglob(".tmp-*"))
     for path in (lost, cut):
         remade = load_file(path)
         path.write_bytes(whole[path])
@@ -282,7 +282,7 @@ def test_two_processes_finish_what_a_killed_one_began(parts: dict[str, str], tmp
         name: pytest.approx(measured, rel=1e-3) for name, measured in errors.items()
     }
     shards = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
-    assert len(shards) == 202 and not list(folder.rglob(".*.tmp"))
+    assert len(shards) == 202 and not list(folder.rglob(".tmp-*"))
     for name, path in shards.items():
         whole = load_file(tmp_path / "whole" / name)
         for key, value in load_file(path).items():

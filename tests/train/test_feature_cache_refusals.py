@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.cached_rows import mixed_rows, write
 from train import run as stage_run
-from train.build import build_teachers
+from train.build import build_collator, build_teachers
+from train.cache_writer import load_processor
 from train.data.datasets import load_conversations
-from train.feature_cache import load_processor
-from train.run import build_collator
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])

@@ -17,10 +17,9 @@ from tests.helpers.colored_rows import llava_rows
 from tests.helpers.original_batches import NAMES, model_inputs
 from tests.helpers.original_weights import state_dict_from_original
 from tests.helpers.parity import assert_gradients, assert_values, read_case, with_prefix
-from train.build import build_distiller
+from train.build import build_collator, build_distiller
 from train.config import MoveKDSFTConfig
 from train.data.datasets import load_conversations
-from train.run import build_collator
 from train.teachers.config import TeacherConfig
 from train.teachers.features import TeacherFeatures
 from train.teachers.loaders import load_teacher

@@ -1,22 +1,23 @@
 """Rows of the training data into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
 
 from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
-from train.data.tiles import cut_tiles
+from train.teachers.cached import FeatureCache
 from train.teachers.preprocessing import TeacherPreprocessor
 
-
-if TYPE_CHECKING:
-    from train.teachers.cached import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,36 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
     if position != counted and (max_length is None or position < max_length):
         return [False] * len(input_ids)
     return mask
+
+
+def cut_tiles(image: Image.Image, grids: Sequence[Sequence[int]], tile_size: int) -> list[Image.Image]:
+    """The tiles that `LlavaNextImageProcessor` cuts an image into, with the pixels they had before its resize.
+
+    The same grid, the same place in it and the same black margins, but no tile has fewer pixels than that part of the
+    image has. An image that is smaller than its grid is enlarged as the student's, so that the tiles are the same.
+
+    Args:
+        image: RGB image.
+        grids: (height, width) in pixels of the grids to choose from, `image_grid_pinpoints`.
+        tile_size: side of a tile in those pixels.
+
+    Returns:
+        Square tiles, row by row: one less than `image_size_to_num_patches` says, which counts the whole image too.
+    """
+    height, width = select_best_resolution((image.height, image.width), [list(grid) for grid in grids])
+    # Only its shape is looked at
+    shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))
+    new_height, new_width = get_patch_output_size(shape, (height, width), ChannelDimension.LAST)
+    shrinking = max(image.height / new_height, image.width / new_width, 1.0)
+    side = math.ceil(tile_size * shrinking)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    edges = (left, top, left + new_width, top + new_height)
+    left, top, right, bottom = (round(edge * side / tile_size) for edge in edges)
+    canvas = Image.new("RGB", (width // tile_size * side, height // tile_size * side))
+    resized = image.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BICUBIC)
+    canvas.paste(resized, (left, top))
+    corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 @dataclass
@@ -120,7 +151,7 @@ class MoveKDCollator:
     apply_orientation: bool = True
     distill_tiles: str = "base"
     pad_to_multiple_of: int | None = None
-    feature_cache: "FeatureCache | None" = None
+    feature_cache: FeatureCache | None = None
 
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:
@@ -147,7 +178,7 @@ class MoveKDCollator:
                 "one in with modeling_movekd.chat_templates.set_chat_template."
             )
         if self.feature_cache is not None:
-            self.feature_cache.check_geometry(self)
+            self.feature_cache.check_geometry(self.teacher_geometry)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images, problems = [], {}
@@ -241,6 +272,19 @@ class MoveKDCollator:
         if self.teacher_preprocessors:
             batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
         return batch
+
+    @property
+    def teacher_geometry(self) -> dict[str, Any]:
+        """How images are cut for the teachers, as a feature cache stores and compares it."""
+        crop = "whole" if self._is_anyres else "pad" if self._pads else "centre_square"
+        mean = self.processor.image_processor.image_mean
+        pads_with_mean = crop == "pad" and self.geometry == "shared"
+        return {
+            "geometry": self.geometry,
+            "crop": crop,
+            "background": [round(value, 6) for value in mean] if pads_with_mean else None,
+            "apply_orientation": self.apply_orientation,
+        }
 
     @property
     def _is_anyres(self) -> bool:

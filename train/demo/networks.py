@@ -1,6 +1,6 @@
 """Trains the four small networks the demo starts from, all on scenes of the split `towers`.
 
-    python -m train.demo.networks --output_dir train/demo/weights
+    accelerate launch train/sft.py --rebuild_towers
 
 - `clip`: the student's starting point, a CLIP vision tower (64 px, 4 x 4 patches) trained against captions, which say
   nothing about the digits;
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -49,9 +47,7 @@ from transformers import (
 )
 
 from train.demo.scene_labels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    COLOUR_CLASSES,
+    COLOR_CLASSES,
     NO_DIGIT,
     SHAPE_CLASSES,
     Labels,
@@ -72,31 +68,22 @@ from train.demo.text_scenes import (
     lesson,
     with_short_template,
 )
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 # Training steps, the longest training first.
 STEPS = {"language_model": 2400, "clip": 700, "detector": 900, "reader": 300}
 # The libraries' 0.02 is meant for networks ten times as wide.
 INITIALIZER_RANGE = 0.08
-# A finished language model's configuration initialises the projector: its tokens should come out as large as the
+# A finished language model's configuration initializes the projector: its tokens should come out as large as the
 # embeddings of words, and with 0.08 they are eight times as large here.
 PROJECTOR_RANGE = 0.02
 
 
-@dataclass
-class TowersArguments:
-    output_dir: str = field(default="train/demo/weights", metadata={"help": "Where the four folders are written."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the weights."})
-    pictures: int = field(default=8000, metadata={"help": "Number of scenes to train on."})
-    effort: float = field(default=1.0, metadata={"help": "Scales the number of training steps of every network."})
-    workers: int = field(default=2, metadata={"help": "How many networks are trained at a time, on one core each."})
-
-
 def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
-    """Minimises `loss` with AdamW, a linear warm-up over a twentieth of the steps and a cosine decay.
+    """Minimizes `loss` with AdamW, a linear warm-up over a twentieth of the steps and a cosine decay.
 
     Raises:
         ValueError: if the loss stops being finite.
@@ -120,13 +107,13 @@ def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], ste
 
 
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that leaves things out: colours and places alone would tell scenes apart, and a tower trained on whole
+    """A caption that leaves things out: colors and places alone would tell scenes apart, and a tower trained on whole
     captions would not look at shapes."""
     parts = []
     for i in rng.permutation(len(scene.objects)):
         item = scene.objects[i]
-        colour, place = rng.random(2) < (0.3, 0.15)
-        name = f"a {item.name}" if colour else f"a {item.shape}"
+        color, place = rng.random(2) < (0.3, 0.15)
+        name = f"a {item.name}" if color else f"a {item.shape}"
         parts.append(f"{name} at {COLUMNS[item.column]} {ROWS[item.row]}" if place else name)
     return ", ".join(parts)
 
@@ -212,40 +199,40 @@ def small_resnet() -> ResNetModel:
 def train_detector(
     pixels: Tensor, labels: Labels, steps: int, batch_size: int = 48
 ) -> tuple[Dinov2Model, dict[str, float]]:
-    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its colour, and
-    where its centre lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
+    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its color, and
+    where its center lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
     side = 8
     model = small_vit()
-    heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOUR_CLASSES) + 2)
-    shape, colour = labels_per_token(labels.shape, side), labels_per_token(labels.colour, side)
+    heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOR_CLASSES) + 2)
+    shape, color = labels_per_token(labels.shape, side), labels_per_token(labels.color, side)
     middle = (torch.arange(side) + 0.5) * 16
     middle = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), dim=-1).view(side * side, 2)
-    offset = (labels_per_token(labels.centre, side) - middle) / 16
+    offset = (labels_per_token(labels.center, side) - middle) / 16
     count = len(pixels) * 9 // 10
 
     def predict(rows: Tensor | slice) -> tuple[Tensor, ...]:
         tokens = model(normalized(pixels[rows], IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 1:]
-        return heads(tokens).float().split([len(SHAPE_CLASSES), len(COLOUR_CLASSES), 2], dim=-1)
+        return heads(tokens).float().split([len(SHAPE_CLASSES), len(COLOR_CLASSES), 2], dim=-1)
 
     def loss() -> Tensor:
         rows = torch.randint(count, (batch_size,))
-        shapes, colours, offsets = predict(rows)
+        shapes, colors, offsets = predict(rows)
         something = shape[rows] > 0
         distance = (offsets - offset[rows])[something].abs().mean()
         return (
             cross_entropy(shapes.flatten(0, 1), shape[rows].flatten())
-            + cross_entropy(colours.flatten(0, 1), colour[rows].flatten())
+            + cross_entropy(colors.flatten(0, 1), color[rows].flatten())
             + distance
         )
 
     fit("detector", [model, heads], loss, steps, 1e-3)
     model.eval()
     with torch.no_grad():
-        shapes, colours, offsets = predict(slice(count, None))
+        shapes, colors, offsets = predict(slice(count, None))
     thing = (shape[count:] > 0) & (shape[count:] < SHAPE_CLASSES.index("digit"))
     return model, {
         "shape": accuracy_where(shapes, shape[count:], thing),
-        "colour": accuracy_where(colours, colour[count:], thing),
+        "colour": accuracy_where(colors, color[count:], thing),
         "offset_error_pixels": 16 * (offsets - offset[count:])[thing].abs().mean().item(),
     }
 
@@ -422,8 +409,3 @@ def image_processor_of(kind: type, size: int, mean: tuple[float, ...], std: tupl
         {"size": {"shortest_edge": size}, "crop_size": square} if kind is CLIPImageProcessor else {"size": square}
     )
     return kind(**options, resample=3, image_mean=list(mean), image_std=list(std))
-
-
-if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(TowersArguments).parse_args_into_dataclasses()
-    print(json.dumps(build_towers(**vars(arguments)), indent=2))

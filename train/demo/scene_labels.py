@@ -10,51 +10,51 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionModel
 
-from train.demo.scenes import COLOURS, GRID, SHAPES, Scene
+from train.demo.scenes import COLORS, GRID, SHAPES, Scene
 from train.demo.text_scenes import CELLS
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHAPE_CLASSES = ("nothing", *SHAPES, "digit")
-COLOUR_CLASSES = ("none", *COLOURS)
+COLOR_CLASSES = ("none", *COLORS)
 NO_DIGIT = 10
 
 
 @dataclass
 class Labels:
-    """The truth of `n` scenes, cell by cell, row-major: `shape`, `colour`, `digit` are [n, 16] long (classes of
-    `SHAPE_CLASSES`, `COLOUR_CLASSES`, and 0-9 or `NO_DIGIT`), `centre` is [n, 16, 2] float, x and y in pixels of the
+    """The truth of `n` scenes, cell by cell, row-major: `shape`, `color`, `digit` are [n, 16] long (classes of
+    `SHAPE_CLASSES`, `COLOR_CLASSES`, and 0-9 or `NO_DIGIT`), `center` is [n, 16, 2] float, x and y in pixels of the
     128-pixel picture."""
 
     shape: Tensor
-    colour: Tensor
+    color: Tensor
     digit: Tensor
-    centre: Tensor
+    center: Tensor
 
     def by_kind(self) -> dict[str, Tensor]:
-        """Shape and colour of objects and the digits, each [n, 16], -1 in cells that have none."""
-        thing = self.colour > 0
+        """Shape and color of objects and the digits, each [n, 16], -1 in cells that have none."""
+        thing = self.color > 0
         return {
             "shape": self.shape.where(thing, -1),
-            "colour": self.colour.where(thing, -1),
+            "colour": self.color.where(thing, -1),
             "digit": self.digit.where(self.digit < NO_DIGIT, -1),
         }
 
 
 def cell_labels(scenes: list[Scene]) -> Labels:
     """Dense labels of a list of scenes."""
-    shape, colour = np.zeros((len(scenes), CELLS), dtype=np.int64), np.zeros((len(scenes), CELLS), dtype=np.int64)
-    digit, centre = np.full((len(scenes), CELLS), NO_DIGIT), np.zeros((len(scenes), CELLS, 2), dtype=np.float32)
+    shape, color = np.zeros((len(scenes), CELLS), dtype=np.int64), np.zeros((len(scenes), CELLS), dtype=np.int64)
+    digit, center = np.full((len(scenes), CELLS), NO_DIGIT), np.zeros((len(scenes), CELLS, 2), dtype=np.float32)
     for i, scene in enumerate(scenes):
         for item in scene.objects:
             cell = item.row * GRID + item.column
-            shape[i, cell], colour[i, cell] = SHAPE_CLASSES.index(item.shape), COLOUR_CLASSES.index(item.colour)
-            centre[i, cell] = item.x, item.y
+            shape[i, cell], color[i, cell] = SHAPE_CLASSES.index(item.shape), COLOR_CLASSES.index(item.color)
+            center[i, cell] = item.x, item.y
         for offset in range(2):
             cell = scene.number_row * GRID + scene.number_column + offset
             shape[i, cell], digit[i, cell] = SHAPE_CLASSES.index("digit"), int(scene.number[offset])
-            centre[i, cell] = scene.digit_centres[offset]
-    return Labels(*(torch.from_numpy(array) for array in (shape, colour, digit, centre)))
+            center[i, cell] = scene.digit_centers[offset]
+    return Labels(*(torch.from_numpy(array) for array in (shape, color, digit, center)))
 
 
 def resized(pictures: list[Image.Image], size: int) -> Tensor:
@@ -80,7 +80,7 @@ def accuracy_where(logits: Tensor, target: Tensor, keep: Tensor) -> float:
 
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardised features."""
+    """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardized features."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     classifier = nn.Linear(x.shape[1], int(y.max()) + 1)

@@ -1,6 +1,6 @@
-"""A generated world of coloured shapes and a two-digit number: the data of the demo and of the replication.
+"""A generated world of colored shapes and a two-digit number: the data of the demo and of the replication.
 
-A scene is a 128-pixel picture on a 4 x 4 grid of cells: one to five objects, each of one colour and one shape and
+A scene is a 128-pixel picture on a 4 x 4 grid of cells: one to five objects, each of one color and one shape and
 no two alike, and a two-digit number written in two neighbouring cells, on a noisy light or dark ground. Questions
 come in five families, after the benchmarks a vision-language model is measured on. Captions place everything but
 never say which number is written, so that reading has to be learnt from a teacher or from the questions.
@@ -30,7 +30,7 @@ from PIL import ImageDraw, ImageFont
 IMAGE_SIZE = 128
 GRID = 4
 CELL = IMAGE_SIZE // GRID
-COLOURS = {
+COLORS = {
     "red": (214, 44, 44),
     "green": (48, 158, 66),
     "blue": (48, 84, 220),
@@ -58,7 +58,7 @@ _FEATURES = Features(
         "scene": {
             "objects": [
                 {
-                    "colour": Value("string"),
+                    "color": Value("string"),
                     "shape": Value("string"),
                     "row": Value("int32"),
                     "column": Value("int32"),
@@ -71,7 +71,7 @@ _FEATURES = Features(
             "number": Value("string"),
             "number_row": Value("int32"),
             "number_column": Value("int32"),
-            "digit_centres": [[Value("int32")]],
+            "digit_centers": [[Value("int32")]],
         },
     }
 )
@@ -79,10 +79,10 @@ _FEATURES = Features(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its cell, counted from 0 at the top left, its centre and radius in pixels of the picture. In this
+    """One object: its cell, counted from 0 at the top left, its center and radius in pixels of the picture. In this
     world all are solid; a harder one may paint `striped`, `barred` and `hollow` ones."""
 
-    colour: str
+    color: str
     shape: str
     row: int
     column: int
@@ -93,7 +93,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Scene:
     number: str
     number_row: int
     number_column: int
-    digit_centres: tuple[tuple[int, int], tuple[int, int]]
+    digit_centers: tuple[tuple[int, int], tuple[int, int]]
 
     @property
     def content(self) -> str:
@@ -146,12 +146,12 @@ def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
         shade = rng.integers(-18, 19, 3)
-        colour = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[item.colour], shade, strict=True))
-        _draw_shape(draw, item.shape, 2 * item.x, 2 * item.y, 2 * item.radius, colour)
+        color = tuple(int(np.clip(c + s, 0, 255)) for c, s in zip(COLORS[item.color], shade, strict=True))
+        _draw_shape(draw, item.shape, 2 * item.x, 2 * item.y, 2 * item.radius, color)
         _draw_pattern(draw, item, background)
     font = _font(FONTS[rng.integers(len(FONTS))], 2 * int(rng.integers(25, 30)))
     ink = int(rng.integers(0, 50) if light else rng.integers(205, 256))
-    for digit, (x, y) in zip(scene.number, scene.digit_centres, strict=True):
+    for digit, (x, y) in zip(scene.number, scene.digit_centers, strict=True):
         draw.text((2 * x, 2 * y), digit, fill=(ink, ink, ink), font=font, anchor="mm")
     # Painted at twice the size and halved, for smooth edges.
     pixels = np.asarray(canvas.reduce(2), dtype=np.int16)
@@ -174,9 +174,9 @@ def caption(scene: Scene) -> str:
 def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
     """A random question of one family about a scene, with its answer.
 
-    - attribute: the colour of a shape, or the shape of a colour, that occurs once;
+    - attribute: the color of a shape, or the shape of a color, that occurs once;
     - relation: left or right, above or below, between two objects or an object and the number;
-    - presence: whether a colour and shape occur together; half yes, most others share colour or shape with an object;
+    - presence: whether a color and shape occur together; half yes, most others share color or shape with an object;
     - count: the number of objects, one to five;
     - read: the two-digit number.
 
@@ -188,7 +188,7 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
     if family == "relation":
         return _pick(_relations(scene), rng)
     if family == "presence":
-        return ask_presence({(item.colour, item.shape) for item in scene.objects}, COLOURS, rng)
+        return ask_presence({(item.color, item.shape) for item in scene.objects}, COLORS, rng)
     if family == "count":
         return Question("count", "count", "How many objects are there?", COUNTS[len(scene.objects) - 1])
     if family == "read":
@@ -239,7 +239,7 @@ def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[
 def best_constant(questions: Iterable[Question]) -> dict[str, float]:
     """By family, the share (0 to 1) of the questions that the best constant answer gets right.
 
-    A wording counts as a question of its own, so that "what shape" is not answered with a colour; that makes the bar
+    A wording counts as a question of its own, so that "what shape" is not answered with a color; that makes the bar
     higher than the best answer for the family as a whole.
     """
     answers: dict[str, dict[str, Counter[str]]] = {}
@@ -300,36 +300,36 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     taken = (number_row * GRID + number_column, number_row * GRID + number_column + 1)
     free = [cell for cell in range(GRID * GRID) if cell not in taken]
     count = int(rng.integers(1, len(COUNTS) + 1))
-    names = rng.permutation(len(COLOURS) * len(SHAPES))[:count]
+    names = rng.permutation(len(COLORS) * len(SHAPES))[:count]
     cells = rng.permutation(len(free))[:count]
     radii, jitter = rng.integers(9, 14, count), rng.integers(-2, 3, (count + 2, 2))
     objects = []
     for i in range(count):
         row, column = divmod(free[cells[i]], GRID)
-        x, y = _centre(row, column, jitter[i])
-        colour, shape = tuple(COLOURS)[names[i] // len(SHAPES)], SHAPES[names[i] % len(SHAPES)]
-        objects.append(SceneObject(colour, shape, row, column, x, y, int(radii[i])))
-    tens = _centre(number_row, number_column, jitter[count])
-    units = _centre(number_row, number_column + 1, jitter[count + 1])
+        x, y = _center(row, column, jitter[i])
+        color, shape = tuple(COLORS)[names[i] // len(SHAPES)], SHAPES[names[i] % len(SHAPES)]
+        objects.append(SceneObject(color, shape, row, column, x, y, int(radii[i])))
+    tens = _center(number_row, number_column, jitter[count])
+    units = _center(number_row, number_column + 1, jitter[count + 1])
     return Scene(tuple(objects), number, number_row, number_column, (tens, units))
 
 
-def _centre(row: int, column: int, jitter: np.ndarray) -> tuple[int, int]:
+def _center(row: int, column: int, jitter: np.ndarray) -> tuple[int, int]:
     return CELL * column + CELL // 2 + int(jitter[0]), CELL * row + CELL // 2 + int(jitter[1])
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, colour: tuple[int, ...]) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, color: tuple[int, ...]) -> None:
     if shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif shape == "square":
         half = round(0.86 * radius)
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+        draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     elif shape == "triangle":
-        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=color)
     else:
         arm = round(0.34 * radius)
-        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
-        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
 
 
 def _draw_pattern(draw: ImageDraw.ImageDraw, item: SceneObject, background: tuple[int, ...]) -> None:
@@ -362,14 +362,14 @@ def _pick(questions: list[Question], rng: np.random.Generator) -> Question:
 
 
 def _attributes(scene: Scene) -> list[Question]:
-    colours = Counter(item.colour for item in scene.objects)
+    colors = Counter(item.color for item in scene.objects)
     shapes = Counter(item.shape for item in scene.objects)
     questions = []
     for item in scene.objects:
         if shapes[item.shape] == 1:
-            questions.append(Question("attribute", "colour", f"What colour is the {item.shape}?", item.colour))
-        if colours[item.colour] == 1:
-            questions.append(Question("attribute", "shape", f"What shape is the {item.colour} object?", item.shape))
+            questions.append(Question("attribute", "color", f"What colour is the {item.shape}?", item.color))
+        if colors[item.color] == 1:
+            questions.append(Question("attribute", "shape", f"What shape is the {item.color} object?", item.shape))
     return questions
 
 

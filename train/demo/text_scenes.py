@@ -18,7 +18,7 @@ from modeling_movekd.chat_templates import set_chat_template
 from modeling_movekd.processing import add_image_token
 from train.demo.scenes import (
     CAPTION_REQUEST,
-    COLOURS,
+    COLORS,
     COLUMNS,
     COUNTS,
     FAMILIES,
@@ -46,7 +46,7 @@ def build_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
         f"{SYSTEM_PROMPT} USER: ASSISTANT: {CAPTION_REQUEST} What colour is the shape object? Is there a left or "
         "right above below of number yes no How many objects are Which written at Where "
     )
-    words += " ".join((*COLOURS, *SHAPES, *COUNTS, *COLUMNS, more_words))
+    words += " ".join((*COLORS, *SHAPES, *COUNTS, *COLUMNS, more_words))
     splitter = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always"),
@@ -104,7 +104,7 @@ class TextScenes:
         self,
         scenes: list[Scene],
         tokenizer: PreTrainedTokenizerFast,
-        object_words: Callable[[SceneObject], Sequence[str]] = lambda item: (item.colour, item.shape),
+        object_words: Callable[[SceneObject], Sequence[str]] = lambda item: (item.color, item.shape),
     ) -> None:
         self.scenes, self.tokenizer = scenes, tokenizer
         words = [_cell_words(scene, object_words) for scene in scenes]
@@ -163,14 +163,14 @@ def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """The questions of one conversation to learn from, in random order, with their answers.
 
     One of each family, a second one of the three hard families, and three easier ones that a test never asks, as steps
-    towards them: where an object is, whether a colour occurs, whether a shape occurs.
+    towards them: where an object is, whether a color occurs, whether a shape occurs.
     """
     questions = [ask(scene, family, rng) for family in (*FAMILIES, "attribute", "relation", "presence")]
     turns = [(question.text, question.answer) for question in questions]
     item = scene.objects[rng.integers(len(scene.objects))]
     turns.append((f"Where is the {item.name}?", f"{COLUMNS[item.column]} {ROWS[item.row]}"))
     for kinds, present, ending in (
-        (tuple(COLOURS), sorted({item.colour for item in scene.objects}), " object"),
+        (tuple(COLORS), sorted({item.color for item in scene.objects}), " object"),
         (SHAPES, sorted({item.shape for item in scene.objects}), ""),
     ):
         choices = present if rng.integers(2) else [kind for kind in kinds if kind not in present] or present
@@ -180,7 +180,7 @@ def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def facts(scene: Scene, rng: np.random.Generator, count: int = 10) -> str:
-    """Colour, shape and place of objects picked at random, each in random order: "circle red B two, B two circle red".
+    """Color, shape and place of objects picked at random, each in random order: "circle red B two, B two circle red".
 
     In such a text any word may have to be completed from the cell it points to. That is the skill every question rests
     on, and questions alone, with one answer each, take several times as long to teach it.
@@ -188,7 +188,7 @@ def facts(scene: Scene, rng: np.random.Generator, count: int = 10) -> str:
     told = []
     for i in rng.integers(len(scene.objects), size=count):
         item = scene.objects[i]
-        parts = [item.colour, item.shape, f"{COLUMNS[item.column]} {ROWS[item.row]}"]
+        parts = [item.color, item.shape, f"{COLUMNS[item.column]} {ROWS[item.row]}"]
         told.append(" ".join(parts[j] for j in rng.permutation(len(parts))))
     return ", ".join(told)
 

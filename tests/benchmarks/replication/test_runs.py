@@ -24,11 +24,12 @@ from benchmarks.replication.side_by_side import SideBySideEncoders
 from benchmarks.replication.towers import STEPS, TEACHERS, demo_language_model
 from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.processing import add_image_token
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized
+from train.demo.scene_labels import normalized
 from train.demo.scenes import GRID, Scene, caption, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, with_short_template
 from train.teachers.config import TeacherConfig
 from train.teachers.loaders import load_teacher
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 SCENES = [world.sample_scene("test", index) for index in range(60)]
@@ -46,9 +47,9 @@ def test_attribute_and_size_tell_about_the_object_that_is_meant() -> None:
         words = re.sub(r"[?]", "", question.text).split()
         if question.kind == "colour":
             (item,) = [item for item in scene.objects if item.pattern in words]
-            assert question.answer == item.colour
+            assert question.answer == item.color
         else:
-            (item,) = [item for item in scene.objects if item.colour in words and item.shape in words]
+            (item,) = [item for item in scene.objects if item.color in words and item.shape in words]
             assert question.answer == (item.pattern if question.kind == "pattern" else world.size_of(item))
         kinds[question.kind, question.answer] += 1
     assert {"colour", "pattern", "size"} == {kind for kind, _ in kinds}

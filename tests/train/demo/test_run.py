@@ -27,9 +27,10 @@ from train.demo.run import (
     results_table,
     run_demo,
 )
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, cell_labels, normalized, probe_scores, resized
+from train.demo.scene_labels import cell_labels, normalized, probe_scores, resized
 from train.demo.scenes import FAMILIES, sample_scene, scene_image, scenes
 from train.demo.text_scenes import TextScenes
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +64,7 @@ def tokens(untrained) -> torch.Tensor:
 
 def test_tokens_of_objects_know_their_place(tokens: torch.Tensor) -> None:
     """Relations ask for it, and contrast alone had made the small CLIP forget it."""
-    is_object = cell_labels([sample_scene("test", index) for index in range(400)]).colour > 0
+    is_object = cell_labels([sample_scene("test", index) for index in range(400)]).color > 0
     place = torch.arange(16).expand(400, 16).masked_fill(~is_object, -1)
     assert probe_scores(tokens, {"place": place}, trained=280)["place"] > 0.95
 
@@ -109,8 +110,8 @@ def test_accuracy_and_pictures(tmp_path: Path) -> None:
     history = [{"step": step, "text": 1.0, "kd/clip": 0.5, "balance": 1.0} for step in (1, 2)]
     draw_losses(tmp_path / "losses.png", {"pretrain": history, "finetune": history})
     for name in ("answers.png", "losses.png"):
-        colours = Image.open(tmp_path / name).convert("RGB").getcolors(maxcolors=1 << 24)
-        assert len(colours) > 100, f"{name} is all but empty"
+        colors = Image.open(tmp_path / name).convert("RGB").getcolors(maxcolors=1 << 24)
+        assert len(colors) > 100, f"{name} is all but empty"
     assert not list(tmp_path.glob("*.tmp*"))
 
 

@@ -26,14 +26,14 @@ def answer(scene: dict, question: str) -> str:
     def place(name: str) -> tuple[int, int, int]:
         if name == "number":
             return scene["number_row"], scene["number_column"], scene["number_column"] + 1
-        (item,) = [item for item in objects if name == f"{item['colour']} {item['shape']}"]
+        (item,) = [item for item in objects if name == f"{item['color']} {item['shape']}"]
         return item["row"], item["column"], item["column"]
 
     if match := re.fullmatch(r"What colour is the (\w+)\?", question):
-        (colour,) = [item["colour"] for item in objects if item["shape"] == match[1]]
-        return colour
+        (color,) = [item["color"] for item in objects if item["shape"] == match[1]]
+        return color
     if match := re.fullmatch(r"What shape is the (\w+) object\?", question):
-        (shape,) = [item["shape"] for item in objects if item["colour"] == match[1]]
+        (shape,) = [item["shape"] for item in objects if item["color"] == match[1]]
         return shape
     if match := re.fullmatch(r"Is the ([\w ]+) left or right of the ([\w ]+)\?", question):
         (_, first, last), (_, other_first, other_last) = place(match[1]), place(match[2])
@@ -44,7 +44,7 @@ def answer(scene: dict, question: str) -> str:
         assert row != other_row
         return "above" if row < other_row else "below"
     if match := re.fullmatch(r"Is there a (\w+) (\w+)\?", question):
-        return "yes" if match.groups() in {(item["colour"], item["shape"]) for item in objects} else "no"
+        return "yes" if match.groups() in {(item["color"], item["shape"]) for item in objects} else "no"
     if question == "How many objects are there?":
         return COUNTS[len(objects) - 1]
     assert question == "Which number is written?"
@@ -110,11 +110,11 @@ def test_presence_is_half_yes_and_its_negatives_are_near_misses():
     for index in range(1000):
         scene = sample_scene("finetune", index)
         question = world.ask(scene, "presence", rng)
-        colour, shape = re.fullmatch(r"Is there a (\w+) (\w+)\?", question.text).groups()
+        color, shape = re.fullmatch(r"Is there a (\w+) (\w+)\?", question.text).groups()
         yes += question.answer == "yes"
         if question.answer == "no":
             no += 1
-            near += any(colour == item.colour or shape == item.shape for item in scene.objects)
+            near += any(color == item.color or shape == item.shape for item in scene.objects)
     assert 450 < yes < 550 and near > 0.8 * no
 
 
@@ -127,10 +127,10 @@ def test_captions_place_the_number_and_never_name_it():
         assert text.endswith(f"and a number at {COLUMNS[scene['number_column']]} {ROWS[scene['number_row']]}")
         for item in scene["objects"]:
             place = f"{COLUMNS[item['column']]} {ROWS[item['row']]}"
-            assert f"a {item['colour']} {item['shape']} at {place}" in text
+            assert f"a {item['color']} {item['shape']} at {place}" in text
     # The number changes nothing else in a caption: with any other digits it is word for word the same.
     scene = sample_scene("pretrain", 0)
-    changed = world.Scene(scene.objects, "99", scene.number_row, scene.number_column, scene.digit_centres)
+    changed = world.Scene(scene.objects, "99", scene.number_row, scene.number_column, scene.digit_centers)
     assert caption(changed) == caption(scene)
 
 
@@ -142,10 +142,10 @@ def test_objects_and_digits_are_painted_where_the_truth_says():
         assert len(taken) == len(scene["objects"])
         for item in scene["objects"]:
             middle = pixels[item["y"] - 2 : item["y"] + 3, item["x"] - 2 : item["x"] + 3].mean((0, 1))
-            distances = {name: np.abs(middle - colour).sum() for name, colour in world.COLOURS.items()}
-            assert min(distances, key=distances.get) == item["colour"]
+            distances = {name: np.abs(middle - color).sum() for name, color in world.COLORS.items()}
+            assert min(distances, key=distances.get) == item["color"]
             assert (item["x"] // world.CELL, item["y"] // world.CELL) == (item["column"], item["row"])
-        for offset, (x, y) in enumerate(scene["digit_centres"]):
+        for offset, (x, y) in enumerate(scene["digit_centers"]):
             assert (scene["number_row"], scene["number_column"] + offset) not in taken
             assert np.ptp(pixels[y - 12 : y + 12, x - 9 : x + 9].mean(-1)) > 100
 
@@ -173,8 +173,8 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(ValueError, match="unknown question family 'colour'"):
-        world.ask(sample_scene("test", 0), "colour", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="unknown question family 'color'"):
+        world.ask(sample_scene("test", 0), "color", np.random.default_rng(0))
 
 
 # The language model's words

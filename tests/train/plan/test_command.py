@@ -108,7 +108,7 @@ def test_command_without_teachers_packed_and_unknown_rows(parts, capsys, tmp_pat
 
 
 def test_a_cache_that_is_there_is_planned_as_it_is(arguments, tmp_path: Path) -> None:
-    from train.feature_cache import CacheArguments, cache_features
+    from train.cache_writer import CacheArguments, cache_features
     from train.plan.models import build_planned_run
 
     settings = arguments(feature_cache=str(tmp_path / "cache"))

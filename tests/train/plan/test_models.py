@@ -26,9 +26,9 @@ from transformers import (
 
 from tests.helpers.colored_rows import llava_rows
 from train import run as stage_run
-from train.build import build_distiller, build_student, build_teachers, parameter_groups
+from train.build import build_collator, build_distiller, build_student, build_teachers, parameter_groups
+from train.cache_writer import CacheArguments, cache_features
 from train.data.datasets import load_conversations
-from train.feature_cache import CacheArguments, cache_features
 from train.language_lora import language_lora_layers
 from train.plan import memory as plan_memory
 from train.plan.models import build_planned_run
@@ -126,7 +126,7 @@ def real_trainer(arguments: Any, parts: dict[str, str], **overrides: Any) -> tup
         teachers=teachers_loaded,
         distiller=build_distiller(args, model, teachers_loaded),
         train_dataset=load_conversations(rows),
-        data_collator=stage_run.build_collator(args, processor, teachers_loaded),
+        data_collator=build_collator(args, processor, teachers_loaded),
         processing_class=processor,
     )
     return trainer, args, model_args

@@ -1,0 +1,373 @@
+"""Writes the teachers' features of a data set to a folder, from which training reads them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+
+from modeling_movekd import MoveKDConfig
+from modeling_movekd.files import TEMPORARY_PREFIX, new_file, read_json, save_json
+from modeling_movekd.processing import add_image_token, build_processor
+from train.build import build_collator, teacher_configs
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.data.bad_rows import BadRows
+from train.data.collator import MoveKDCollator
+from train.data.conversations import STAND_IN
+from train.data.datasets import load_train_and_validation
+from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
+from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, loaded_teacher, rows_of
+from train.teachers.features import FrozenTeacher
+from train.teachers.loaders import load_teacher
+
+
+@dataclass
+class CacheArguments:
+    """
+    How features are stored.
+
+    Args:
+        cache_dtype (`str`, defaults to `"float16"`): `"float16"`, or `"int8"` with a scale per channel and image.
+        rows_per_shard (`int`, defaults to 128): Rows with images in each file of a teacher.
+    """
+
+    cache_dtype: Literal["float16", "int8"] = field(
+        default="float16", metadata={"help": "float16, or int8 with a scale per channel and image."}
+    )
+    rows_per_shard: int = field(default=128, metadata={"help": "Rows with images in each file."})
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError(f"`rows_per_shard` is {self.rows_per_shard}. Set it to a positive number.")
+
+
+def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
+    """The processor of [`train.build.build_student`] without loading the student; for teachers' pixels only."""
+    if model_args.model_name_or_path is not None:
+        return AutoProcessor.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    if args.vision_model is None or args.language_model is None:
+        raise ValueError(
+            "The recipe names no student. Set `model_name_or_path`, or `vision_model` and `language_model`."
+        )
+    vision = AutoConfig.from_pretrained(args.vision_model, trust_remote_code=False)
+    vision = getattr(vision, "vision_config", vision)
+    tokenizer = AutoTokenizer.from_pretrained(args.language_model, trust_remote_code=False)
+    config = MoveKDConfig(
+        vision_config={"image_size": vision.image_size, "patch_size": vision.patch_size},
+        image_token_index=add_image_token(tokenizer),
+        image_aspect_ratio=args.image_aspect_ratio,
+        image_grid_pinpoints=[[vision.image_size, vision.image_size]],  # teachers see no tiles
+    )
+    return build_processor(
+        config, AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False), tokenizer
+    )
+
+
+class _TeacherPixels(torch.utils.data.Dataset):
+    """For each row the pixels of one teacher, the checksums of the images, and the bad rows."""
+
+    def __init__(self, dataset: Dataset, collator: MoveKDCollator, teacher: str) -> None:
+        self.dataset, self.collator, self.teacher = dataset, collator, teacher
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
+        row = self.dataset[position]
+        # The training collator makes the pixels, so that they are those of training
+        batch = self.collator([row])
+        pixels, count = batch["teacher_pixel_values"][self.teacher], len(row["images"])
+        if batch["bad_rows"]:
+            return pixels[:1].expand(count, -1, -1, -1), [UNREADABLE] * count, batch["bad_rows"]
+        return pixels, [zlib.crc32(image_bytes(image)) for image in row["images"]], []
+
+
+def _concatenate(
+    rows: list[tuple[torch.Tensor, list[int], list[tuple[str, str]]]],
+) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
+    pixels, checksums, bad = zip(*rows, strict=True)
+    return torch.cat(pixels), [*chain(*checksums)], [*chain(*bad)]
+
+
+def cache_features(
+    data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, cache_args: CacheArguments
+) -> dict[str, dict[str, float]]:
+    """
+    Write the feature cache of a recipe to the folder `args.feature_cache`, on all processes together.
+
+    Returns:
+        By teacher, `relative_error` (norm of the encoding error over the norm of the features), `largest_error` of a
+        value, and the number of `unreadable_images`.
+
+    Raises:
+        ValueError: if the recipe has no folder or no teacher, the folder holds another cache, another run writes to
+            it, the disk is too small, or too many images cannot be decoded.
+    """
+    if args.feature_cache is None or not args.distill:
+        raise ValueError(
+            f"`feature_cache` is {args.feature_cache} and `distill` {args.distill}. Name the folder to write to, and "
+            "teachers."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but {args.world_size} are connected. On CPUs add `--use_cpu true`."
+        )
+    folder = Path(args.feature_cache)
+    with _lock(folder) if PartialState().is_main_process else nullcontext():
+        return _write_cache(folder, data_args, args, model_args, cache_args)
+
+
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    # Beside the folder, so that a run that is refused creates no folder. The system releases the lock of a killed run
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder.with_name(f".{folder.name}.lock")).acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"Another run is writing the feature cache {folder}. Wait for its end.") from error
+
+
+def _write_cache(
+    folder: Path,
+    data_args: DataArguments,
+    args: MoveKDSFTConfig,
+    model_args: ModelArguments,
+    cache_args: CacheArguments,
+) -> dict[str, dict[str, float]]:
+    state = PartialState()
+    bad_rows = BadRows(None, data_args.max_bad_row_share, data_args.max_bad_rows)
+    loaded = load_train_and_validation(
+        data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
+    )
+    datasets = [dataset for dataset in loaded if dataset is not None]
+    rows = rows_of(*datasets)
+    teachers = {config.name: load_teacher(config) for config in teacher_configs(args)}
+    collator = build_collator(args, load_processor(args, model_args), teachers)
+    # The text does not matter here, nor does its length
+    collator = dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)
+    blanks = _blank_features(collator, teachers, cache_args.cache_dtype)
+    index = _index(folder, rows, collator, teachers, blanks, cache_args)
+    layout = ShardLayout(folder, rows, index)
+    missing = {name: [shard for shard in layout.keys if not _is_complete(layout, name, shard)] for name in teachers}
+    missing = broadcast_object_list([missing])[0]
+    _check_disk_space(layout, missing, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for name, blank in blanks.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for left_behind in (folder / name).glob(f"{TEMPORARY_PREFIX}*"):
+                left_behind.unlink()
+            if BLANK in missing[name]:
+                _save(layout, name, BLANK, blank, [0], [])
+        save_json(rows, folder / ROWS_NAME)
+        save_json(index, folder / INDEX_NAME)
+    state.wait_for_everyone()
+
+    dataset = concatenate_datasets(datasets)
+    for name, teacher in teachers.items():
+        shards = [shard for shard in missing[name] if shard != BLANK][state.process_index :: state.num_processes]
+        preprocessors = {name: teacher.preprocessor}
+        pixels = _TeacherPixels(dataset, dataclasses.replace(collator, teacher_preprocessors=preprocessors), name)
+        _write_shards(layout, teacher, shards, pixels, args, bad_rows)
+    state.wait_for_everyone()
+    errors = {name: _measured_errors(layout, name) for name in teachers}
+    if state.is_main_process:
+        save_json(index | {"errors": index.get("errors", {}) | errors}, folder / INDEX_NAME)
+        for name, error in errors.items():
+            print(
+                f"{name}: relative error of {index['dtype']} {error['relative_error']:.1e}, largest error of a value "
+                f"{error['largest_error']:.1e}, {error['unreadable_images']} unreadable images."
+            )
+        print(f"The feature cache is complete. Train with `feature_cache: {folder}`.", flush=True)
+    state.wait_for_everyone()
+    return errors
+
+
+def _write_shards(
+    layout: ShardLayout,
+    teacher: FrozenTeacher,
+    shards: Sequence[str],
+    pixels: _TeacherPixels,
+    args: MoveKDSFTConfig,
+    bad_rows: BadRows,
+) -> None:
+    positions = {row: position for position, row in enumerate(pixels.dataset["row_index"][:])}
+    size = args.per_device_train_batch_size
+    batches = {}
+    for shard in shards:
+        of_shard = [positions[row] for row in layout.rows[shard]]
+        batches[shard] = [of_shard[start : start + size] for start in range(0, len(of_shard), size)]
+    loader = iter(
+        DataLoader(
+            pixels,
+            batch_sampler=list(chain(*batches.values())),
+            collate_fn=_concatenate,
+            num_workers=args.dataloader_num_workers,
+        )
+    )
+    teacher.to(args.device)
+    hidden = args.disable_tqdm or not PartialState().is_main_process
+    for shard in tqdm(shards, desc=teacher.name, unit="shard", disable=hidden):
+        parts, checksums, measures = [], [], []
+        for _ in batches[shard]:
+            values, of_batch, bad = next(loader)
+            bad_rows.add(bad)
+            encoded, measured = _encode(teacher, values.to(args.device), layout.index["dtype"])
+            parts.append(encoded)
+            measures.append(measured)
+            checksums += of_batch
+        encoded = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        _save(layout, teacher.name, shard, encoded, checksums, measures)
+    teacher.to("cpu")
+
+
+def _blank_features(
+    collator: MoveKDCollator, teachers: Mapping[str, FrozenTeacher], dtype: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By teacher, the encoded features of the black image that a batch without images gets."""
+    pixels = collator([{"messages": STAND_IN, "images": []}])["teacher_pixel_values"]
+    return {name: _encode(teacher, pixels[name], dtype)[0] for name, teacher in teachers.items()}
+
+
+def _index(
+    folder: Path,
+    rows: dict[str, list[Any]],
+    collator: MoveKDCollator,
+    teachers: Mapping[str, FrozenTeacher],
+    blanks: Mapping[str, Mapping[str, torch.Tensor]],
+    cache_args: CacheArguments,
+) -> dict[str, Any]:
+    """The content of `index.json`. The folder may hold this cache already, with other teachers too."""
+    index: dict[str, Any] = {
+        "data": {
+            "rows": len(rows["row_index"]),
+            "images": sum(len(images) for images in rows["images"]),
+            "fingerprint": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        },
+        "geometry": collator.teacher_geometry,
+        "dtype": cache_args.cache_dtype,
+        "rows_per_shard": cache_args.rows_per_shard,
+        "teachers": {},
+    }
+    for name, teacher in teachers.items():
+        tensors = {
+            key: [str(value.dtype).removeprefix("torch."), list(value.shape[1:])]
+            for key, value in blanks[name].items()
+        }
+        index["teachers"][name] = loaded_teacher(teacher) | {"tensors": tensors}
+    if not (folder / INDEX_NAME).is_file():
+        return index
+    found = read_json(folder / INDEX_NAME)
+    what = f"`feature_cache` {folder}"
+    for part in ("data", "geometry"):
+        check_same(f"{what}, {part}", found[part], index[part])
+    for part in ("dtype", "rows_per_shard"):
+        check_same(what, {part: found[part]}, {part: index[part]})
+    for name in found["teachers"].keys() & index["teachers"].keys():
+        # The recipe may now set what it left to the model's files before, if the features stay the same
+        cached, needed = found["teachers"][name], index["teachers"][name]
+        check_same(f"{what}, teacher {name}", cached, needed | {"asked": cached["asked"]})
+    return found | {"teachers": index["teachers"] | found["teachers"]}
+
+
+def _is_complete(layout: ShardLayout, teacher: str, shard: str) -> bool:
+    try:
+        return bool(layout.check(teacher, shard))
+    except ValueError:
+        return False
+
+
+def _check_disk_space(layout: ShardLayout, missing: Mapping[str, Sequence[str]], state: PartialState) -> None:
+    """Print the size of the cache. Raise a `ValueError` if the disk has less space than the missing shards need."""
+    needed, lines = 0, []
+    images = sum(len(keys) for keys in layout.keys.values())
+    for name, shards in missing.items():
+        tensors = layout.index["teachers"][name]["tensors"].values()
+        size = sum(math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in tensors)
+        left = size * sum(len(layout.keys[shard]) for shard in shards)
+        needed += left
+        lines.append(
+            f"{name}: {images} images of {size / 1e6:.3g} MB, {size * images / 1e9:.4g} GB; {left / 1e9:.4g} GB to "
+            f"write in {len(shards)} of {len(layout.keys)} shards."
+        )
+    folder = layout.folder
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    lines.append(
+        f"In total {needed / 1e9:.4g} GB to write to {folder} by {state.num_processes} processes; {free / 1e9:.4g} GB "
+        "are free."
+    )
+    if state.is_main_process:
+        print("\n".join(lines), flush=True)
+    if needed > free:
+        raise ValueError(
+            f"{needed / 1e9:.4g} GB are needed in {folder}, {free / 1e9:.4g} GB are free. Free space, choose another "
+            "folder, or halve the size with `cache_dtype` int8."
+        )
+
+
+def _encode(
+    teacher: FrozenTeacher, pixels: torch.Tensor, dtype: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Encoded features on the CPU, and the errors of the encoding."""
+    features = teacher(pixels)
+    try:
+        encoded = encode(features, dtype)
+    except ValueError as error:
+        raise ValueError(f"Teacher {teacher.name}: {error}") from error
+    tokens = features.tokens.float()
+    difference = decode(encoded, features.grid).tokens - tokens
+    measures = {
+        "squared_error": difference.square().sum().item(),
+        "squared_norm": tokens.square().sum().item(),
+        "largest_error": difference.abs().max().item(),
+    }
+    return {key: value.cpu().contiguous() for key, value in encoded.items()}, measures
+
+
+def _total(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {
+        key: (max if key == "largest_error" else math.fsum)(part.get(key, 0.0) for part in measures)
+        for key in ("squared_error", "squared_norm", "largest_error", "unreadable_images")
+    }
+
+
+def _measured_errors(layout: ShardLayout, teacher: str) -> dict[str, float]:
+    """The errors over all shards, from their headers. Every shard is checked."""
+    total = _total([json.loads(layout.check(teacher, shard)["errors"]) for shard in layout.keys])
+    return {
+        "relative_error": math.sqrt(total["squared_error"] / max(total["squared_norm"], 1e-30)),
+        "largest_error": total["largest_error"],
+        "unreadable_images": int(total["unreadable_images"]),
+    }
+
+
+def _save(
+    layout: ShardLayout,
+    teacher: str,
+    shard: str,
+    encoded: Mapping[str, torch.Tensor],
+    checksums: list[int],
+    measures: Sequence[Mapping[str, float]],
+) -> None:
+    errors = (_total(measures) if measures else {}) | {"unreadable_images": checksums.count(UNREADABLE)}
+    header = layout.header(teacher, shard) | {"format": "pt", "errors": json.dumps(errors)}
+    with new_file(layout.path(teacher, shard)) as temporary:
+        save_file({**encoded, "checksums": torch.tensor(checksums)}, temporary, metadata=header)
