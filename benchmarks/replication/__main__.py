@@ -85,8 +85,8 @@ def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
             found[key_of(line)[3]].append(fmean(line["accuracy"].values()))
     if not found:
         raise ValueError(
-            f"No schedule of {owner} was tried on validation, and {arm} takes the best of them. Run `--part validation` "
-            "first."
+            f"No schedule of {owner} was tried on validation, and {arm} takes the best of them. Run "
+            "`--part validation` first."
         )
     return max(found, key=lambda schedule: fmean(found[schedule]))
 

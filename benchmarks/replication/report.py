@@ -236,8 +236,8 @@ def markdown(results: Results, drawn: Collection[str]) -> str:
         f"# {TITLE}",
         f"{len(results.runs)} runs, {len(tested)} of them scored on test ({len(set(tested))} seeds), {dates[0]} to "
         f"{dates[-1]}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}. Accuracies are percent of "
-        "exactly right answers, as means over seeds with 95 % t intervals in square brackets. All numbers are computed "
-        "from `results.jsonl`; the column `lines` names its lines. Questions of a test run: "
+        "exactly right answers, as means over seeds with 95 % t intervals in square brackets. All numbers are "
+        "computed from `results.jsonl`; the column `lines` names its lines. Questions of a test run: "
         + (", ".join(f"{name} {number}" for name, number in asked.items()) or "none yet")
         + ".",
     ]

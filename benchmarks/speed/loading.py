@@ -1,9 +1,9 @@
 """
-Memory of loading a large checkpoint, and what importing the package costs: `python -m benchmarks.speed.loading`.
+Memory of loading a large checkpoint, and time of importing the package: `python -m benchmarks.speed.loading`.
 
-The checkpoint has the layers of LLaVA-1.5-7B and fewer of them, so that it fits a small machine: the peak over the
-weights does not get better with more layers, which are loaded one tensor at a time. Its shards are sparse files of
-zeros, which take no room on the disk.
+The checkpoint has the shapes of LLaVA-1.5-7B, but fewer layers, so that it fits a small machine. Layers are loaded one
+tensor at a time, so more of them would not change the peak over the weights. The shards are sparse files of zeros,
+which take no disk space.
 """
 
 import json
@@ -21,8 +21,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed.measure import ROOT, Row, parser, peak_memory, report
-from benchmarks.speed.tower import CLIP_LARGE
-from benchmarks.speed.tower import TOY as TOY_TOWER
+from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
@@ -32,7 +31,7 @@ BASELINE = "import torch, transformers.models.clip.modeling_clip, transformers.m
 
 
 def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], shard_size: int) -> int:
-    """A checkpoint in bfloat16 without values; gives back the bytes of its weights."""
+    """Write a checkpoint of zeros in bfloat16; returns the bytes of its weights."""
     with torch.device("meta"):
         vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
         text = LlamaForCausalLM(LlamaConfig(**{**language, "vocab_size": language["vocab_size"] + 1}))
@@ -68,13 +67,13 @@ def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], s
 
 
 def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
-    """For a fresh process: what is counted is the memory beyond the imports, with every weight read once."""
-    # Else the first use of a device and lazy imports of the loading would count
+    """For a fresh process: load the checkpoint and read every weight once."""
+    # The first use of a device and lazy imports must not count
     LlamaForCausalLM(LlamaConfig(**TOY_LANGUAGE, num_hidden_layers=1)).to(device)
 
     def run() -> MoveKDForConditionalGeneration:
         model = MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
-        for parameter in model.parameters():  # a weight in the file's own dtype stays in the mapped file until then
+        for parameter in model.parameters():  # weights in the file's own dtype are mapped, and count once read
             parameter.detach().flatten()[::256].any()
         return model
 
@@ -82,7 +81,7 @@ def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
 
 
 def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
-    """Seconds of CPU time that importing `modeling_movekd` takes in processes that have its dependencies."""
+    """Seconds of CPU time of importing `modeling_movekd`, in processes that have imported its dependencies."""
     code = f"{BASELINE}, time; t = time.process_time(); import modeling_movekd; print(time.process_time() - t)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
@@ -95,10 +94,10 @@ def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser(__doc__, repeats=5)
-    flags.add_argument("--layers", type=int, default=6, help="of the language model; the 7B has 32")
+    flags.add_argument("--layers", type=int, default=6, help="layers of the language model; the 7B has 32")
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    tower, language = (TOY_TOWER, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
+    tower, language = (TOY_CLIP, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
     layers = 2 if options.toy else options.layers
     with tempfile.TemporaryDirectory() as folder:
         weights = write_empty(Path(folder), tower, {**language, "num_hidden_layers": layers}, 10**9)
