@@ -54,13 +54,7 @@ BENCHMARKS = {
         {"7B": (78.5, 79.5, 79.9), "13B": (80.0, 80.6, 80.8)},
     ),
     "gqa": Benchmark(
-        "GQA",
-        "exact_match",
-        100,
-        "test-dev balanced",
-        WORD,
-        "",
-        {"7B": (62.0, 63.2, 63.9), "13B": (63.3, 64.2, 63.9)},
+        "GQA", "exact_match", 100, "test-dev balanced", WORD, "", {"7B": (62.0, 63.2, 63.9), "13B": (63.3, 64.2, 63.9)}
     ),
     "textvqa_val_ocr": Benchmark(
         "TextVQA",

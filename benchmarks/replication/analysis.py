@@ -97,7 +97,7 @@ def check_together(runs: Sequence[Run]) -> None:
         ValueError: if two lines are the same run, an arm's test lines differ in their settings, or lines were measured
             on different questions or probes.
     """
-    seen, tested, asked = dict[tuple, Run](), dict[str, Run](), dict[tuple, Run]()
+    seen, tested, asked = dict[tuple, Run](), dict[str, Run](), dict[str, Run]()
     for run in runs:
         name = f"arm {run.arm}, seed {run.seed}, split {run.split}"
         key = (name, _canonical(run.settings) if run.split == "validation" else "")
@@ -108,17 +108,11 @@ def check_together(runs: Sequence[Run]) -> None:
                 f"Lines {other.line} and {run.line} are both arm {run.arm} on test, with different settings: "
                 f"{other.settings} and {run.settings}. Give one of them another name."
             )
-        for measure in ("accuracy", "probe"):
-            first, ours = list(getattr(runs[0], measure)), list(getattr(run, measure))
-            if set(first) != set(ours):
-                raise ValueError(
-                    f"Lines {runs[0].line} and {run.line} differ in {measure}: {first} and {ours}. Results of two "
-                    "worlds cannot be compared; keep them in two files."
-                )
-        if (other := asked.setdefault((run.split, run.seed), run)).questions != run.questions:
+        other = asked.setdefault(run.split, run)
+        if (run.questions, set(run.probe)) != (other.questions, set(other.probe)):
             raise ValueError(
-                f"Lines {other.line} and {run.line} (split {run.split}, seed {run.seed}) were asked different numbers "
-                f"of questions, {other.questions} and {run.questions}. Keep results of one `Scale` in one file."
+                f"Lines {other.line} and {run.line} were measured on different questions or probes: "
+                f"{other.questions}, {list(other.probe)} and {run.questions}, {list(run.probe)}. Keep two worlds in two files."
             )
 
 

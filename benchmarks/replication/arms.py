@@ -143,9 +143,7 @@ HEADLINE = [
     "clip_anchor",
     "released",
     "paper",
-    "heads_unit",
-    "heads_unit_experts",
-    "heads_unit_dense_lora",
+    *CHOSEN_TWICE,
     "encoders",
 ]
 UPPER = "encoders"

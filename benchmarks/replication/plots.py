@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -105,8 +106,8 @@ def validation(choices: Sequence[Tuned]) -> Figure | None:
         if name == RATE:
             axis.set_xscale("log")
     panels[0].set_ylabel("average on validation, %")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in panels:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
     return figure

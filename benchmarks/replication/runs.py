@@ -1,7 +1,5 @@
 """One run of the replication: both stages with the project's own trainer, then its answers and measures."""
 
-import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -19,7 +17,6 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
-from modeling_movekd.files import read_json, save_json
 from train.build import build_student
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
@@ -57,7 +54,6 @@ class Scale:
 QUICK = Scale(200, 200, 60, 120, 50, 0.05, 500)
 # The split `test` has pictures that no earlier round was scored on
 PICTURES_SEED = {"test": 3}
-FOLDERS = ("output_dir", "logging_dir", "run_name")
 STAGES = ("pretrain", "finetune")
 
 
@@ -144,7 +140,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         trained = train_side_by_side if arm.side_by_side else train_arm
         model, processor, training = trained(job, arm, folder, scale, Path(temporary))
-        trained_seconds = time.perf_counter() - started - training["reused_seconds"]
+        seconds = time.perf_counter() - started
         rows = load_from_disk(str(folder / "data" / job.split))
         answers = answer_questions(model, processor, rows, batch_size=100)
     measured = encoder_measures(model.model.vision_tower, towers(folder)["clip"], folder)
@@ -161,7 +157,7 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         **measured,
         "losses": training["losses"],
         "cost": {
-            "seconds": round(trained_seconds + training["stage_1_seconds"], 1),
+            "seconds": round(seconds, 1),
             "tower_parameters": sum(value.numel() for value in model.model.vision_tower.parameters()),
             "trained_parameters": training["trained_parameters"],
         },
@@ -171,26 +167,16 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
 def train_arm(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
-    """Both stages by [`train.run.train`]. Other runs with the same settings of stage 1 take it from `stage_1`."""
-    paths = towers(folder)
-    parts = {"vision_model": paths["clip"], "language_model": paths["language_model"]}
-    settings = job.settings_in("pretrain", scale.steps)
-    args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts, **settings)
-    options = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    kept, started = folder / "stage_1" / digest, time.perf_counter()
-    if not kept.is_dir():
-        train(data_arguments(folder, "pretrain"), args, ModelArguments()).end()
-        save_json({"seconds": time.perf_counter() - started}, output / "pretrain" / "stage_1.json")
-        kept.parent.mkdir(exist_ok=True)
-        if not kept.is_dir():
-            shutil.move(output / "pretrain", kept)
-    reused = time.perf_counter() - started
-    settings = job.settings_in("finetune", scale.steps)
-    args = arguments(folder, scale, arm, "finetune", job.seed, output / "finetune", **settings)
-    trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
-    training = summary(trainer, reused, read_json(kept / "stage_1.json")["seconds"])
-    trainer.end()
+    """Both stages by [`train.run.train`]."""
+    start = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
+    source = ModelArguments()
+    for stage in STAGES:
+        settings = start | job.settings_in(stage, scale.steps)
+        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **settings)
+        trainer = train(data_arguments(folder, stage), args, source)
+        training = summary(trainer)
+        trainer.end()
+        start, source = {}, ModelArguments(model_name_or_path=str(output / stage))
     model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
     processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
     return model, processor, training
@@ -228,10 +214,9 @@ def train_side_by_side(
     return model, processor, summary(trainer)
 
 
-def summary(trainer: MoveKDTrainer, reused_seconds: float = 0.0, stage_1_seconds: float = 0.0) -> dict[str, Any]:
-    """The last losses that were logged, the number of parameters that trained, and the times."""
+def summary(trainer: MoveKDTrainer) -> dict[str, Any]:
+    """The last losses that were logged, and the number of parameters that trained."""
     last = next(entry for entry in reversed(trainer.state.log_history) if "text" in entry)
     losses = {name: value for name, value in last.items() if name in ("text", "kd", "balance") or "kd/" in name}
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-    times = {"reused_seconds": reused_seconds, "stage_1_seconds": stage_1_seconds}
-    return {"losses": losses, "trained_parameters": trained, **times}
+    return {"losses": losses, "trained_parameters": trained}

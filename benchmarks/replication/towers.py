@@ -31,41 +31,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks.replication.world import (
-    FAMILIES,
-    WORDS,
-    ask,
-    facts,
-    generator,
-    labels,
-    lesson,
-    object_words,
-    sample_scene,
-)
+from benchmarks.replication import world
 from modeling_movekd.files import read_json, save_json
-from train.demo.networks import (
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PROJECTOR_RANGE,
-    fit,
-    image_processor_of,
-    save_tower,
-    small_llama,
-    small_resnet,
-    small_vit,
-    train_clip,
-    train_language_model,
-)
-from train.demo.scene_labels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    labels_per_token,
-    normalized,
-    probe_scores,
-    resized,
-    student_features,
-)
+from train.demo import networks, scene_labels
 from train.demo.scenes import Scene, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
 
@@ -75,9 +43,9 @@ STEPS = {"language_model": 3600, "clip": 2400, "detector": 2400, "texture": 500,
 DEMO_LANGUAGE_MODEL = Path("train/demo/weights/language_model")
 # Of each teacher: image size, side of the grid of tokens, kinds of labels, mean and std of the pixels
 TEACHERS: dict[str, tuple[int, int, tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
-    "detector": (96, 8, ("shape", "colour", "size"), IMAGENET_MEAN, IMAGENET_STD),
-    "texture": (128, 16, ("pattern",), HALF, HALF),
-    "reader": (128, 16, ("digit",), HALF, HALF),
+    "detector": (96, 8, ("shape", "colour", "size"), networks.IMAGENET_MEAN, networks.IMAGENET_STD),
+    "texture": (128, 16, ("pattern",), networks.HALF, networks.HALF),
+    "reader": (128, 16, ("digit",), networks.HALF, networks.HALF),
 }
 NOTHING_WEIGHT = 0.15  # loss weight of the class "nothing", which most cells have
 
@@ -110,29 +78,37 @@ def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float
     torch.set_num_threads(1)
     transformers.set_seed(seed)
     started = time.time()
-    tokenizer = build_tokenizer(WORDS)
-    scenes = [sample_scene("towers", index, seed) for index in range(pictures)]
-    held_out = [sample_scene("validation", index, seed) for index in range(1000)]
+    tokenizer = build_tokenizer(world.WORDS)
+    scenes = [world.sample_scene("towers", index, seed) for index in range(pictures)]
+    held_out = [world.sample_scene("validation", index, seed) for index in range(1000)]
     steps = max(2, round(STEPS[name] * effort))
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / name
         if name == "language_model":
             model = demo_language_model(tokenizer)
-            texts = TextScenes(scenes, tokenizer, object_words)
-            train_language_model(model, texts, lesson, facts, steps, seed, facts_first=0.15)
-            save_tower(model, with_short_template(tokenizer), unfinished)
-            scores = language_model_scores(model, TextScenes(held_out, tokenizer, object_words), FAMILIES, ask)
+            texts = TextScenes(scenes, tokenizer, world.object_words)
+            networks.train_language_model(model, texts, world.lesson, world.facts, steps, seed, facts_first=0.15)
+            networks.save_tower(model, with_short_template(tokenizer), unfinished)
+            scores = language_model_scores(
+                model, TextScenes(held_out, tokenizer, world.object_words), world.FAMILIES, world.ask
+            )
         elif name == "clip":
             pixels = pictures_of("towers", scenes, seed, 64)
-            clip = train_clip(pixels, scenes, tokenizer, steps, seed)
-            clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True)
-            save_tower(clip, image_processor_of(CLIPImageProcessor, 64, CLIP_MEAN, CLIP_STD), unfinished)
-            features = student_features(clip, pictures_of("validation", held_out, seed, 64))
-            scores = probe_scores(features, labels(held_out), trained=700)
+            clip = networks.train_clip(pixels, scenes, tokenizer, steps, seed)
+            clip = networks.train_clip(
+                pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True
+            )
+            networks.save_tower(
+                clip,
+                networks.image_processor_of(CLIPImageProcessor, 64, scene_labels.CLIP_MEAN, scene_labels.CLIP_STD),
+                unfinished,
+            )
+            features = scene_labels.student_features(clip, pictures_of("validation", held_out, seed, 64))
+            scores = scene_labels.probe_scores(features, world.labels(held_out), trained=700)
         else:
             size, _, _, mean, std = TEACHERS[name]
-            model, scores = train_teacher(name, pictures_of("towers", scenes, seed, size), labels(scenes), steps)
-            save_tower(model, image_processor_of(ViTImageProcessor, size, mean, std), unfinished)
+            model, scores = train_teacher(name, pictures_of("towers", scenes, seed, size), world.labels(scenes), steps)
+            networks.save_tower(model, networks.image_processor_of(ViTImageProcessor, size, mean, std), unfinished)
         rounded = {kind: round(value, 4) for kind, value in scores.items()}
         save_json(rounded | {"seconds": time.time() - started}, unfinished / "scores.json")
         shutil.move(unfinished, folder)
@@ -152,19 +128,19 @@ def demo_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             f"The words {moved} of {DEMO_LANGUAGE_MODEL} have another id in the new tokenizer. Build it with the "
             "demo's words first, in the same order."
         )
-    model = small_llama(tokenizer)
+    model = networks.small_llama(tokenizer)
     weights = model.state_dict()
     for name, value in demo.state_dict().items():
         weights[name][: len(value)] = value
     model.load_state_dict(weights)
-    model.config.initializer_range = PROJECTOR_RANGE
+    model.config.initializer_range = networks.PROJECTOR_RANGE
     return model
 
 
 def pictures_of(split: str, scenes: list[Scene], seed: int, size: int) -> Tensor:
     """Pictures of the scenes of a split, uint8 `(num_scenes, 3, size, size)`."""
-    drawn = (render(scene, generator(split, index, seed, "image")) for index, scene in enumerate(scenes))
-    return resized(list(drawn), size)
+    drawn = (render(scene, world.generator(split, index, seed, "image")) for index, scene in enumerate(scenes))
+    return scene_labels.resized(list(drawn), size)
 
 
 def train_teacher(
@@ -177,14 +153,14 @@ def train_teacher(
         The network without its heads, and its accuracies on the last tenth of the pictures.
     """
     _, side, kinds, mean, std = TEACHERS[name]
-    model = small_vit() if name == "detector" else small_resnet()
+    model = networks.small_vit() if name == "detector" else networks.small_resnet()
     # Class 0 is nothing
-    targets = {kind: labels_per_token(truth[kind] + 1, side) for kind in kinds}
+    targets = {kind: scene_labels.labels_per_token(truth[kind] + 1, side) for kind in kinds}
     heads = nn.ModuleDict({kind: nn.Linear(96, int(targets[kind].max()) + 1) for kind in kinds})
     count = len(pixels) * 9 // 10
 
     def predict(rows: Tensor | slice) -> dict[str, Tensor]:
-        tokens = model(normalized(pixels[rows], mean, std)).last_hidden_state
+        tokens = model(scene_labels.normalized(pixels[rows], mean, std)).last_hidden_state
         tokens = tokens[:, 1:] if tokens.dim() == 3 else tokens.flatten(2).transpose(1, 2)
         return {kind: head(tokens).float() for kind, head in heads.items()}
 
@@ -197,7 +173,7 @@ def train_teacher(
             losses.append(cross_entropy(logits.flatten(0, 1), targets[kind][rows].flatten(), weight=weight))
         return torch.stack(losses).sum()
 
-    fit(name, [model, heads], loss, steps, 1e-3 if name == "detector" else 2e-3)
+    networks.fit(name, [model, heads], loss, steps, 1e-3 if name == "detector" else 2e-3)
     model.eval()
     with torch.no_grad():
         logits = predict(slice(count, None))

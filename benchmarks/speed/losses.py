@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.speed import teachers
 from benchmarks.speed.measure import Row, paired_row, paired_times, parser, peak_memory, report
-from benchmarks.speed.teachers import (
-    SHAPES,
-    TOY_SHAPES,
-    build_distiller,
-    distillation_inputs,
-    distillation_loss,
-    distillation_step,
-)
 from train.distillation.distiller import Distiller
 from train.distillation.losses import teacher_weights, token_weights
 from train.teachers.features import TeacherFeatures
@@ -38,13 +31,15 @@ def unreduced(distiller: Distiller, tokens: torch.Tensor, features: Mapping[str,
     return torch.stack([shares[name] * losses[name] for name in losses]).sum(dim=0)
 
 
-VARIANTS = {"ours": distillation_loss, "unreduced": unreduced}
+VARIANTS = {"ours": teachers.distillation_loss, "unreduced": unreduced}
 
 
 def measured(variant: str, shapes: dict[str, Any], batch_size: int, device: str, dtype: str) -> Callable[[], Any]:
     """For a fresh process: one step; inputs and parameters are there before it."""
-    distiller = build_distiller(shapes, device, dtype)
-    return distillation_step(VARIANTS[variant], distiller, *distillation_inputs(shapes, batch_size, device, dtype))
+    distiller = teachers.build_distiller(shapes, device, dtype)
+    return teachers.distillation_step(
+        VARIANTS[variant], distiller, *teachers.distillation_inputs(shapes, batch_size, device, dtype)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,15 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
     flags.add_argument("--batch_size", type=int, default=16)
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    shapes, batch_size = (TOY_SHAPES, 2) if options.toy else (SHAPES, options.batch_size)
+    shapes, batch_size = (teachers.TOY_SHAPES, 2) if options.toy else (teachers.SHAPES, options.batch_size)
     common = {"shapes": shapes, "batch_size": batch_size, "device": options.device, "dtype": options.dtype}
     memory = {
         name: peak_memory("benchmarks.speed.losses:measured", {"variant": name, **common}, True, options.toy)
         for name in VARIANTS
     }
-    distiller = build_distiller(shapes, options.device, options.dtype)
-    tokens, features = distillation_inputs(shapes, batch_size, options.device, options.dtype)
-    steps = {name: distillation_step(loss, distiller, tokens, features) for name, loss in VARIANTS.items()}
+    distiller = teachers.build_distiller(shapes, options.device, options.dtype)
+    tokens, features = teachers.distillation_inputs(shapes, batch_size, options.device, options.dtype)
+    steps = {name: teachers.distillation_step(loss, distiller, tokens, features) for name, loss in VARIANTS.items()}
     torch.testing.assert_close(steps["ours"](), steps["unreduced"](), rtol=1e-3, atol=1e-3)
     times = paired_times(steps, options.repeats)
     given = sum(value.tokens.nbytes for value in features.values()) + tokens.nbytes

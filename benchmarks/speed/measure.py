@@ -147,7 +147,7 @@ def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = Fals
     return int(json.loads(child.stdout.splitlines()[-1])["peak"])
 
 
-def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str | os.PathLike | None = None) -> str:
+def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str | Path | None = None) -> str:
     """
     Print a table as Markdown, with the machine, the versions and `context` (shapes, repeats, ...) below it.
 
@@ -183,7 +183,7 @@ def in_words(context: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in context.items())
 
 
-def write_json(content: dict[str, Any], path: str | os.PathLike) -> None:
+def write_json(content: dict[str, Any], path: str | Path) -> None:
     """`save_json`, after making the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_json(content, path)

@@ -20,24 +20,10 @@ from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import add_image_token, build_processor
 
 
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-TOY_CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
+CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_LARGE |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
+TOY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOY_CLIP |= {"image_size": 28, "patch_size": 14, "projection_dim": 16}
 TOKENIZER = ROOT / "train" / "demo" / "weights" / "language_model"
 
 

@@ -13,28 +13,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed import teachers
 from benchmarks.speed.measure import in_words, machine, paired_times, parser, write_json
 from benchmarks.speed.models import TOY_CLIP, TowerCase, forward, training_step
-from benchmarks.speed.teachers import (
-    SHAPES,
-    TOY_SHAPES,
-    build_distiller,
-    distillation_inputs,
-    distillation_loss,
-    distillation_step,
-)
 from train.demo.run import save_figure
 
 
-CLIP_BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-    "projection_dim": 512,
-}
+CLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_BASE |= {"image_size": 224, "patch_size": 16, "projection_dim": 512}
 CURVES = {
     "image size": [112, 224, 448, 672],
     "batch": [1, 2, 4, 8],
@@ -72,14 +58,14 @@ def measure_tower(curve: str, values: list[int], options: Any) -> dict[str, list
 
 
 def measure_losses(options: Any) -> list[float]:
-    shapes = TOY_SHAPES if options.toy else SHAPES
+    shapes = teachers.TOY_SHAPES if options.toy else teachers.SHAPES
     names = list(shapes["teachers"])
     functions = {}
     for number in range(1, len(names) + 1):
         some = {**shapes, "teachers": {name: shapes["teachers"][name] for name in names[:number]}}
-        distiller = build_distiller(some, options.device, options.dtype)
-        inputs = distillation_inputs(some, 2, options.device, options.dtype)
-        functions[str(number)] = distillation_step(distillation_loss, distiller, *inputs)
+        distiller = teachers.build_distiller(some, options.device, options.dtype)
+        inputs = teachers.distillation_inputs(some, 2, options.device, options.dtype)
+        functions[str(number)] = teachers.distillation_step(teachers.distillation_loss, distiller, *inputs)
     return [statistics.median(values) for values in paired_times(functions, options.repeats).values()]
 
 

@@ -168,11 +168,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (without("probe"), "Line 3 has no probe"),
     (without("experts"), "Line 3 has no experts"),
     (fields(seed=2, settings={"lora_rank": 8}), "Lines 1 and 3 are both arm ours on test, with different settings"),
-    (fields("rival", questions={"read": 40, "count": 50}), "Lines 1 and 3 .split test, seed 1. were asked different"),
-    (fields(seed=2, probe={"shape": 1.0}, probe_at_start={"shape": 1.0}), "Lines 1 and 3 differ in probe"),
+    (fields("rival", questions={"read": 40, "count": 50}), "Lines 1 and 3 were measured on different questions"),
+    (
+        fields(seed=2, probe={"shape": 1.0}, probe_at_start={"shape": 1.0}),
+        "Lines 1 and 3 were measured on different .* or probes",
+    ),
     (
         fields(seed=2, accuracy={"read": 0.5, "size": 0.5}, questions={"read": 400, "size": 500}),
-        "Lines 1 and 3 differ in accuracy: .*two worlds",
+        "Lines 1 and 3 were measured on .*two worlds",
     ),
 ]
 
