@@ -112,7 +112,8 @@ def check_together(runs: Sequence[Run]) -> None:
         if (run.questions, set(run.probe)) != (other.questions, set(other.probe)):
             raise ValueError(
                 f"Lines {other.line} and {run.line} were measured on different questions or probes: "
-                f"{other.questions}, {list(other.probe)} and {run.questions}, {list(run.probe)}. Keep two worlds in two files."
+                f"{other.questions}, {list(other.probe)} and {run.questions}, {list(run.probe)}. Keep results of two "
+                "worlds in two files."
             )
 
 

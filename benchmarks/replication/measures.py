@@ -13,8 +13,9 @@ from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.files import read_json, save_json
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
+from train.demo.scene_labels import normalized, probe_scores, resized
 from train.demo.scenes import IMAGE_SIZE
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 SCENES, PROBE = "measures.safetensors", "probe_at_start.json"

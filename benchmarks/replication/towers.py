@@ -36,6 +36,7 @@ from modeling_movekd.files import read_json, save_json
 from train.demo import networks, scene_labels
 from train.demo.scenes import Scene, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
 # Training steps, the longest training first
@@ -43,7 +44,7 @@ STEPS = {"language_model": 3600, "clip": 2400, "detector": 2400, "texture": 500,
 DEMO_LANGUAGE_MODEL = Path("train/demo/weights/language_model")
 # Of each teacher: image size, side of the grid of tokens, kinds of labels, mean and std of the pixels
 TEACHERS: dict[str, tuple[int, int, tuple[str, ...], tuple[float, ...], tuple[float, ...]]] = {
-    "detector": (96, 8, ("shape", "colour", "size"), networks.IMAGENET_MEAN, networks.IMAGENET_STD),
+    "detector": (96, 8, ("shape", "colour", "size"), IMAGENET_MEAN, IMAGENET_STD),
     "texture": (128, 16, ("pattern",), networks.HALF, networks.HALF),
     "reader": (128, 16, ("digit",), networks.HALF, networks.HALF),
 }
@@ -100,7 +101,7 @@ def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float
             )
             networks.save_tower(
                 clip,
-                networks.image_processor_of(CLIPImageProcessor, 64, scene_labels.CLIP_MEAN, scene_labels.CLIP_STD),
+                networks.image_processor_of(CLIPImageProcessor, 64, CLIP_MEAN, CLIP_STD),
                 unfinished,
             )
             features = scene_labels.student_features(clip, pictures_of("validation", held_out, seed, 64))
