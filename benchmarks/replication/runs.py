@@ -89,7 +89,7 @@ def prepare(folder: Path, scale: Scale) -> None:
     # Their image geometries differ, and with them the cached features
     for name in ("paper", "released"):
         for stage in STAGES:
-            args = arguments(folder, scale, ARMS[name], stage, 0, folder / "unused", **parts)
+            args = arguments(folder, ARMS[name], stage, 0, folder / "unused", **parts)
             cache_features(data_arguments(folder, stage), args, ModelArguments(), CacheArguments())
     prepare_measures(folder, towers(folder)["clip"])
 
@@ -102,9 +102,7 @@ def data_arguments(folder: Path, stage: str) -> DataArguments:
     return DataArguments(dataset_name=[str(folder / "data" / stage)])
 
 
-def arguments(
-    folder: Path, scale: Scale, arm: Arm, stage: str, seed: int, output: Path, **settings: Any
-) -> MoveKDSFTConfig:
+def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **settings: Any) -> MoveKDSFTConfig:
     """The common recipe with the settings of an arm."""
     geometry = PRESETS[arm.settings.get("distillation_preset", "paper")]["geometry"]
     chosen: dict[str, Any] = {
@@ -172,7 +170,7 @@ def train_arm(
     source = ModelArguments()
     for stage in STAGES:
         settings = start | job.settings_in(stage, scale.steps)
-        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **settings)
+        args = arguments(folder, arm, stage, job.seed, output / stage, **settings)
         trainer = train(data_arguments(folder, stage), args, source)
         training = summary(trainer)
         trainer.end()
@@ -193,7 +191,7 @@ def train_side_by_side(
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
         settings = job.settings_in(stage, scale.steps)
-        args = arguments(folder, scale, arm, stage, job.seed, output / stage, **parts, **settings)
+        args = arguments(folder, arm, stage, job.seed, output / stage, **parts, **settings)
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:

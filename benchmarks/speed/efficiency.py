@@ -77,33 +77,28 @@ def build(kind: str, checkpoint: str, spec: Any = None, toy: bool = False) -> tu
     return teacher, teacher.preprocessor.image_size
 
 
-def forward(
-    kind: str, checkpoint: str, device: str, dtype: str, spec: Any = None, toy: bool = False
-) -> Callable[[], Any]:
-    """One image through one model."""
-    model, size = build(kind, checkpoint, spec, toy)
+def forward(model: nn.Module, size: int, device: str, dtype: str) -> Callable[[], Any]:
+    """One image through a model."""
     model = model.to(device, getattr(torch, dtype)).eval()
     pixels = torch.randn(1, 3, size, size).to(device, getattr(torch, dtype))
     return torch.no_grad()(lambda: model(pixels)) if isinstance(model, FrozenTeacher) else runner(model, pixels)
 
 
-def building_and_forward(**arguments: Any) -> Callable[[], Any]:
+def building_and_forward(case: dict[str, Any], device: str, dtype: str) -> Callable[[], Any]:
     """For a fresh process: building counts too, imports do not."""
-    return lambda: forward(**arguments)()
+    return lambda: forward(*build(**case), device, dtype)()
 
 
-def measure(arguments: dict[str, Any], repeats: int) -> dict[str, float]:
-    """One row of the table."""
-    model, _ = build(arguments["kind"], arguments["checkpoint"], arguments["spec"], arguments["toy"])
+def measure(case: dict[str, Any], device: str, dtype: str, repeats: int) -> dict[str, float]:
+    """One row of the table; `case` holds the arguments of [`build`]."""
+    model, size = build(**case)
     parameters = sum(value.numel() for value in model.parameters())
-    del model
-    run = forward(**arguments)
+    run = forward(model, size, device, dtype)
     operations = flops(run)
     seconds = statistics.median(paired_times({"forward": run}, repeats, warm_up=0)["forward"])
-    del run
-    memory = peak_memory(
-        "benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=arguments["toy"]
-    )
+    del model, run
+    arguments = {"case": case, "device": device, "dtype": dtype}
+    memory = peak_memory("benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=case["toy"])
     return {
         "parameters": parameters / 1e6,
         "FLOPs": operations / 1e9,
@@ -148,21 +143,14 @@ def main(arguments: list[str] | None = None) -> None:
     flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    common = {
-        "checkpoint": options.checkpoint,
-        "device": options.device,
-        "dtype": options.dtype,
-        "toy": options.toy,
-        "spec": None,
-    }
-    cases = {"student": {**common, "kind": "student"}, "plain CLIP": {**common, "kind": "plain CLIP"}}
+    common = {"checkpoint": options.checkpoint, "toy": options.toy}
+    cases = {kind: {**common, "kind": kind} for kind in ("student", "plain CLIP")}
     if options.random_weights:
         cases |= {f"teacher {name}": {**common, "kind": "random", "spec": name} for name in ENCODERS}
     else:
         for spec in options.teachers or teacher_specs(options.checkpoint):
-            name = resolve_teacher(spec).name
-            cases[f"teacher {name}"] = {**common, "kind": "teacher", "spec": spec}
-    table = {name: measure(case, options.repeats) for name, case in cases.items()}
+            cases[f"teacher {resolve_teacher(spec).name}"] = {**common, "kind": "teacher", "spec": spec}
+    table = {name: measure(case, options.device, options.dtype, options.repeats) for name, case in cases.items()}
     taught = [values for name, values in table.items() if name.startswith("teacher")]
     table["all teachers"] = {column: sum(values[column] for values in taught) for column in COLUMNS}
     table["all teachers"]["memory"] = max(values["memory"] for values in taught)  # one process after the other

@@ -154,7 +154,7 @@ def test_arms_and_comparisons_name_each_other() -> None:
             job, steps = Job("", 0, "test", schedule), 0
             for stage in runs.STAGES:
                 told = job.settings_in(stage, TINY.steps)
-                args = runs.arguments(Path("nowhere"), TINY, arm, stage, 0, Path("nowhere"), **told)
+                args = runs.arguments(Path("nowhere"), arm, stage, 0, Path("nowhere"), **told)
                 assert args.distill == bool(arm.teachers)
                 assert {name: getattr(args, name) for name in told} == told
                 steps += args.max_steps
