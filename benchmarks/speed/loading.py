@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed.measure import ROOT, Row, parser, peak_memory, report
 from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.files import save_json
 
 
 VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
@@ -36,33 +38,27 @@ def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], s
         vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
         text = LlamaForCausalLM(LlamaConfig(**{**language, "vocab_size": language["vocab_size"] + 1}))
         model = MoveKDForConditionalGeneration.from_parts(vision, text, image_token_id=language["vocab_size"])
-    model.config.dtype = torch.bfloat16
+    model, model.config.dtype = model.to(torch.bfloat16), torch.bfloat16
     model.config.save_pretrained(folder)
-    shards: list[dict[str, list[int]]] = [{}]
-    filled = 0
-    for name, tensor in model.state_dict().items():
-        if filled and filled + 2 * tensor.numel() > shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = list(tensor.shape)
-        filled += 2 * tensor.numel()
-    index: dict[str, str] = {}
+    weights = model.state_dict()
+    plan = split_torch_state_dict_into_shards(
+        weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
     total = 0
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file_name, names in plan.filename_to_tensors.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in shard.items():
-            begin, end = end, end + 2 * torch.Size(shape).numel()
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-            index[name] = file_name
+        for name in names:
+            begin, end = end, end + weights[name].nbytes
+            header[name] = {"dtype": "BF16", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
         encoded = json.dumps(header).encode()
         with (folder / file_name).open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             file.truncate(8 + len(encoded) + end)
         total += end
-    names = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        save_json(index, folder / "model.safetensors.index.json")
     return total
 
 

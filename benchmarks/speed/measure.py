@@ -96,14 +96,13 @@ def paired_times(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_
     return times
 
 
-def paired_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
-    """Median of the ratios within a round, which a drift of the machine disturbs less than a ratio of medians."""
-    return statistics.median(a / b for a, b in zip(ours, rival, strict=True))
-
-
 def paired_row(what: str, ours: Sequence[float], rival: Sequence[float], **kwargs: Any) -> Row:
-    """A row of two lists of [`paired_times`]: their medians and the paired ratio."""
-    return Row(what, statistics.median(ours), statistics.median(rival), ratio=paired_ratio(ours, rival), **kwargs)
+    """
+    A row of two lists of [`paired_times`]: their medians, and the median of the ratios within a round, which a drift
+    of the machine disturbs less than a ratio of medians.
+    """
+    ratio = statistics.median(a / b for a, b in zip(ours, rival, strict=True))
+    return Row(what, statistics.median(ours), statistics.median(rival), ratio=ratio, **kwargs)
 
 
 def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = False, toy: bool = False) -> int:
@@ -126,14 +125,7 @@ def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = Fals
         measured = getattr(importlib.import_module(module), name)(**arguments)
         _ = measured() if callable(measured) else None
         return resident_memory(peak=True)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.measured_process",
-        function,
-        json.dumps(dict(arguments)),
-        str(int(beyond)),
-    ]
+    command = [sys.executable, "-m", "benchmarks.speed.measured_process"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -141,6 +133,7 @@ def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = Fals
         # glibc gives large tensors back to the system as soon as they are freed
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     }
+    command += [function, json.dumps(dict(arguments)), str(int(beyond))]
     child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(f"{function} with {dict(arguments)} failed:\n{child.stdout}{child.stderr}")
