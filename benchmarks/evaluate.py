@@ -6,8 +6,8 @@ The paper's eight benchmarks on a checkpoint, through lmms-eval:
     accelerate launch -m benchmarks.evaluate CHECKPOINT
 
 Writes to --output: `results.json` (lmms-eval's), `predictions/TASK.jsonl` (each answer with its score),
-`comparison.md` (beside the authors' numbers) and `evaluation.json`, which also goes into a checkpoint's folder, for
-its card, if every row was asked. Started again after an interruption it goes on where it stopped.
+`comparison.md` (beside the paper's numbers) and `evaluation.json`. If every row was asked, `evaluation.json` also goes
+into a checkpoint's folder, for its card. After an interruption, the same command continues where it stopped.
 """
 
 import argparse
@@ -22,13 +22,12 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from benchmarks.speed.measure import write
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
 from hub.card_facts import EvaluationResult, hub_id, read_evaluation, weights_fingerprint
-from modeling_movekd.files import EVALUATION_NAME
+from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
 
 
-# Of a checkpoint on the Hub
+# What is downloaded of a checkpoint on the Hub
 FILES = ["*.json", "*.jinja", "model*.safetensors", "*.model"]
 
 
@@ -44,31 +43,31 @@ def evaluate(
     dtype: str | None = None,
 ) -> dict[str, Any] | None:
     """
-    Run tasks of lmms-eval and write what came of them; see the module.
+    Run tasks of lmms-eval and write the results.
 
     Args:
-        checkpoint: Hub id or folder of a whole model.
-        tasks: lmms-eval's names, those of `BENCHMARKS`, or those of `include_path`.
-        output: Folder that takes the results.
-        limit: Rows of each task; all of them if `None`.
-        include_path: Folder with more tasks of lmms-eval.
+        checkpoint (`str`): Hub id or folder of a whole model.
+        tasks (`Sequence`): Names of tasks: lmms-eval's, those of `BENCHMARKS`, or those of `include_path`.
+        output (`Path`): Folder that takes the results.
+        limit (`int`, *optional*): Rows of each task; by default all.
+        include_path (`Path`, *optional*): Folder with more tasks of lmms-eval.
 
     Returns:
         lmms-eval's results without the samples; `None` on all processes but the first.
 
     Raises:
-        ValueError: for a task that is not known, an `evaluation.json` of other weights in the checkpoint's folder, or
-            answers of another model in `output`.
-        RuntimeError: if a task has come out with other than all of its rows, or a number that is none. What happens
-            inside a task is raised as it is.
+        ValueError: for an unknown task, an `evaluation.json` of other weights in the checkpoint's folder, or answers
+            of another model in `output`.
+        RuntimeError: if a task returns fewer rows than it has, or a number that is not finite. Errors inside a task
+            are raised as they are.
     """
-    # Takes many seconds: not for `--help`
+    # The import takes many seconds, which `--help` should not
     from lmms_eval.evaluator import simple_evaluate
 
     from modeling_movekd.lmms_eval import MoveKDEvaluation
 
     local = Path(checkpoint).is_dir()
-    # `main` may move in the hours that this takes: one commit is evaluated
+    # Downloaded once: the branch may move in the hours of an evaluation
     folder = Path(checkpoint if local else snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
     kept = read_evaluation(folder) if local else []
     manager = task_manager(tasks, output / "tasks", include_path)
@@ -95,37 +94,43 @@ def evaluate(
     samples = (results or {}).pop("samples", {})
     check_results(results or {}, samples, limit)
     assert results is not None
+    (output / "predictions").mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-        write(output / "predictions" / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(output / "predictions" / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
     measured = evaluation_results(results, samples)
-    names = {(result.dataset, result.subset, result.split, result.metric, result.prompt) for result in measured}
-    others = [
-        result
-        for result in kept
-        if (result.dataset, result.subset, result.split, result.metric, result.prompt) not in names
-    ]
     content = {"results": [asdict(result) for result in measured], "weights": weights_fingerprint(folder)}
-    write(output / EVALUATION_NAME, json.dumps(content, indent=2) + "\n")
+    save_json(content, output / EVALUATION_NAME)
     if local and limit is None and measured:
-        content["results"] = [asdict(result) for result in [*others, *measured]]
-        write(folder / EVALUATION_NAME, json.dumps(content, indent=2) + "\n")
-    write(output / "comparison.md", comparison(results, samples, limit))
-    write(output / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+        again = {key(result) for result in measured}
+        kept = [result for result in kept if key(result) not in again]
+        save_json(content | {"results": [asdict(result) for result in [*kept, *measured]]}, folder / EVALUATION_NAME)
+    write_text(output / "comparison.md", comparison(results, samples, limit))
+    save_json(results, output / "results.json")
     return results
+
+
+def key(result: EvaluationResult) -> tuple[str | None, ...]:
+    """Two results with the same key are of the same measurement."""
+    return result.dataset, result.subset, result.split, result.metric, result.prompt
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def task_manager(tasks: Sequence[str], folder: Path, include_path: Path | None = None) -> Any:
     """
-    lmms-eval's `TaskManager` that knows the tasks.
+    lmms-eval's `TaskManager` with these tasks.
 
     Args:
-        folder: Takes the files of the tasks that lmms-eval has not.
-        include_path: Folder with more tasks.
+        tasks (`Sequence`): Names of tasks.
+        folder (`Path`): Takes the files of our own tasks.
+        include_path (`Path`, *optional*): Folder with more tasks.
 
     Raises:
-        ValueError: if none is asked for, one is not known, or one in `include_path` has the name of another, which
-            lmms-eval would take instead.
+        ValueError: if there is no task, a task is unknown, or a task in `include_path` has a name that lmms-eval has.
     """
     from lmms_eval.tasks import TaskManager
 
@@ -133,7 +138,7 @@ def task_manager(tasks: Sequence[str], folder: Path, include_path: Path | None =
     own = []
     if include_path is not None:
         if not include_path.is_dir():
-            raise ValueError(f"{include_path} is no folder; --include-path takes one that holds YAML files.")
+            raise ValueError(f"{include_path} is not a folder. Give --include-path a folder that holds YAML files.")
         own = TaskManager("WARNING", str(include_path), include_defaults=False).all_tasks
     others = not set(tasks) <= {*BENCHMARKS, *own}
     manager = TaskManager("WARNING", [str(path) for path in folders], include_defaults=others, model_name="movekd")
@@ -145,14 +150,14 @@ def task_manager(tasks: Sequence[str], folder: Path, include_path: Path | None =
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown or not tasks:
         raise ValueError(
-            f"lmms-eval knows no task {', '.join(unknown)!r}. The paper's are {', '.join(BENCHMARKS)}; tasks of your "
-            "own go into a folder for --include-path."
+            f"lmms-eval knows no task {', '.join(unknown)!r}. The paper's are {', '.join(BENCHMARKS)}. Put tasks of "
+            "your own into a folder for --include-path."
         )
     return manager
 
 
 def identity(folder: Path, dtype: str | None) -> str:
-    """Tells one model's answers from another's: its weights, its text files and its dtype, as 16 hex digits."""
+    """16 hex digits that stand for a model's weights, configuration, tokenizer and dtype."""
     digest = hashlib.sha256(f"{weights_fingerprint(folder)} {dtype}".encode())
     names = ("*config.json", "tokenizer*", "*.jinja")
     for path in sorted({path for name in names for path in folder.glob(name) if path.is_file()}):
@@ -163,25 +168,25 @@ def identity(folder: Path, dtype: str | None) -> str:
 def check_results(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]], limit: int | None) -> None:
     """
     Raises:
-        RuntimeError: if there is no result, a task has other rows than it should, or a number is missing or infinite.
+        RuntimeError: if there is no result, a task has another number of rows, or a number is missing or not finite.
     """
     if not results.get("n-samples"):
-        raise RuntimeError("lmms-eval has come back without a result.")
+        raise RuntimeError("lmms-eval returned without a result. Its log above names the cause.")
     for task, counts in results["n-samples"].items():
         expected = min(counts["original"], limit or counts["original"])
         rows = {row["doc_id"] for row in samples.get(task, [])}
         if len(rows) != expected or not expected:
             raise RuntimeError(f"{task} was scored on {len(rows)} rows, expected {expected}.")
         metrics = {name: value for name, value in results["results"][task].items() if "_stderr" not in name}
-        # What is no number: files for a benchmark's server, which come out as nothing or a list
+        # Files for a benchmark's server are metrics too, but come as nothing or a list
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         compared = f"{BENCHMARKS[task].metric},none" if task in BENCHMARKS else next(iter(numbers), None)
         if compared not in numbers or not all(math.isfinite(value) for value in numbers.values()):
-            raise RuntimeError(f"{task} has come out as {metrics}, expected finite numbers, {compared} among them.")
+            raise RuntimeError(f"{task} returned {metrics}, expected finite numbers, {compared} among them.")
 
 
 def evaluation_results(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]) -> list[EvaluationResult]:
-    """What the checkpoint's card says of the paper's benchmarks among the tasks, as lmms-eval gives it."""
+    """The results of the paper's benchmarks for the checkpoint's card, on lmms-eval's scale."""
     found = []
     for task, benchmark in BENCHMARKS.items():
         if task not in results["n-samples"]:
@@ -204,7 +209,7 @@ def evaluation_results(results: Mapping[str, Any], samples: Mapping[str, Sequenc
 
 
 def comparison(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]], limit: int | None = None) -> str:
-    """The paper's benchmarks among the tasks beside the authors' numbers, as Markdown."""
+    """The paper's benchmarks beside the paper's numbers, as Markdown."""
     lines = [
         f"| benchmark | split | rows | empty answers | this checkpoint | {' | '.join(COLUMNS)} | note |",
         f"|---|---|---|---|---|{'---|' * len(COLUMNS)}---|",
@@ -214,13 +219,13 @@ def comparison(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]],
             continue
         value = results["results"][task][f"{benchmark.metric},none"] * benchmark.scale
         empty = sum(not str(row["filtered_resps"][0]).strip() for row in samples[task])
-        authors = [" / ".join(f"{row[column]:g}" for row in benchmark.authors.values()) for column in range(3)]
-        cells = [benchmark.title, benchmark.split, len(samples[task]), empty, f"**{value:.1f}**", *authors]
+        paper = [" / ".join(f"{row[column]:g}" for row in benchmark.paper.values()) for column in range(3)]
+        cells = [benchmark.title, benchmark.split, len(samples[task]), empty, f"**{value:.1f}**", *paper]
         lines.append(f"| {' | '.join(str(cell) for cell in [*cells, benchmark.note])} |")
-    lines += ["", f"{', '.join(COLUMNS)}: the authors' numbers (arXiv 2501.01709), 7B / 13B. lmms-eval's prompts and"]
-    lines += ["metrics where nothing else is said; its public splits."]
+    lines += ["", f"{', '.join(COLUMNS)}: the paper's numbers (arXiv 2501.01709), 7B / 13B. Splits are public."]
+    lines += ["Prompts and metrics are lmms-eval's unless a note says otherwise."]
     if limit is not None:
-        lines += ["", f"Only the first {limit} rows of each task were asked: no number to quote."]
+        lines += ["", f"Only the first {limit} rows of each task were asked. Do not quote these numbers."]
     return "\n".join(lines) + "\n"
 
 
@@ -231,14 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("--tasks", nargs="+", default=list(BENCHMARKS), help="by default: %(default)s")
-    parser.add_argument("--output", type=Path, help="by default outputs/evaluation/NAME")
-    parser.add_argument("--limit", type=int, help="rows of each task, to try it out; even for MME")
+    parser.add_argument("--tasks", nargs="+", default=list(BENCHMARKS), help="names of tasks (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: outputs/evaluation/NAME)")
+    parser.add_argument("--limit", type=int, help="rows of each task, for a trial; an even number for MME")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--include-path", type=Path, help="folder with more tasks of lmms-eval")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="by default the GPU of each process, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; by default that of the weights on a GPU, float32 on a CPU")
+    parser.add_argument("--device", help="default: the GPU of each process, else the CPU")
+    parser.add_argument("--dtype", help="such as bfloat16 (default: that of the weights on a GPU, float32 on a CPU)")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit is {options.limit}, expected a positive number")

@@ -1,10 +1,11 @@
 """The paper's eight benchmarks as tasks of lmms-eval, and the paper's numbers."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from modeling_movekd.files import new_file
 
 
 TASK_FOLDER = Path(__file__).with_name("lmms_eval_tasks")
@@ -18,14 +19,14 @@ class Benchmark:
     One benchmark as it is run here.
 
     Args:
-        title: Its name in the paper's table.
-        metric: lmms-eval's metric that is compared.
-        scale: What lmms-eval's number is multiplied by to be on the paper's scale.
-        split: The public split, in words.
-        prompt: How the question is asked, in words.
-        note: What differs from the paper's number.
-        authors: The paper's numbers by the columns `LLaVA-1.5`, `MoVE-KD-v1.0`, `MoVE-KD-v1.1`, by size of the
-            language model (MoVE-KD, arXiv 2501.01709).
+        title (`str`): Its name in the paper's table.
+        metric (`str`): lmms-eval's metric that is compared.
+        scale (`float`): Factor from lmms-eval's scale to the paper's.
+        split (`str`): The public split, in words.
+        prompt (`str`): The form of the question, in words.
+        note (`str`, *optional*): What differs from the paper's measurement.
+        paper (`Mapping`, *optional*): The paper's numbers in the order of `COLUMNS`, by size of the language model
+            (MoVE-KD, arXiv 2501.01709).
     """
 
     title: str
@@ -34,14 +35,14 @@ class Benchmark:
     split: str
     prompt: str
     note: str = ""
-    authors: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    paper: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 COLUMNS = ("LLaVA-1.5", "MoVE-KD-v1.0", "MoVE-KD-v1.1")
-# Where lmms-eval's own files of them are; reading all of its thousands takes long
+# The folders of these tasks in lmms-eval, whose thousands of tasks take long to read
 LMMS_EVAL_FOLDERS = ("vqav2", "gqa", "textvqa", "vizwiz_vqa", "pope", "scienceqa", "mme", "mmbench")
 
-# By lmms-eval's name of the task; the two that are not its own are in `lmms_eval_tasks`
+# By lmms-eval's name of the task; two of them are our own, in `lmms_eval_tasks`
 BENCHMARKS = {
     "vqav2_val": Benchmark(
         "VQAv2",
@@ -53,13 +54,7 @@ BENCHMARKS = {
         {"7B": (78.5, 79.5, 79.9), "13B": (80.0, 80.6, 80.8)},
     ),
     "gqa": Benchmark(
-        "GQA",
-        "exact_match",
-        100,
-        "test-dev balanced",
-        WORD,
-        "",
-        {"7B": (62.0, 63.2, 63.9), "13B": (63.3, 64.2, 63.9)},
+        "GQA", "exact_match", 100, "test-dev balanced", WORD, "", {"7B": (62.0, 63.2, 63.9), "13B": (63.3, 64.2, 63.9)}
     ),
     "textvqa_val_ocr": Benchmark(
         "TextVQA",
@@ -128,7 +123,6 @@ BENCHMARKS = {
 
 
 def lmms_eval_tasks() -> Path:
-    """Where the installed lmms-eval keeps its tasks."""
     import lmms_eval.tasks
 
     return Path(lmms_eval.tasks.__file__).parent
@@ -136,8 +130,8 @@ def lmms_eval_tasks() -> Path:
 
 def write_tasks(folder: Path) -> Path:
     """
-    Write the tasks of ours to a folder that lmms-eval takes as its `--include_path`: they build on lmms-eval's own
-    files, which are wherever it is installed.
+    Write our own tasks to a folder for lmms-eval's `--include_path`, with the paths of the installed task files that
+    they include.
 
     Returns:
         The folder.
@@ -146,14 +140,13 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(TASK_FOLDER.glob("*.yaml")):
         text = source.read_text(encoding="utf-8").replace("\ninclude: ", f"\ninclude: {theirs.as_posix()}/")
-        temporary = folder / f"{source.name}.{os.getpid()}.tmp"  # each process of a run writes it
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / source.name)
+        with new_file(folder / source.name) as temporary:  # each process of a run writes it
+            temporary.write_text(text, encoding="utf-8")
     return folder
 
 
 def mmbench_prompt(row: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """A question of MMBench as LLaVA asks it: hint, question and the choices there are, a line each."""
+    """A question of MMBench as LLaVA asks it: hint, question and choices, a line each."""
     settings = lmms_eval_specific_kwargs or {}
     lines = [] if _missing(row["hint"]) else [row["hint"]]
     lines.append(row["question"])
@@ -162,5 +155,5 @@ def mmbench_prompt(row: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[st
 
 
 def _missing(value: Any) -> bool:
-    """The data set's tables write what is missing in several ways."""
+    """The data set marks missing values in several ways."""
     return value is None or value != value or str(value).strip().lower() in ("", "nan", "none")

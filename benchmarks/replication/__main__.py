@@ -4,11 +4,11 @@ The paper's ablation in a small world, with this project's own trainer, model an
     python -m benchmarks.replication            # everything that is missing, two runs at a time
     python -m benchmarks.replication --quick    # a few steps of a few arms, to see that it works
 
-Pictures, networks and features are made once, in `outputs/replication`. First the schedule (learning rates, steps of
-each stage) of each family of arms is chosen on the split `validation`, with seeds of its own, then the best control;
-then each arm answers the test split once for each seed. Each run appends a line to the results; those that are there
-are not run again, so that it can be stopped at any time (`--minutes` stops by itself).
-`python -m benchmarks.replication.report` makes the report of them.
+Pictures, networks and features are made once, in `outputs/replication`. The runs of the split `validation`, which have
+their own seeds, choose the schedule (learning rates, steps of each stage) of each family of arms, and then the best
+control. On the split `test`, each arm runs once for each seed. Each run appends a line to the results and is not run
+again, so the command can be stopped at any time (`--minutes` stops it) and continued by the same command.
+`python -m benchmarks.replication.report` writes the report.
 """
 
 import argparse
@@ -44,14 +44,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    # A test run is the arm's one and only, whatever schedule validation gave it
+    # An arm has one test run for each seed, whatever schedule validation chose
     if job.split == "test":
         return job.arm, job.seed, "test"
     return job.arm, job.seed, job.split, job.schedule, ()
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """The key of the job that made a line; it ends in the arm's settings where the arm has others by now."""
+    """The key of the job that wrote a line. If the arm's settings changed since, it ends in the earlier settings."""
     if line["split"] == "test":
         return line["arm"], line["seed"], "test"
     own = dict(line["settings"])
@@ -61,7 +61,7 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def schedule_jobs(arms: Iterable[str]) -> list[Job]:
-    """The runs that schedules are chosen by, for the arms whose schedule any of `arms` takes."""
+    """The validation runs that choose the schedules of `arms`."""
     owners = dict.fromkeys(ARMS[arm].schedule_of for arm in arms)
     return [
         Job(owner, seed, "validation", tried)
@@ -73,11 +73,10 @@ def schedule_jobs(arms: Iterable[str]) -> list[Job]:
 
 def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
     """
-    The schedule with which the arm that `arm` takes it from did best on validation, by the mean of all families and
-    seeds.
+    The schedule of an arm: the one with the best mean on validation, over all families and seeds.
 
     Raises:
-        ValueError: if none was tried yet.
+        ValueError: if no schedule was tried yet.
     """
     owner = ARMS[arm].schedule_of
     found = defaultdict[Schedule, list[float]](list)
@@ -85,14 +84,17 @@ def chosen_schedule(arm: str, lines: Sequence[dict[str, Any]]) -> Schedule:
         if line["arm"] == owner and line["split"] == "validation" and not key_of(line)[-1]:
             found[key_of(line)[3]].append(fmean(line["accuracy"].values()))
     if not found:
-        raise ValueError(f"No schedule of {owner} was tried on validation yet, which {arm} takes its own from.")
+        raise ValueError(
+            f"No schedule of {owner} was tried on validation, and {arm} takes the best of them. Run "
+            "`--part validation` first."
+        )
     return max(found, key=lambda schedule: fmean(found[schedule]))
 
 
 def check_asked(arms: Collection[str], lines: Sequence[dict[str, Any]]) -> None:
     """
     Raises:
-        ValueError: if test was asked with other settings than one of `arms` has by now.
+        ValueError: if an arm of `arms` was tested with settings other than its present ones.
     """
     for number, line in enumerate(lines, 1):
         if line["split"] != "test" or line["arm"] not in arms:
@@ -102,21 +104,21 @@ def check_asked(arms: Collection[str], lines: Sequence[dict[str, Any]]) -> None:
         if names:
             asked, now = ({name: settings.get(name) for name in names} for settings in (line["settings"], own))
             raise ValueError(
-                f"Line {number}: test was asked with {asked}, and {line['arm']} has {now} by now. Take that back, or "
-                "begin a new round: fresh pictures (PICTURES_SEED), new seeds, and no test lines."
+                f"Line {number}: test was asked with {asked}, but {line['arm']} has {now} now. Take the change back, "
+                "or begin a new round: fresh pictures (PICTURES_SEED), new seeds, and no test lines."
             )
 
 
 def run_all(
     jobs: Sequence[Job], results: Path, folder: Path, scale: Scale, workers: int, deadline: float, command: str
 ) -> int:
-    """Runs what is missing, `workers` at a time, and appends each line as it comes. Returns how many are left."""
+    """Run the jobs without a line, `workers` at a time, and append each line. Returns how many are left."""
     done = {key_of(line) for line in read(results)}
     missing = [job for job in jobs if key(job) not in done]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     waiting, running, left = iter(missing), set[Future](), len(missing)
     bar = tqdm(total=len(missing), desc=f"{missing[0].split} runs" if missing else "runs")
-    # Importing everything takes some ten seconds, and what runs leave behind in memory is not much
+    # Imports take some ten seconds: a process does several runs
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
         while True:
             while len(running) < workers and time.time() < deadline and (job := next(waiting, None)) is not None:
@@ -139,11 +141,11 @@ def run_all(
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, help="all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="for each arm")
-    parser.add_argument("--more_seeds", type=int, default=0, help="for each headline arm, besides")
-    parser.add_argument("--minutes", type=float, default=45, help="after which no further run is begun")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a few arms; results beside the outputs")
+    parser.add_argument("--seeds", type=int, default=5, help="test seeds of each arm")
+    parser.add_argument("--more_seeds", type=int, default=0, help="additional test seeds of each headline arm")
+    parser.add_argument("--minutes", type=float, default=45, help="start no run after this time")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with one thread each")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a few arms; results go to --output")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--results", type=Path, default=None)
     parser.add_argument("--part", choices=("prepare", "validation", "test"), default=None, help="all by default")
@@ -159,7 +161,7 @@ def main(given: Sequence[str] | None = None) -> None:
         seeds = dict.fromkeys(arms, 2)
     folder.mkdir(parents=True, exist_ok=True)
     networks = build_towers(folder / "towers", 0, scale.tower_pictures, scale.tower_effort, chosen.workers)
-    save_json(networks["scores"], results.with_name("networks.json"))
+    save_json(networks, results.with_name("networks.json"))
     prepare(folder, scale)
     command = "python -m benchmarks.replication " + " ".join(given if given is not None else sys.argv[1:])
     common = (results, folder, scale, chosen.workers, deadline, command.strip())
@@ -174,7 +176,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if chosen.part in (None, "test") and not left:
         lines = read(results)
         check_asked(arms, lines)
-        # Seed by seed, so that a run that is stopped has whole rounds of all arms
+        # Seed by seed, so that all arms have the same seeds if the command is stopped
         jobs = [
             Job(arm, seed, "test", chosen_schedule(arm, lines))
             for seed in range(FIRST_SEED, FIRST_SEED + max(seeds.values()))
@@ -182,7 +184,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if seed < FIRST_SEED + seeds[arm]
         ]
         left += run_all(jobs, *common)
-    print(f"{left} runs are left; the same command goes on." if left else f"All runs are in {results}.")
+    print(f"{left} runs are left; the same command continues." if left else f"All runs are in {results}.")
 
 
 if __name__ == "__main__":

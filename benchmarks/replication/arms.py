@@ -1,4 +1,4 @@
-"""The arms of the replication as data: what each one changes in the recipe that all share, and what is compared."""
+"""The arms of the replication: the options that each sets in the common recipe, its schedules, and the comparisons."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,15 +13,17 @@ RANK = 8
 
 class Schedule(NamedTuple):
     """
-    What is chosen on validation of how a run trains, all else being the recipe's.
+    The options of a run that are chosen on validation.
 
     Args:
-        pretrain_vision_tower_learning_rate: The tower's in the first stage; `None` is that of projector and heads.
-            Without distillation only experts train then.
-        vision_tower_learning_rate: The tower's in the second stage; `None` as above.
-        learning_rate: Of projector and heads in the second stage.
-        language_model_learning_rate: The language model's in the second stage; `None` as above.
-        pretrain_share: Of all steps, the first stage's. All runs have as many steps in both stages together.
+        pretrain_vision_tower_learning_rate (`float`, *optional*): The tower's rate in the first stage; `None` takes
+            that of projector and heads. Without distillation, only experts train in the first stage.
+        vision_tower_learning_rate (`float`, *optional*): The tower's rate in the second stage; `None` as above.
+        learning_rate (`float`, *optional*, defaults to 5e-4): Rate of projector and heads in the second stage.
+        language_model_learning_rate (`float`, *optional*): The language model's rate in the second stage; `None` as
+            above.
+        pretrain_share (`float`, *optional*, defaults to 0.5): The first stage's share of the steps. All runs have the
+            same number of steps in both stages together.
     """
 
     pretrain_vision_tower_learning_rate: float | None = None
@@ -32,16 +34,16 @@ class Schedule(NamedTuple):
 
 
 def _apart(pretrain: float | None = None, tower: float | None = None, share: float = 0.5) -> Schedule:
-    """The language model can answer everything in words, and stays near that while the projector finds the words."""
+    """A low rate for the language model, which knows the answers in words, and a high one for the projector."""
     return Schedule(pretrain, tower, 4e-3, 1e-4, share)
 
 
-# The three that are compared for what a mixture is worth: the same schedules are tried with all, each with two seeds
-# instead of one, since they learn late, and on one seed alone their schedules were far apart by chance
+# The three arms that show what the mixture is worth. The same schedules are tried with all three, and with two
+# seeds: these arms learn late, so that one seed alone ranked their schedules by chance
 CHOSEN_TWICE = ("heads_unit", "heads_unit_experts", "heads_unit_dense_lora")
 
-# What is tried on validation, by the arm it is tried with; other arms take what that one does best with. Wider
-# searches on earlier forms of the questions left these
+# The schedules that are tried on validation, by arm. Other arms take the best schedule of one of these arms. Wider
+# searches on an earlier form of the questions left these
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     **dict.fromkeys(("frozen", "unfrozen"), (Schedule(), Schedule(pretrain_share=0.7))),
     "unfrozen_tuned": tuple(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4)),
@@ -56,12 +58,12 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
 class Arm:
     """
     Args:
-        title: For the tables.
-        group: Heading that it stands under.
-        schedule_of: Name of the arm on whose validation the schedule is chosen for this one.
-        teachers: Names of the teachers; none is training without distillation.
-        settings: Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
-        side_by_side: All encoders are kept at inference and nothing is distilled.
+        title (`str`): What the tables call it.
+        group (`str`): Its heading in the tables.
+        schedule_of (`str`): Name of the arm whose validation runs choose the schedule.
+        teachers (`tuple`, *optional*): Names of the teachers; without any, nothing is distilled.
+        settings (`dict`, *optional*): Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
+        side_by_side (`bool`, *optional*, defaults to `False`): Keep all encoders at inference and distill nothing.
     """
 
     title: str
@@ -79,13 +81,12 @@ ONE_EXPERT: dict[str, Any] = {
     "num_experts": 1,
     "lora_rank": 3 * RANK,
     "lora_alpha": 3 * RANK,
-    # A router with one expert has nothing to learn
     "router_gradient": "none",
     "lambda_balance": 0.0,
 }
 EQUAL = {"token_weighting": "none", "teacher_weighting": "equal"}
-# The weight of the distillation loss, the components and the form of the heads were tried on pictures of the split
-# `validation` first, in runs that are not among the results
+# Weight, components and form of the heads were chosen on the split `validation` beforehand, in runs that are not among
+# the results
 STUDENT_SIDE: dict[str, Any] = {
     "distillation_preset": "student_heads",
     "token_weighting": "none",
@@ -108,7 +109,7 @@ ARMS = {
     "paper_without_experts": Arm("`paper` without MoLE", LADDER, "paper", settings=DENSE),
     "released": Arm("`released`", RELEASED, "paper", settings={"distillation_preset": "released"}),
     "adapters_weighted": Arm(
-        "adapters on the teachers' side, at the weights of what follows",
+        "adapters on the teachers' side, at the loss weights of the arms below",
         STUDENT,
         "adapters_weighted",
         settings=DENSE | EQUAL | {"lambda_kd": 4.0, "clip_share": 0.2},
@@ -134,7 +135,7 @@ ARMS = {
 }
 
 CONTROLS = ["frozen", "unfrozen", "unfrozen_tuned", "experts_without_kd", "clip_anchor"]
-# Arms with more seeds
+# Arms that the conclusions rest on, which get more seeds
 HEADLINE = [
     "frozen",
     "unfrozen_tuned",
@@ -142,9 +143,7 @@ HEADLINE = [
     "clip_anchor",
     "released",
     "paper",
-    "heads_unit",
-    "heads_unit_experts",
-    "heads_unit_dense_lora",
+    *CHOSEN_TWICE,
     "encoders",
 ]
 UPPER = "encoders"
@@ -153,18 +152,18 @@ COMPARISONS = [
     ("clip_anchor", "unfrozen_tuned", "Does the CLIP anchor alone help?"),
     ("experts_without_kd", "unfrozen_tuned", "Does MoLE help without KD?"),
     ("adapters", "clip_anchor", "Do more teachers help, through adapters on the teachers' side?"),
-    ("adapters_experts", "adapters", "Does MoLE help then?"),
+    ("adapters_experts", "adapters", "Does MoLE help the adapters?"),
     ("adapters_experts_tokens", "adapters_experts", "Do token weights help?"),
     ("paper", "adapters_experts_tokens", "Do teacher weights help?"),
     ("paper", "paper_without_experts", "Does `paper` need MoLE?"),
     ("paper", "clip_anchor", "Does `paper` beat the CLIP anchor?"),
     ("released", "clip_anchor", "Does `released` beat the CLIP anchor?"),
-    ("adapters_weighted", "adapters", "Do 32 times the weight on the other teachers help the adapters?"),
+    ("adapters_weighted", "adapters", "Do the adapters profit from 32 times the weight on the other teachers?"),
     ("heads_raw", "adapters_weighted", "Do heads on the student's side beat adapters of the same weights?"),
     ("heads_whitened", "heads_raw", "Does whitening the features help?"),
     ("heads_unit", "heads_whitened", "Do heads that cannot amplify help?"),
-    ("heads_unit_experts", "heads_unit", "Does MoLE help there?"),
-    ("heads_unit_dense_lora", "heads_unit", "Does a dense LoRA help there?"),
+    ("heads_unit_experts", "heads_unit", "Does MoLE help the student-side form?"),
+    ("heads_unit_dense_lora", "heads_unit", "Does a dense LoRA help the student-side form?"),
     ("heads_unit_experts", "heads_unit_dense_lora", "Does MoLE beat a dense LoRA of its size?"),
     ("heads_unit", "clip_anchor", "Does the student-side form without experts beat the CLIP anchor?"),
     ("heads_unit_experts", "clip_anchor", "Does the student-side form with MoLE beat the CLIP anchor?"),

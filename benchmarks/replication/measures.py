@@ -1,7 +1,5 @@
-"""What is measured of a trained student besides its answers: probes, alignment to the teachers, drift, expert use."""
+"""Measures of a trained student besides its answers: probes, drift from CLIP, use of the experts."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +12,29 @@ from benchmarks.replication.side_by_side import SideBySideEncoders
 from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
-from modeling_movekd.files import save_json
+from modeling_movekd.files import read_json, save_json
 from train.demo.scene_labels import normalized, probe_scores, resized
-from train.demo.scenes import GRID, IMAGE_SIZE, SHAPES
-from train.distillation.heads import resample_grid
-from train.teachers.config import TeacherConfig
-from train.teachers.loaders import load_teacher
+from train.demo.scenes import IMAGE_SIZE
 from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 SCENES, PROBE = "measures.safetensors", "probe_at_start.json"
-USED_LAYERS = 3  # of the four of CLIP here: LLaVA reads the hidden state before the last
-FITTED, MEASURED = 700, 300  # scenes that fit a probe, and scenes that measure it
-KINDS = ("nothing", "digit", *SHAPES)
-
-
-def token_kinds(truth: Mapping[str, Tensor]) -> Tensor:
-    """What each cell holds, as an index of `KINDS`, [n, 16]."""
-    kinds = torch.where(truth["digit"] >= 0, 1, 0)
-    return torch.where(truth["shape"] >= 0, truth["shape"] + 2, kinds)
+USED_LAYERS = 3  # of CLIP's four: LLaVA reads the hidden state before the last
+FITTED, MEASURED = 700, 300  # scenes that fit a probe, and scenes that it is scored on
 
 
 @torch.no_grad()
-def prepare_measures(folder: Path, teachers: Mapping[str, str]) -> None:
+def prepare_measures(folder: Path, clip: str) -> None:
     """
-    Write what every run is measured on, once: scenes of the split `validation` as pixels and labels, the features of
-    each teacher on the student's grid, and the probe of the CLIP that students start from.
-
-    Args:
-        teachers: Folders by name; `clip` is the student's start.
+    Write once what every run is measured on: scenes of the split `validation` as pixels and labels, and the scores of
+    the probe of `clip`, the folder of the CLIP that students start from.
     """
     if (folder / PROBE).is_file():
         return
     scenes = [sample_scene("validation", index) for index in range(FITTED + MEASURED)]
     truth, pictures = labels(scenes), pictures_of("validation", scenes, 0, IMAGE_SIZE)
-    found = {"pictures": pictures, **{f"labels/{kind}": target for kind, target in truth.items()}}
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures[FITTED:]]
-    for name, source in teachers.items():
-        teacher = load_teacher(TeacherConfig(name=name, model=source))
-        features = teacher(teacher.preprocessor(images))
-        found[f"teachers/{name}"] = resample_grid(features.tokens.float(), features.grid, (GRID, GRID)).contiguous()
-    save_file(found, folder / SCENES)
-    start = MoveKDVisionModel.from_clip(teachers["clip"], num_experts=0)
+    save_file({"pictures": pictures, **{f"labels/{kind}": target for kind, target in truth.items()}}, folder / SCENES)
+    start = MoveKDVisionModel.from_clip(clip, num_experts=0)
     save_json(probe_scores(tower_tokens(start, student_pixels(pictures)), truth, FITTED), folder / PROBE)
 
 
@@ -65,17 +44,16 @@ def encoder_measures(encoder: MoveKDVisionModel | SideBySideEncoders, clip: str,
     Measures of the tokens that the projector gets.
 
     Args:
-        encoder: The student's tower, or the encoders that are kept.
-        clip: Folder of the CLIP that the student started from.
-        folder: Where [`prepare_measures`] wrote.
+        encoder (`MoveKDVisionModel` or `SideBySideEncoders`): The student's tower, or the encoders that are kept.
+        clip (`str`): Folder of the CLIP that the student started from.
+        folder (`Path`): Where [`prepare_measures`] wrote.
 
     Returns:
-        `probe` by kind of label, and `probe_at_start`; `cka` by teacher; `drift` from CLIP, the squared distance of
-        the tokens over their squared norm, 0 where CLIP is kept; `experts`, or `None` without them: `share` of the
-        tokens by layer and expert, and `by_kind` of cell the same.
+        `probe` and `probe_at_start` by kind of label; `drift`, the squared distance of the tokens from CLIP's over
+        their squared norm (0 if CLIP is kept); `experts`, the `share` of the tokens by layer and expert, or `None`.
     """
     found = load_file(folder / SCENES)
-    pictures = found.pop("pictures")
+    pictures = found["pictures"]
     truth = {name.removeprefix("labels/"): value for name, value in found.items() if name.startswith("labels/")}
     drift, experts = 0.0, None
     if isinstance(encoder, SideBySideEncoders):
@@ -89,55 +67,22 @@ def encoder_measures(encoder: MoveKDVisionModel | SideBySideEncoders, clip: str,
         drift = ((tokens - start).square().sum() / start.square().sum()).item()
         if encoder.config.num_experts:
             indices = torch.stack(outputs.expert_indices)[:USED_LAYERS, :, 1:]
-            experts = expert_use(indices, encoder.config.num_experts, token_kinds(truth))
-    measured = tokens[FITTED:].flatten(0, 1)
+            choices = torch.nn.functional.one_hot(indices, encoder.config.num_experts).float()
+            experts = {"share": choices.mean(dim=(1, 2)).tolist()}
     return {
         "probe": probe_scores(tokens, truth, FITTED),
-        "probe_at_start": json.loads((folder / PROBE).read_text()),
-        "cka": {
-            name.removeprefix("teachers/"): linear_cka(measured, value.flatten(0, 1))
-            for name, value in found.items()
-            if name.startswith("teachers/")
-        },
+        "probe_at_start": read_json(folder / PROBE),
         "drift": drift,
         "experts": experts,
     }
 
 
 def student_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [n, 3, 128, 128] as the student sees them, float32 [n, 3, 64, 64]."""
+    """From uint8 `(num_pictures, 3, 128, 128)` to what the student sees, float32 `(num_pictures, 3, 64, 64)`."""
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     return normalized(resized(images, 64), CLIP_MEAN, CLIP_STD)
 
 
 def tower_tokens(tower: MoveKDVisionModel, pixels: Tensor) -> Tensor:
-    """The hidden state that the projector gets, without [CLS]: that of the layer before CLIP's last."""
+    """The hidden state that the projector gets, without [CLS]."""
     return tower.eval()(pixels, output_hidden_states=True).hidden_states[USED_LAYERS][:, 1:]
-
-
-def expert_use(indices: Tensor, num_experts: int, kinds: Tensor) -> dict[str, Any]:
-    """
-    Share of the tokens that each expert takes, by layer, of all cells and of each kind of cell.
-
-    Args:
-        indices: Of the expert that each cell takes, [layers, n, 16].
-        kinds: What each cell holds, [n, 16].
-    """
-    choices = torch.nn.functional.one_hot(indices, num_experts).float()
-    return {
-        "share": choices.mean(dim=(1, 2)).tolist(),
-        "by_kind": {name: choices[:, kinds == index].mean(dim=1).tolist() for index, name in enumerate(KINDS)},
-    }
-
-
-def linear_cka(left: Tensor, right: Tensor) -> float:
-    """
-    Linear centred kernel alignment (arXiv 1905.00414, section 3): |Y'X|^2 / (|X'X| |Y'Y|) in Frobenius norms of the
-    centred matrices, from 0 to 1.
-
-    Args:
-        left, right: [n, p] and [n, q], the same n tokens.
-    """
-    left, right = left - left.mean(0), right - right.mean(0)
-    cross = (right.T @ left).square().sum()
-    return (cross / ((left.T @ left).norm() * (right.T @ right).norm())).item()

@@ -1,7 +1,5 @@
-"""One run of the replication: both stages with the project's own trainer, then what it is judged by."""
+"""One run of the replication: both stages with the project's own trainer, then its answers and measures."""
 
-import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -19,7 +17,6 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
-from modeling_movekd.files import save_json
 from train.build import build_collator, build_student
 from train.cache_writer import CacheArguments, cache_features
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
@@ -34,7 +31,16 @@ from train.trainer import MoveKDTrainer
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: pictures of each stage, questions of each evaluation, steps of both stages together."""
+    """
+    The size of an experiment.
+
+    Args:
+        pretrain, finetune (`int`): Pictures of each stage.
+        validation, test (`int`): Questions of each evaluation.
+        steps (`int`): Training steps of both stages together.
+        tower_effort (`float`): Factor on the training steps of the networks.
+        tower_pictures (`int`): Pictures that the networks train on.
+    """
 
     pretrain: int = 2000
     finetune: int = 1000
@@ -46,33 +52,30 @@ class Scale:
 
 
 QUICK = Scale(200, 200, 60, 120, 50, 0.05, 500)
-# Pictures of the split `test` that no earlier form of this was scored on
+# The split `test` has pictures that no earlier round was scored on
 PICTURES_SEED = {"test": 3}
-FOLDERS = ("output_dir", "logging_dir", "run_name")
 STAGES = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
-
     arm: str
     seed: int
     split: str
     schedule: Schedule
 
     def settings_in(self, stage: str, steps: int) -> dict[str, Any]:
-        """As settings of a stage, of `steps` in both; the first trains projector and heads at one rate in all runs."""
-        told = self.schedule._asdict()
-        tower = told.pop("pretrain_vision_tower_learning_rate")
-        pretrain_steps = round(told.pop("pretrain_share") * steps)
+        """The schedule as options of a stage. In the first, projector and heads have one rate in all runs."""
+        settings = self.schedule._asdict()
+        tower = settings.pop("pretrain_vision_tower_learning_rate")
+        pretrain_steps = round(settings.pop("pretrain_share") * steps)
         if stage == "finetune":
-            return told | {"max_steps": steps - pretrain_steps}
+            return settings | {"max_steps": steps - pretrain_steps}
         return {"vision_tower_learning_rate": tower, "learning_rate": 2e-3, "max_steps": pretrain_steps}
 
 
 def prepare(folder: Path, scale: Scale) -> None:
-    """The pictures of every split, and all teachers' features of those that are trained on; what is there is kept."""
+    """Write the pictures of every split, and cache the teachers' features of the training splits, if missing."""
     for split in (*STAGES, "validation", "test"):
         target = folder / "data" / split
         if not target.is_dir():
@@ -83,12 +86,12 @@ def prepare(folder: Path, scale: Scale) -> None:
                 target.parent.mkdir(exist_ok=True)
                 shutil.move(Path(temporary) / split, target)
     parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
-    # Their geometries of pixels differ
+    # Their image geometries differ, and with them the cached features
     for name in ("paper", "released"):
         for stage in STAGES:
-            args = arguments(folder, scale, ARMS[name], stage, 0, folder / "unused", **parts)
+            args = arguments(folder, ARMS[name], stage, 0, folder / "unused", **parts)
             cache_features(data_arguments(folder, stage), args, ModelArguments(), CacheArguments())
-    prepare_measures(folder, {name: towers(folder)[name] for name in ALL_TEACHERS})
+    prepare_measures(folder, towers(folder)["clip"])
 
 
 def towers(folder: Path) -> dict[str, str]:
@@ -99,10 +102,8 @@ def data_arguments(folder: Path, stage: str) -> DataArguments:
     return DataArguments(dataset_name=[str(folder / "data" / stage)])
 
 
-def arguments(
-    folder: Path, scale: Scale, arm: Arm, stage: str, seed: int, output: Path, **settings: Any
-) -> MoveKDSFTConfig:
-    """The recipe that all arms share, with what this one changes."""
+def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **settings: Any) -> MoveKDSFTConfig:
+    """The common recipe with the settings of an arm."""
     geometry = PRESETS[arm.settings.get("distillation_preset", "paper")]["geometry"]
     chosen: dict[str, Any] = {
         "stage": stage,
@@ -131,13 +132,13 @@ def arguments(
 
 
 def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict[str, Any]:
-    """Train both stages and measure: one line of the results."""
+    """Train both stages, ask the questions and measure; returns one line of the results."""
     torch.set_num_threads(1)
     arm, started = ARMS[job.arm], time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         trained = train_side_by_side if arm.side_by_side else train_arm
-        model, processor, facts = trained(job, arm, folder, scale, Path(temporary))
-        trained_seconds = time.perf_counter() - started - facts["reused_seconds"]
+        model, processor, training = trained(job, arm, folder, scale, Path(temporary))
+        seconds = time.perf_counter() - started
         rows = load_from_disk(str(folder / "data" / job.split))
         answers = answer_questions(model, processor, rows, batch_size=100)
     measured = encoder_measures(model.model.vision_tower, towers(folder)["clip"], folder)
@@ -152,11 +153,11 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
         "accuracy": accuracy_by_family(answers, rows, world.FAMILIES),
         "questions": {family: rows["family"].count(family) for family in world.FAMILIES},
         **measured,
-        "losses": facts["losses"],
+        "losses": training["losses"],
         "cost": {
-            "seconds": round(trained_seconds + facts["stage_1_seconds"], 1),
+            "seconds": round(seconds, 1),
             "tower_parameters": sum(value.numel() for value in model.model.vision_tower.parameters()),
-            "trained_parameters": facts["trained_parameters"],
+            "trained_parameters": training["trained_parameters"],
         },
     }
 
@@ -164,52 +165,33 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
 def train_arm(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
-    """Both stages by [`train.run.train`]. Stage 1 is kept for other runs with the same settings of it."""
-    paths = towers(folder)
-    parts = {
-        "vision_model": paths["clip"],
-        "language_model": paths["language_model"],
-        **job.settings_in("pretrain", scale.steps),
-    }
-    args = arguments(folder, scale, arm, "pretrain", job.seed, output / "pretrain", **parts)
-    told = {name: value for name, value in args.to_dict().items() if name not in FOLDERS}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    kept, started = folder / "stage_1" / digest, time.perf_counter()
-    if not kept.is_dir():
-        trainer = train(data_arguments(folder, "pretrain"), args, ModelArguments())
-        text = facts_of(trainer)["losses"]["text"]
+    """Both stages by [`train.run.train`]."""
+    start = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
+    source = ModelArguments()
+    for stage in STAGES:
+        settings = start | job.settings_in(stage, scale.steps)
+        args = arguments(folder, arm, stage, job.seed, output / stage, **settings)
+        trainer = train(data_arguments(folder, stage), args, source)
+        training = summary(trainer)
         trainer.end()
-        save_json({"seconds": time.perf_counter() - started, "text": text}, output / "pretrain" / "stage_1.json")
-        kept.parent.mkdir(exist_ok=True)
-        if not kept.is_dir():
-            shutil.move(output / "pretrain", kept)
-    reused = time.perf_counter() - started
-    args = arguments(
-        folder, scale, arm, "finetune", job.seed, output / "finetune", **job.settings_in("finetune", scale.steps)
-    )
-    trainer = train(data_arguments(folder, "finetune"), args, ModelArguments(model_name_or_path=str(kept)))
-    facts = facts_of(trainer) | {"reused_seconds": reused}
-    stage_1 = json.loads((kept / "stage_1.json").read_text())
-    facts["stage_1_seconds"], facts["losses"]["pretrain/text"] = stage_1["seconds"], stage_1["text"]
-    trainer.end()
+        start, source = {}, ModelArguments(model_name_or_path=str(output / stage))
     model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
     processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
-    return model, processor, facts
+    return model, processor, training
 
 
 def train_side_by_side(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
-    """Both stages of a model that keeps all encoders, which no checkpoint of ours describes: it stays in memory."""
-    paths, weights, facts = towers(folder), None, dict[str, dict[str, Any]]()
+    """Both stages of a model that keeps all encoders. No checkpoint describes such a model, so it stays in memory."""
+    paths, weights = towers(folder), None
     teachers = {
         name: load_teacher(TeacherConfig(name=name, model=paths[name])) for name in ALL_TEACHERS if name != "clip"
     }
     parts = {"vision_model": paths["clip"], "language_model": paths["language_model"], "freeze_vision_tower": True}
     for stage in STAGES:
-        args = arguments(
-            folder, scale, arm, stage, job.seed, output / stage, **parts, **job.settings_in(stage, scale.steps)
-        )
+        settings = job.settings_in(stage, scale.steps)
+        args = arguments(folder, arm, stage, job.seed, output / stage, **parts, **settings)
         model, processor = build_student(args, ModelArguments())
         keep_encoders(model, processor, teachers)
         if weights is not None:
@@ -225,14 +207,13 @@ def train_side_by_side(
             processing_class=processor,
         )
         trainer.train()
-        weights, facts[stage] = model.state_dict(), facts_of(trainer)
+        weights = model.state_dict()
         trainer.end()
-    facts["finetune"]["losses"]["pretrain/text"] = facts["pretrain"]["losses"]["text"]
-    return model, processor, facts["finetune"] | {"reused_seconds": 0.0, "stage_1_seconds": 0.0}
+    return model, processor, summary(trainer)
 
 
-def facts_of(trainer: MoveKDTrainer) -> dict[str, Any]:
-    """The last losses that were logged, and how many parameters trained."""
+def summary(trainer: MoveKDTrainer) -> dict[str, Any]:
+    """The last losses that were logged, and the number of parameters that trained."""
     last = next(entry for entry in reversed(trainer.state.log_history) if "text" in entry)
     losses = {name: value for name, value in last.items() if name in ("text", "kd", "balance") or "kd/" in name}
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)

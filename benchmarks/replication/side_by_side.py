@@ -20,8 +20,8 @@ from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 class SideBySideEncoders(nn.Module):
     """
-    Frozen encoders on one image, each at its own size: their features, normalised and put side by side on the
-    student's grid, in the place of a tower's hidden state.
+    Frozen encoders on one image, each at its own size. Their features are normalized and concatenated on the
+    student's grid, and take the place of a tower's hidden state.
     """
 
     def __init__(self, clip: MoveKDVisionModel, teachers: Mapping[str, FrozenTeacher]) -> None:
@@ -36,7 +36,7 @@ class SideBySideEncoders(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> MoveKDVisionOutput:
-        """`pixel_values` `(batch_size, 3, height, width)` of the whole picture, normalised as CLIP's."""
+        """`pixel_values` `(batch_size, 3, height, width)` of the whole picture, normalized as CLIP's."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         image = pixel_values * std + mean
         tokens = [self.clip(self.pixels(image, self.image_size, CLIP_MEAN, CLIP_STD)).last_hidden_state[:, 1:]]
@@ -44,7 +44,7 @@ class SideBySideEncoders(nn.Module):
             size = cast(FrozenTeacher, teacher).preprocessor
             features = teacher(self.pixels(image, size.image_size, size.mean, size.std))
             tokens.append(resample_grid(features.tokens, features.grid, self.grid))
-        # The classification token, which LLaVA cuts off, has no counterpart
+        # LLaVA drops the first token: put any token where a tower has [CLS]
         hidden = torch.cat([layer_norm(part, part.shape[-1:]) for part in tokens], dim=-1)
         hidden = torch.cat([hidden[:, :1], hidden], dim=1)
         return MoveKDVisionOutput(last_hidden_state=hidden, hidden_states=(hidden,) * 3)
@@ -58,7 +58,7 @@ class SideBySideEncoders(nn.Module):
 def keep_encoders(
     model: MoveKDForConditionalGeneration, processor: ProcessorMixin, teachers: Mapping[str, FrozenTeacher]
 ) -> None:
-    """Put [`SideBySideEncoders`] in the place of the student's tower, and a projector of its width behind it."""
+    """Replace the student's tower by [`SideBySideEncoders`], and the projector by one of that width."""
     encoders = SideBySideEncoders(model.model.vision_tower, teachers)
     vision_config = model.config.vision_config
     grid = vision_config.image_size // vision_config.patch_size

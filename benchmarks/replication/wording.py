@@ -47,21 +47,21 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def sentence(arm: str, rival: str, found: Paired | None, corrected: float = math.nan, count: int = 1) -> str:
-    """What a comparison shows, in words; `corrected` is the p of its t test after Holm over `count` comparisons."""
+    """A comparison in words; `corrected` is its p after Holm's correction for `count` comparisons."""
     if found is None:
         return f"`{arm}` and `{rival}` share no seed yet."
     gap, number = found.difference, len(found.seeds)
     if number == 1:
-        return f"`{arm}` less `{rival}` is {points(gap.mean, True)} on the one seed of both, which shows nothing."
-    tested = f"({number} seeds, p = {probability(found.t_p)})".replace("= <", "<")
+        return f"`{arm}` minus `{rival}` is {points(gap.mean, True)} on their only common seed, which shows nothing."
+    tested = f"({number} seeds, p = {probability(found.p)})".replace("= <", "<")
     if found.verdict == "undecided":
-        text = f"No difference shown between `{arm}` and `{rival}`: {spanned(gap, True)} {tested}; "
+        text = f"No difference shown between `{arm}` and `{rival}`: {spanned(gap, True)} {tested}"
         if not found.detectable:
-            return text + "they are equal on every seed."
-        return text + f"a difference of {points(found.detectable)} or more would have been found 4 times in 5."
+            return f"{text}. The two are equal on every seed."
+        return f"{text}. A difference of {points(found.detectable)} or more would have been found 4 times in 5."
     if found.verdict == "lost":
         arm, rival, gap = rival, arm, Interval(-gap.mean, -gap.high, -gap.low, gap.count)
     text = f"`{arm}` beats `{rival}` by {spanned(gap)} {tested}"
     if corrected >= 0.05:
-        return f"{text}; not so once corrected for {count} comparisons (Holm: p = {probability(corrected)})."
+        return f"{text}, but not after correction for {count} comparisons (Holm: p = {probability(corrected)})."
     return f"{text}."

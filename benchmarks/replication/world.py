@@ -1,17 +1,17 @@
 """
-A harder world than the demo's: what its questions ask is never in a caption.
+A harder world than the demo's: no caption answers its questions.
 
-The scenes of `train.demo.scenes`; besides color and shape each object has a pattern (solid, striped, barred, hollow)
-and a size (small, big). Captions, from which CLIP and the projector learn, name colours, shapes and places; patterns,
-sizes and digits are known to the teachers alone, each to one. All six families of questions need them:
+The scenes of `train.demo.scenes`, in which each object also has a pattern (solid, striped, barred, hollow) and a size
+(small, big). CLIP and the projector learn from captions, which name colors, shapes and places. Patterns, sizes and
+digits are known to one teacher each. All six families of questions ask for these:
 
-- attribute: the pattern of an object, or the colour of a pattern that occurs once; with size and read the families
-  that ask about a single thing;
+- attribute: the pattern of an object, or the color of the only object with a pattern;
 - size: whether an object is small or big;
-- presence: whether a pattern and a shape occur together; half yes, most others share pattern or shape with an object;
+- presence: whether a pattern and a shape occur together; half of the answers are yes, and most of the others share
+  pattern or shape with an object;
 - count: how many objects have a pattern, zero to five, each number as often as pictures allow;
-- relation: where the one object of a pattern is, seen from the number. As many objects are on one side of it as on the
-  other, so that their places alone, which CLIP knows, tell nothing;
+- relation: where the only object with a pattern is, seen from the number. Both sides of the number have as many
+  objects, so that places alone, which CLIP knows, do not help;
 - read: the two-digit number.
 """
 
@@ -37,6 +37,7 @@ from train.demo.scenes import (
     Scene,
     SceneObject,
     ask_presence,
+    best_constant,
     draw_questions,
     draw_scene,
     llava_row,
@@ -45,7 +46,7 @@ from train.demo.scenes import (
 
 
 PATTERNS = (SOLID, "striped", "barred", "hollow")
-# Splits whose scenes are asked about, in this form of the questions
+# Splits whose scenes are used for balanced questions
 ASKED = ("finetune", "validation", "test")
 SIZES = {"small": (8, 9), "big": (12, 14)}  # radius in pixels, from and to
 FAMILIES = ("attribute", "size", "presence", "count", "relation", "read")
@@ -70,7 +71,7 @@ def generator(split: str, index: int, seed: int, purpose: str) -> np.random.Gene
 
 
 def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split, always the same for the same arguments, and in no other split."""
+    """Scene number `index` of a split: always the same for the same arguments, and in no other split."""
     rng = generator(split, index, seed, "scene")
     while True:
         scene = draw_scene(rng)
@@ -80,7 +81,7 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
             pattern = PATTERNS[rng.integers(len(PATTERNS))]
             objects.append(dataclasses.replace(item, pattern=pattern, radius=int(rng.integers(low, high + 1))))
         scene = dataclasses.replace(scene, objects=tuple(objects))
-        # A scene is asked everything, so it must have an answer to everything
+        # Every family is asked about every scene: it must have a relation
         if zlib.crc32(scene.content.encode()) % 8 in SPLITS[split] and relations(scene, split in ASKED):
             return scene
 
@@ -90,8 +91,8 @@ def ask(scene: Scene, family: str, rng: np.random.Generator, balanced: bool = Tr
     A random question of one family about a scene, with its answer.
 
     Args:
-        balanced: Count and relation are asked so that little or nothing can be guessed. Scenes of splits that are not
-            in `ASKED` may have no such relation.
+        balanced (`bool`, *optional*, defaults to `True`): Ask for counts and relations such that guessing does not
+            help. Scenes of splits outside `ASKED` may have no such relation.
 
     Raises:
         ValueError: if `family` is not one of `FAMILIES`.
@@ -134,8 +135,7 @@ def relations(scene: Scene, balanced: bool) -> list[Question]:
     All questions for the side of the number on which the only object of a pattern is.
 
     Args:
-        balanced: Only where there are as many objects on one side as on the other: any of them is as likely to have
-            the pattern, so that who knows the places alone is right half of the time.
+        balanced (`bool`): Only if both sides have as many objects, so that knowing their places gives half right.
     """
     questions = []
     for item in single_patterns(scene):
@@ -152,7 +152,7 @@ def relations(scene: Scene, balanced: bool) -> list[Question]:
 
 
 def side_of_number(scene: Scene, kind: str, row: int, column: int) -> str | None:
-    """Where a cell is, seen from the number; `None` where it is neither, the number being two cells wide."""
+    """Where a cell is, seen from the number, which is two cells wide; `None` if it is on neither side."""
     if kind == "vertical":
         return None if row == scene.number_row else "above" if row < scene.number_row else "below"
     if scene.number_column <= column <= scene.number_column + 1:
@@ -161,7 +161,7 @@ def side_of_number(scene: Scene, kind: str, row: int, column: int) -> str | None
 
 
 def some_count(counts: Mapping[str, int], rng: np.random.Generator) -> str:
-    """A pattern of those that occur a number of times, which is drawn first, so that few numbers are the rule."""
+    """A random pattern, drawn by how often it occurs: first the number, then a pattern that occurs as often."""
     numbers = sorted(set(counts.values()))
     number = numbers[rng.integers(len(numbers))]
     patterns = [pattern for pattern in PATTERNS if counts[pattern] == number]
@@ -169,7 +169,7 @@ def some_count(counts: Mapping[str, int], rng: np.random.Generator) -> str:
 
 
 def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:
-    """A pattern that occurs with probability `present`, else one that does not, if there is one."""
+    """With probability `present` a pattern that occurs, else one that does not, if there is one."""
     seen = sorted({item.pattern for item in scene.objects})
     unseen = [pattern for pattern in PATTERNS if pattern not in seen]
     choices = seen if rng.random() < present or not unseen else unseen
@@ -177,9 +177,10 @@ def some_pattern(scene: Scene, rng: np.random.Generator, present: float) -> str:
 
 
 def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """What the language model learns from: a question of each family, a second one of the hard ones, and three easier
-    ones that no test asks, as steps towards them, in random order. Relations of all objects, and counts of patterns as
-    they come, which any scene has."""
+    """
+    Questions and answers that the language model learns from, in random order: one of each family, more of the hard
+    families, and three easier questions that no test asks. They are not balanced, so that any scene has them.
+    """
     families = (*FAMILIES, "relation", "presence", "count", "relation")
     questions = [ask(scene, family, rng, balanced=False) for family in families]
     turns = [(question.text, question.answer) for question in questions]
@@ -193,7 +194,7 @@ def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def facts(scene: Scene, rng: np.random.Generator, count: int = 9) -> str:
-    """What is in cells picked at random, in random order: any word may have to be completed from the others."""
+    """The contents of random cells in words, in random order, so that any word must be predicted from the others."""
     told = []
     for i in rng.integers(len(scene.objects) + 1, size=count):
         if i == len(scene.objects):
@@ -207,12 +208,12 @@ def facts(scene: Scene, rng: np.random.Generator, count: int = 9) -> str:
 
 
 def object_words(item: SceneObject) -> tuple[str, ...]:
-    """What a scene told in words says of an object."""
+    """The words that describe an object in a scene in words."""
     return item.color, item.shape, item.pattern, size_of(item)
 
 
 def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """The truth by cell, [n, 16] long, as classes from 0; -1 where there is nothing of the kind."""
+    """True classes by kind and cell, int64 `(num_scenes, 16)`, from 0; -1 if the cell has nothing of the kind."""
     found = cell_labels(scenes)
     pattern = torch.full((len(scenes), GRID * GRID), -1)
     size = torch.full((len(scenes), GRID * GRID), -1)
@@ -235,8 +236,8 @@ def rows(split: str, size: int, seed: int = 0, questions: int = len(FAMILIES)) -
     `size` pictures of a split as LLaVA rows (`image`, `conversations`, `family`).
 
     Args:
-        questions: Turns of each conversation: 0 asks for a caption; 1 asks one question, the families in turn; more
-            asks that many different families in random order.
+        questions (`int`, *optional*, defaults to 6): Turns of each conversation. 0 asks for a caption, 1 asks the
+            families in turn, more ask as many different families in random order.
     """
     return Dataset.from_list([row(split, index, seed, questions) for index in range(size)], features=FEATURES)
 
@@ -245,3 +246,12 @@ def row(split: str, index: int, seed: int, questions: int) -> dict[str, Any]:
     scene = sample_scene(split, index, seed)
     asked = draw_questions(scene, FAMILIES, ask, index, questions, generator(split, index, seed, "questions"))
     return llava_row(scene, render(scene, generator(split, index, seed, "image")), asked)
+
+
+def blind_levels(size: int, seed: int) -> dict[str, dict[str, float]]:
+    """By name and family, the share of the questions of `rows("test", size, seed, 1)` that need no picture."""
+    asked = []
+    for index in range(size):
+        rng = generator("test", index, seed, "questions")
+        asked += draw_questions(sample_scene("test", index, seed), FAMILIES, ask, index, 1, rng)
+    return {"the best constant answer to each wording": best_constant(asked)}

@@ -3,10 +3,9 @@ What the student costs beside plain CLIP and its teachers: `python -m benchmarks
 
 Parameters, FLOPs of one image, latency and memory, as a table and as a picture. The teachers are those that the
 checkpoint's `training_facts.json` names, or those of `--teachers`; `--random_weights` takes CLIP, EVA-02, ConvNeXt and
-SAM of full size without reading any weights.
+SAM of full size with random weights.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import cached_file
 
-from benchmarks.speed.encoders import ENCODERS, image_size, runner
-from benchmarks.speed.measure import machine, paired_times, parser, peak_memory, write
+from benchmarks.speed.measure import in_words, machine, paired_times, parser, peak_memory, write_json
+from benchmarks.speed.teachers import ENCODERS, flops, image_size, runner
 from modeling_movekd import MoveKDConfig, MoveKDVisionModel
+from modeling_movekd.files import TRAINING_FACTS_NAME, read_json
 from train.demo.run import save_figure
-from train.plan.step import FLOP_FORMULAS
 from train.teachers.config import resolve_teacher
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
@@ -33,14 +31,14 @@ CLIP_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "image
 
 
 def student(checkpoint: str) -> MoveKDVisionModel:
-    """The checkpoint's tower, folded; with random weights, which cost the same."""
+    """The checkpoint's tower, folded, with random weights."""
     tower = MoveKDVisionModel._from_config(MoveKDConfig.from_pretrained(checkpoint).vision_config).eval()
     tower.fold_experts()
     return tower
 
 
 def plain_clip(checkpoint: str) -> CLIPVisionModel:
-    """The CLIP that the tower was made from, with random weights: one layer more where the tower was cut."""
+    """The CLIP that the tower was made from, with random weights: one layer more if the tower was cut."""
     config = MoveKDConfig.from_pretrained(checkpoint)
     vision = config.vision_config
     cut = config.vision_feature_layer == -1
@@ -50,23 +48,23 @@ def plain_clip(checkpoint: str) -> CLIPVisionModel:
 
 def teacher_specs(checkpoint: str) -> list[Any]:
     """
-    The teachers that `training_facts.json` names.
+    The teachers that the checkpoint's metadata file names.
 
     Raises:
-        ValueError: if there is no such file, or it names none.
+        ValueError: if there is no such file, or it names no teacher.
     """
-    found = cached_file(checkpoint, "training_facts.json", _raise_exceptions_for_missing_entries=False)
-    named = json.loads(Path(found).read_text(encoding="utf-8")).get("teachers") if found else None
+    found = cached_file(checkpoint, TRAINING_FACTS_NAME, _raise_exceptions_for_missing_entries=False)
+    named = read_json(found).get("teachers") if found else None
     if not named:
         raise ValueError(
-            f"{checkpoint} has no training_facts.json that names teachers; name them with `--teachers`, or give "
+            f"{checkpoint} has no {TRAINING_FACTS_NAME} that names teachers. Name them with `--teachers`, or give "
             "`--random_weights`."
         )
     return [{field: row[field] for field in ("name", "model", "revision") if row.get(field)} for row in named]
 
 
 def build(kind: str, checkpoint: str, spec: Any = None, toy: bool = False) -> tuple[nn.Module, int]:
-    """A model and the side of the images it takes: `"student"`, `"plain CLIP"`, `"teacher"` or `"random"`."""
+    """A model and its image size; `kind` is `"student"`, `"plain CLIP"`, `"teacher"` or `"random"`."""
     if kind == "student":
         tower = student(checkpoint)
         return tower, tower.config.image_size
@@ -79,37 +77,31 @@ def build(kind: str, checkpoint: str, spec: Any = None, toy: bool = False) -> tu
     return teacher, teacher.preprocessor.image_size
 
 
-def forward(
-    kind: str, checkpoint: str, device: str, dtype: str, spec: Any = None, toy: bool = False
-) -> Callable[[], Any]:
-    """One image through one model."""
-    model, size = build(kind, checkpoint, spec, toy)
+def forward(model: nn.Module, size: int, device: str, dtype: str) -> Callable[[], Any]:
+    """One image through a model."""
     model = model.to(device, getattr(torch, dtype)).eval()
     pixels = torch.randn(1, 3, size, size).to(device, getattr(torch, dtype))
     return torch.no_grad()(lambda: model(pixels)) if isinstance(model, FrozenTeacher) else runner(model, pixels)
 
 
-def building_and_forward(**arguments: Any) -> Callable[[], Any]:
-    """For a fresh process: what is counted is the memory beyond the imports."""
-    return lambda: forward(**arguments)()
+def building_and_forward(case: dict[str, Any], device: str, dtype: str) -> Callable[[], Any]:
+    """For a fresh process: building counts too, imports do not."""
+    return lambda: forward(*build(**case), device, dtype)()
 
 
-def measure(arguments: dict[str, Any], repeats: int) -> dict[str, float]:
-    """One row of the table."""
-    model, _ = build(arguments["kind"], arguments["checkpoint"], arguments["spec"], arguments["toy"])
+def measure(case: dict[str, Any], device: str, dtype: str, repeats: int) -> dict[str, float]:
+    """One row of the table; `case` holds the arguments of [`build`]."""
+    model, size = build(**case)
     parameters = sum(value.numel() for value in model.parameters())
-    del model
-    run = forward(**arguments)
-    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
-        run()
+    run = forward(model, size, device, dtype)
+    operations = flops(run)
     seconds = statistics.median(paired_times({"forward": run}, repeats, warm_up=0)["forward"])
-    del run
-    memory = peak_memory(
-        "benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=arguments["toy"]
-    )
+    del model, run
+    arguments = {"case": case, "device": device, "dtype": dtype}
+    memory = peak_memory("benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=case["toy"])
     return {
         "parameters": parameters / 1e6,
-        "FLOPs": counter.get_total_flops() / 1e9,
+        "FLOPs": operations / 1e9,
         "latency": 1000 * seconds,
         "memory": memory / 2**20,
     }
@@ -123,8 +115,8 @@ def draw(path: Path, table: dict[str, dict[str, float]]) -> None:
     names = list(table)[::-1]
     for axis, (column, unit) in zip(figure.subplots(1, len(COLUMNS), sharey=True), COLUMNS.items(), strict=True):
         values = [table[name][column] for name in names]
-        colours = ["tab:orange" if name == "student" else "tab:blue" for name in names]
-        bars = axis.barh(names, values, color=colours)
+        colors = ["tab:orange" if name == "student" else "tab:blue" for name in names]
+        bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
         axis.set_xscale("log")
         axis.set_xlim(min(values) / 3, max(values) * 4)
@@ -140,32 +132,25 @@ def markdown(table: dict[str, dict[str, float]], context: dict[str, Any]) -> str
     for name, values in table.items():
         cells = [f"{values[column]:.4g} ({values[column] / table['student'][column]:.3g} x)" for column in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "; ".join(f"{name}: {value}" for name, value in context.items())])
+    return "\n".join([*lines, "", in_words(context)])
 
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser(__doc__, repeats=3)
     flags.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
     flags.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
-    flags.add_argument("--random_weights", action="store_true", help="CLIP, EVA-02, ConvNeXt and SAM, of full size")
+    flags.add_argument("--random_weights", action="store_true", help="teachers: CLIP, EVA-02, ConvNeXt, SAM")
     flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    common = {
-        "checkpoint": options.checkpoint,
-        "device": options.device,
-        "dtype": options.dtype,
-        "toy": options.toy,
-        "spec": None,
-    }
-    cases = {"student": {**common, "kind": "student"}, "plain CLIP": {**common, "kind": "plain CLIP"}}
+    common = {"checkpoint": options.checkpoint, "toy": options.toy}
+    cases = {kind: {**common, "kind": kind} for kind in ("student", "plain CLIP")}
     if options.random_weights:
         cases |= {f"teacher {name}": {**common, "kind": "random", "spec": name} for name in ENCODERS}
     else:
         for spec in options.teachers or teacher_specs(options.checkpoint):
-            name = resolve_teacher(spec).name
-            cases[f"teacher {name}"] = {**common, "kind": "teacher", "spec": spec}
-    table = {name: measure(case, options.repeats) for name, case in cases.items()}
+            cases[f"teacher {resolve_teacher(spec).name}"] = {**common, "kind": "teacher", "spec": spec}
+    table = {name: measure(case, options.device, options.dtype, options.repeats) for name, case in cases.items()}
     taught = [values for name, values in table.items() if name.startswith("teacher")]
     table["all teachers"] = {column: sum(values[column] for values in taught) for column in COLUMNS}
     table["all teachers"]["memory"] = max(values["memory"] for values in taught)  # one process after the other
@@ -180,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw(options.picture, table)
     print(f"\nPicture: {options.picture}")
     if options.out:
-        write(Path(options.out), json.dumps({"context": context, "rows": table}, indent=2) + "\n")
+        write_json({"context": context, "rows": table}, options.out)
 
 
 if __name__ == "__main__":

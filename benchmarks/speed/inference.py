@@ -1,58 +1,41 @@
 """
-What makes answers come sooner: `python -m benchmarks.speed.inference`.
+Time until an answer: `python -m benchmarks.speed.inference`.
 
-- The second turn of a chat up to its first token: the image's features are kept from the first turn; the rival passes
+- The second turn of a chat up to its first token, with the image's features kept from the first turn. The rival passes
   the image through the tower again.
-- New tokens with a static cache, eager and compiled, over the growing cache that `generate` takes by default.
+- An answer with a static cache, eager and (`--compile`) compiled, over the growing cache that `generate` uses by
+  default.
 
-CLIP-L/14-336 before a language model of SmolLM2-135M's size, random weights, one picture.
+CLIP-L/14-336 and a language model of SmolLM2-135M's size, with random weights, and one picture.
 """
 
 import copy
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    CompileConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import CompileConfig
 
-from benchmarks.speed.measure import ROOT, Row, paired_ratio, paired_times, parser, report
-from benchmarks.speed.tower import CLIP_LARGE
-from benchmarks.speed.tower import TOY as TOY_TOWER
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from benchmarks.speed.measure import paired_row, paired_times, parser, report
+from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP, vision_language_model
+from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.inference import Conversation, prepare, user_message
-from modeling_movekd.processing import add_image_token, build_processor
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152}
 TOY_LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_LANGUAGE |= {"vocab_size": 2000}
-TOKENIZER = ROOT / "train" / "demo" / "weights" / "language_model"
 
 
 def build(toy: bool, device: str, dtype: str) -> tuple[MoveKDForConditionalGeneration, Any]:
-    torch.manual_seed(0)
-    tower = TOY_TOWER if toy else CLIP_LARGE
-    vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
-    language = LlamaForCausalLM(LlamaConfig(**(TOY_LANGUAGE if toy else SMOLLM2), eos_token_id=None))
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    model = MoveKDForConditionalGeneration.from_parts(vision, language, image_token_id=add_image_token(tokenizer))
+    language = TOY_LANGUAGE if toy else SMOLLM2
+    model, processor = vision_language_model(TOY_CLIP if toy else CLIP_LARGE, language | {"eos_token_id": None})
     model = model.to(device, getattr(torch, dtype)).eval()
     model.fold_experts()
     model.generation_config.eos_token_id = None  # random weights could end early
-    size = tower["image_size"]
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return model, build_processor(model.config, images, tokenizer, "vicuna_v1")
+    return model, processor
 
 
 def second_turn(model: MoveKDForConditionalGeneration, processor: Any) -> dict[str, Callable[[], Any]]:
@@ -80,7 +63,7 @@ def generation(
     variants: dict[str, dict[str, Any]] = {"dynamic": {}, "static": static}
     if compiled:
         config = CompileConfig(mode="default", fullgraph=False)
-        config._compile_all_devices = True  # else generate compiles on GPUs alone
+        config._compile_all_devices = True  # by default, generate compiles on GPUs alone
         variants["compiled"] = {"cache_implementation": "static", "compile_config": config}
 
     def runner(settings: dict[str, Any]) -> Callable[[], Any]:
@@ -103,24 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
     agreed = all(torch.equal(output, outputs["dynamic"]) for output in outputs.values())
     times = paired_times(runs, options.repeats)
     rows = [
-        Row(
+        paired_row(
             "second turn up to the first token, features of the image kept",
-            statistics.median(turns["kept"]),
-            statistics.median(turns["again"]),
-            ratio=paired_ratio(turns["kept"], turns["again"]),
+            turns["kept"],
+            turns["again"],
             note="rival: the image passes the tower again",
         )
     ]
     for name in list(runs)[1:]:
-        rows.append(
-            Row(
-                f"answer of {new_tokens} tokens, static cache{', compiled' if name == 'compiled' else ''}",
-                statistics.median(times[name]),
-                statistics.median(times["dynamic"]),
-                ratio=paired_ratio(times[name], times["dynamic"]),
-                note="rival: growing cache",
-            )
-        )
+        what = f"answer of {new_tokens} tokens, static cache{', compiled' if name == 'compiled' else ''}"
+        rows.append(paired_row(what, times[name], times["dynamic"], note="rival: growing cache"))
     context = {"batch": 1, "dtype": options.dtype, "repeats": options.repeats, "same tokens": agreed}
     report("Inference", rows, context, options.out)
 

@@ -1,9 +1,9 @@
 """
-Memory of loading a large checkpoint, and what importing the package costs: `python -m benchmarks.speed.loading`.
+Memory of loading a large checkpoint, and time of importing the package: `python -m benchmarks.speed.loading`.
 
-The checkpoint has the layers of LLaVA-1.5-7B and fewer of them, so that it fits a small machine: the peak over the
-weights does not get better with more layers, which are loaded one tensor at a time. Its shards are sparse files of
-zeros, which take no room on the disk.
+The checkpoint has the shapes of LLaVA-1.5-7B, but fewer layers, so that it fits a small machine. Layers are loaded one
+tensor at a time, so more of them would not change the peak over the weights. The shards are sparse files of zeros,
+which take no disk space.
 """
 
 import json
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed.measure import ROOT, Row, parser, peak_memory, report
-from benchmarks.speed.tower import CLIP_LARGE
-from benchmarks.speed.tower import TOY as TOY_TOWER
+from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.files import save_json
 
 
 VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
@@ -32,49 +33,43 @@ BASELINE = "import torch, transformers.models.clip.modeling_clip, transformers.m
 
 
 def write_empty(folder: Path, tower: dict[str, int], language: dict[str, int], shard_size: int) -> int:
-    """A checkpoint in bfloat16 without values; gives back the bytes of its weights."""
+    """Write a checkpoint of zeros in bfloat16; returns the bytes of its weights."""
     with torch.device("meta"):
         vision = MoveKDVisionModel.from_clip(CLIPVisionModel(CLIPVisionConfig(**tower)), num_experts=3, lora_rank=32)
         text = LlamaForCausalLM(LlamaConfig(**{**language, "vocab_size": language["vocab_size"] + 1}))
         model = MoveKDForConditionalGeneration.from_parts(vision, text, image_token_id=language["vocab_size"])
-    model.config.dtype = torch.bfloat16
+    model, model.config.dtype = model.to(torch.bfloat16), torch.bfloat16
     model.config.save_pretrained(folder)
-    shards: list[dict[str, list[int]]] = [{}]
-    filled = 0
-    for name, tensor in model.state_dict().items():
-        if filled and filled + 2 * tensor.numel() > shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = list(tensor.shape)
-        filled += 2 * tensor.numel()
-    index: dict[str, str] = {}
+    weights = model.state_dict()
+    plan = split_torch_state_dict_into_shards(
+        weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
     total = 0
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file_name, names in plan.filename_to_tensors.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in shard.items():
-            begin, end = end, end + 2 * torch.Size(shape).numel()
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-            index[name] = file_name
+        for name in names:
+            begin, end = end, end + weights[name].nbytes
+            header[name] = {"dtype": "BF16", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
         encoded = json.dumps(header).encode()
         with (folder / file_name).open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             file.truncate(8 + len(encoded) + end)
         total += end
-    names = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        save_json(index, folder / "model.safetensors.index.json")
     return total
 
 
 def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
-    """For a fresh process: what is counted is the memory beyond the imports, with every weight read once."""
-    # Else the first use of a device and lazy imports of the loading would count
+    """For a fresh process: load the checkpoint and read every weight once."""
+    # The first use of a device and lazy imports must not count
     LlamaForCausalLM(LlamaConfig(**TOY_LANGUAGE, num_hidden_layers=1)).to(device)
 
     def run() -> MoveKDForConditionalGeneration:
         model = MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
-        for parameter in model.parameters():  # a weight in the file's own dtype stays in the mapped file until then
+        for parameter in model.parameters():  # weights in the file's own dtype are mapped, and count once read
             parameter.detach().flatten()[::256].any()
         return model
 
@@ -82,7 +77,7 @@ def loading(folder: str, device: str, dtype: str) -> Callable[[], Any]:
 
 
 def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
-    """Seconds of CPU time that importing `modeling_movekd` takes in processes that have its dependencies."""
+    """Seconds of CPU time of importing `modeling_movekd`, in processes that have imported its dependencies."""
     code = f"{BASELINE}, time; t = time.process_time(); import modeling_movekd; print(time.process_time() - t)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
@@ -95,10 +90,10 @@ def import_seconds(repeats: int, warm_up: int = 1) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser(__doc__, repeats=5)
-    flags.add_argument("--layers", type=int, default=6, help="of the language model; the 7B has 32")
+    flags.add_argument("--layers", type=int, default=6, help="layers of the language model; the 7B has 32")
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    tower, language = (TOY_TOWER, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
+    tower, language = (TOY_CLIP, TOY_LANGUAGE) if options.toy else (CLIP_LARGE, VICUNA)
     layers = 2 if options.toy else options.layers
     with tempfile.TemporaryDirectory() as folder:
         weights = write_empty(Path(folder), tower, {**language, "num_hidden_layers": layers}, 10**9)

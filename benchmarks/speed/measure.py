@@ -1,4 +1,4 @@
-"""What every benchmark shares: paired times, the peak memory of a fresh process, and tables that say their machine."""
+"""What the timing scripts share: paired times, peak memory of a fresh process, and tables that name their machine."""
 
 import argparse
 import gc
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from modeling_movekd.files import read_json, save_json
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,13 +29,13 @@ class Row:
     One line of a table.
 
     Args:
-        what: The claim, in words.
-        ours, rival: In `unit`, medians; `None` where there is nothing to measure.
-        unit: `"s"`, `"MB"`, ...
-        at_most, at_least: Bar on the ratio.
-        times_faster: Show rival over ours instead of ours over rival.
-        note: What the rival is; what stands between where the bar is not reached.
-        ratio: By default of the medians; give the median of the paired ratios where the runs were paired.
+        what (`str`): The claim, in words.
+        ours, rival (`float`, *optional*): Medians in `unit`; `None` if there is nothing to measure.
+        unit (`str`, *optional*, defaults to `"s"`): Unit of both.
+        at_most, at_least (`float`, *optional*): Bar on the ratio.
+        times_faster (`bool`, *optional*, defaults to `False`): Show rival over ours instead of ours over rival.
+        note (`str`, *optional*): What the rival is.
+        ratio (`float`, *optional*): By default the ratio of the medians (see [`paired_row`]).
     """
 
     what: str
@@ -58,7 +60,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """`None` without a bar or a ratio. The ratio counts as it is printed, with two decimals."""
+        """`None` without a bar or a ratio. The ratio is rounded as it is printed, to two decimals."""
         if self.ratio is None or not self.bar:
             return None
         if self.at_most is not None:
@@ -68,14 +70,16 @@ class Row:
 
 def paired_times(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """
-    Time several functions side by side: each once in every round, in an order that turns around from round to round,
-    so that whatever else the machine does falls on all alike.
+    Time several functions side by side: each once in every round, in an order that is reversed from round to round, so
+    that other load of the machine falls on all alike.
 
     Args:
-        repeats: Rounds that are measured, after `warm_up` rounds that are not.
+        functions (`Mapping`): What to time, by name.
+        repeats (`int`): Number of measured rounds.
+        warm_up (`int`, *optional*, defaults to 1): Number of rounds before them, which are not measured.
 
     Returns:
-        Seconds by name, one a round; the values of one round belong together (see [`paired_ratio`]).
+        Seconds by name, one value for each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
@@ -92,22 +96,26 @@ def paired_times(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_
     return times
 
 
-def paired_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
-    """Median of the ratios within a round: a machine's drift disturbs it less than it does a ratio of medians."""
-    return statistics.median(a / b for a, b in zip(ours, rival, strict=True))
+def paired_row(what: str, ours: Sequence[float], rival: Sequence[float], **kwargs: Any) -> Row:
+    """
+    A row of two lists of [`paired_times`]: their medians, and the median of the ratios within a round, which a drift
+    of the machine disturbs less than a ratio of medians.
+    """
+    ratio = statistics.median(a / b for a, b in zip(ours, rival, strict=True))
+    return Row(what, statistics.median(ours), statistics.median(rival), ratio=ratio, **kwargs)
 
 
 def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = False, toy: bool = False) -> int:
     """
-    Peak memory in bytes of a fresh process: resident memory, or what torch allocated on the GPU if it was used. It is
-    the memory in use, without what glibc's heap would keep of the large tensors that were freed. Where `function`
-    returns a callable, what it took to build that does not count (on Linux or a GPU).
+    Peak memory in bytes of a fresh process: resident memory, or what torch allocated on the GPU if it was used.
 
     Args:
-        function: `"package.module:name"`, called with `arguments`. It may return a callable, which is called then.
-        arguments: Whatever JSON can say.
-        beyond: Count only what the returned callable needs beyond what is there before it is called.
-        toy: Run it in this process, which is faster, and measure nothing: the result is this process's memory.
+        function (`str`): `"package.module:name"`, called with `arguments`. If it returns a callable, this is called
+            too, and the peak is that of the second call (on Linux or a GPU).
+        arguments (`Mapping`): Keyword arguments that can be written as JSON.
+        beyond (`bool`, *optional*, defaults to `False`): Subtract the memory in use before the second call.
+        toy (`bool`, *optional*, defaults to `False`): Call it in this process, which is faster, and give back this
+            process's own peak.
 
     Raises:
         RuntimeError: if the process fails, with its output.
@@ -117,33 +125,30 @@ def peak_memory(function: str, arguments: Mapping[str, Any], beyond: bool = Fals
         measured = getattr(importlib.import_module(module), name)(**arguments)
         _ = measured() if callable(measured) else None
         return resident_memory(peak=True)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.measure",
-        function,
-        json.dumps(dict(arguments)),
-        str(int(beyond)),
-    ]
+    command = [sys.executable, "-m", "benchmarks.speed.measured_process"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        # Large tensors go back to the system when they are freed, whatever was freed before them (glibc)
+        # glibc gives large tensors back to the system as soon as they are freed
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     }
+    command += [function, json.dumps(dict(arguments)), str(int(beyond))]
     child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(f"{function} with {dict(arguments)} failed:\n{child.stdout}{child.stderr}")
     return int(json.loads(child.stdout.splitlines()[-1])["peak"])
 
 
-def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str | os.PathLike | None = None) -> str:
+def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str | Path | None = None) -> str:
     """
     Print a table as Markdown, with the machine, the versions and `context` (shapes, repeats, ...) below it.
 
     Args:
-        out: JSON file that takes the table under its title, beside those that it already holds.
+        title (`str`): Heading of the table.
+        rows (`Sequence`): Its lines.
+        context (`Mapping`): What else to name below it.
+        out (`str`, *optional*): JSON file that takes the table under its title, beside the tables that it holds.
 
     Returns:
         The Markdown.
@@ -158,33 +163,33 @@ def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str
             f"| {what} | {_quantity(row.ours, row.unit)} | {_quantity(row.rival, row.unit)} | {ratio} | {row.bar} | "
             f"{reached} |"
         )
-    lines += ["", "; ".join(f"{name}: {value}" for name, value in context.items()), ""]
-    markdown = "\n".join(lines)
+    markdown = "\n".join([*lines, "", in_words(context), ""])
     print(markdown)
     if out is not None:
-        path = Path(out)
-        tables = json.loads(path.read_text()) if path.exists() else {}
+        tables = read_json(out) if Path(out).exists() else {}
         tables[title] = {"context": context, "rows": [{**asdict(row), "reached": row.reached} for row in rows]}
-        write(path, json.dumps(tables, indent=2) + "\n")
+        write_json(tables, out)
     return markdown
 
 
-def write(path: Path, text: str) -> None:
-    """Under a temporary name first; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def in_words(context: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {value}" for name, value in context.items())
+
+
+def write_json(content: dict[str, Any], path: str | Path) -> None:
+    """`save_json`, after making the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_json(content, path)
 
 
 def parser(description: str, repeats: int = 7) -> argparse.ArgumentParser:
-    """The options of every benchmark: `--device --dtype --threads --repeats --toy --out`."""
-    options = argparse.ArgumentParser(description=description)
+    """The options of every script: `--device --dtype --threads --repeats --toy --out`."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    options.add_argument("--threads", type=int, default=2, help="of the CPU")
-    options.add_argument("--repeats", type=int, default=repeats, help="rounds, each running every variant once")
-    options.add_argument("--toy", action="store_true", help="tiny shapes, to try the script itself")
+    options.add_argument("--threads", type=int, default=2, help="threads of the CPU")
+    options.add_argument("--repeats", type=int, default=repeats, help="rounds; each runs every variant once")
+    options.add_argument("--toy", action="store_true", help="tiny shapes, to try the script")
     options.add_argument("--out", help="JSON file that takes the table")
     return options
 
@@ -210,11 +215,11 @@ def resident_memory(peak: bool = False) -> int:
     """Resident memory of this process in bytes, now or at its peak."""
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: only the peak can be had, in bytes on macOS
+    except OSError:  # not Linux: only the peak is known (in bytes on macOS)
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not `ru_maxrss`, which counts the parent's memory too, between fork and exec
+    # `ru_maxrss` would count the parent's memory too, between fork and exec
     field = "VmHWM:" if peak else "VmRSS:"
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
 
@@ -234,24 +239,3 @@ def _processor() -> str:
 
 def _quantity(value: float | None, unit: str) -> str:
     return "" if value is None else f"{value:.4g} {unit}"
-
-
-def _child(function: str, arguments: str, beyond: str) -> None:
-    module, name = function.split(":")
-    measured = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    before = 0
-    if callable(measured):
-        gc.collect()
-        before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else resident_memory()
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        result = measured()
-        del result
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else resident_memory(peak=True)
-    print(json.dumps({"peak": peak - before * int(beyond)}))
-
-
-if __name__ == "__main__":
-    _child(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """
-What int8 and 4-bit weights cost in answers: `python -m benchmarks.speed.quantization outputs/demo`.
+Accuracy and size with int8 and 4-bit weights: `python -m benchmarks.speed.quantization outputs/demo`.
 
-The questions of the demo, answered by the checkpoint as it is, and with its linear layers in 8 and 4 bits.
+The checkpoint answers the demo's questions as it is, and with its linear layers in 8 and 4 bits.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from train.demo.run import accuracy_by_family, answer_questions
 from train.demo.scenes import scenes
 
 
-# The projector keeps its precision: what it gives has to meet the embeddings of words
+# The projector keeps its precision: its outputs must match the embeddings of words
 KEPT = ["multi_modal_projector", "lm_head"]
 PRECISIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -27,7 +27,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> str:
     options = parser(__doc__)
-    options.add_argument("checkpoint", help="of the demo, or another that answers questions about its scenes")
+    options.add_argument("checkpoint", help="the demo's, or another that answers questions about its scenes")
     options.add_argument("--questions", type=int, default=500)
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)

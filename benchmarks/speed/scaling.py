@@ -1,12 +1,11 @@
 """
-How time grows with the work: `python -m benchmarks.speed.scaling`, curves in a PNG and their points as JSON.
+How time grows with the work: `python -m benchmarks.speed.scaling`. Writes curves as a PNG and their points as JSON.
 
-A tower of CLIP-B/16's size, seconds over image size, batch, number of experts and their rank: the folded forward and a
-training step; and the distillation losses and heads over the number of teachers. README.md says where a curve bends,
-and why.
+For a tower of CLIP-B/16's size, seconds of the folded forward and of a training step over image size, batch, number of
+experts and their rank; for the distillation losses and heads, seconds over the number of teachers. README.md explains
+the curves.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.losses import SHAPES as LOSS_SHAPES
-from benchmarks.speed.losses import TOY as TOY_LOSS_SHAPES
-from benchmarks.speed.losses import build, inputs, ours
-from benchmarks.speed.losses import step as losses_step
-from benchmarks.speed.measure import machine, paired_times, parser, write
-from benchmarks.speed.tower import TOY, Case, forward, step
+from benchmarks.speed import teachers
+from benchmarks.speed.measure import in_words, machine, paired_times, parser, write_json
+from benchmarks.speed.models import TOY_CLIP, TowerCase, forward, training_step
 from train.demo.run import save_figure
 
 
-CLIP_BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-    "projection_dim": 512,
-}
+CLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_BASE |= {"image_size": 224, "patch_size": 16, "projection_dim": 512}
 CURVES = {
     "image size": [112, 224, 448, 672],
     "batch": [1, 2, 4, 8],
@@ -43,9 +32,9 @@ TOY_CURVES = {"image size": [28, 56], "batch": [1, 2], "experts": [1, 2], "rank"
 
 def tower_case(toy: bool, device: str, dtype: str, **changes: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The folded forward and the training step, with one of the sizes changed."""
-    sizes = dict(TOY if toy else CLIP_BASE)
+    sizes = dict(TOY_CLIP if toy else CLIP_BASE)
     sizes["image_size"] = changes.get("image size", sizes["image_size"])
-    case = Case(
+    case = TowerCase(
         sizes,
         batch_size=changes.get("batch", 2),
         num_experts=changes.get("experts", 3),
@@ -55,7 +44,7 @@ def tower_case(toy: bool, device: str, dtype: str, **changes: int) -> tuple[Call
     )
     folded = case.tower().eval()
     folded.fold_experts()
-    return forward(folded, case.pixels()), step(case.tower().train(), case.pixels())
+    return forward(folded, case.pixels()), training_step(case.tower(), case.pixels())
 
 
 def measure_tower(curve: str, values: list[int], options: Any) -> dict[str, list[float]]:
@@ -68,20 +57,20 @@ def measure_tower(curve: str, values: list[int], options: Any) -> dict[str, list
     return {kind: [statistics.median(times[f"{kind} {value}"]) for value in values] for kind in ("forward", "step")}
 
 
-def measure_losses(options: Any) -> dict[str, list[float]]:
-    shapes = TOY_LOSS_SHAPES if options.toy else LOSS_SHAPES
+def measure_losses(options: Any) -> list[float]:
+    shapes = teachers.TOY_SHAPES if options.toy else teachers.SHAPES
     names = list(shapes["teachers"])
     functions = {}
     for number in range(1, len(names) + 1):
         some = {**shapes, "teachers": {name: shapes["teachers"][name] for name in names[:number]}}
-        distiller = build(some, options.device, options.dtype)
-        functions[str(number)] = losses_step(ours, distiller, *inputs(some, 2, options.device, options.dtype))
-    times = paired_times(functions, options.repeats)
-    return {"losses and heads": [statistics.median(values) for values in times.values()]}
+        distiller = teachers.build_distiller(some, options.device, options.dtype)
+        inputs = teachers.distillation_inputs(some, 2, options.device, options.dtype)
+        functions[str(number)] = teachers.distillation_step(teachers.distillation_loss, distiller, *inputs)
+    return [statistics.median(values) for values in paired_times(functions, options.repeats).values()]
 
 
 def draw(path: Path, curves: dict[str, dict[str, Any]]) -> None:
-    """A panel for each curve; logarithmic axes; dotted is growth in proportion from the first point on."""
+    """A panel for each curve, with logarithmic axes; the dotted lines grow in proportion to pixels and batch."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
@@ -113,18 +102,18 @@ def main(arguments: list[str] | None = None) -> None:
     curves: dict[str, dict[str, Any]] = {}
     for name, values in (TOY_CURVES if options.toy else CURVES).items():
         curves[name] = {"at": values, "seconds": measure_tower(name, values, options)}
-    seconds = measure_losses(options)
-    curves["teachers"] = {"at": list(range(1, 1 + len(seconds["losses and heads"]))), "seconds": seconds}
+    losses = measure_losses(options)
+    curves["teachers"] = {"at": list(range(1, 1 + len(losses))), "seconds": {"losses and heads": losses}}
     context = {**machine(), "tower": "CLIP-B/16, batch 2, 3 experts, rank 32", "repeats": options.repeats}
     lines = ["### Time over work", "", "| over | at | what | seconds |", "|---|---|---|---|"]
     for name, curve in curves.items():
         for kind, values in curve["seconds"].items():
-            told = ", ".join(f"{value:.3g}" for value in values)
-            lines.append(f"| {name} | {', '.join(map(str, curve['at']))} | {kind} | {told} |")
-    print("\n".join([*lines, "", "; ".join(f"{key}: {value}" for key, value in context.items())]))
+            seconds = ", ".join(f"{value:.3g}" for value in values)
+            lines.append(f"| {name} | {', '.join(map(str, curve['at']))} | {kind} | {seconds} |")
+    print("\n".join([*lines, "", in_words(context)]))
     draw(options.picture, curves)
     if options.out:
-        write(Path(options.out), json.dumps({"context": context, "curves": curves}, indent=2) + "\n")
+        write_json({"context": context, "curves": curves}, options.out)
 
 
 if __name__ == "__main__":

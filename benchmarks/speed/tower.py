@@ -1,48 +1,31 @@
 """
 Speed and memory of the tower over those of the CLIP that it replaces: `python -m benchmarks.speed.tower`.
 
-The rivals are transformers' CLIP (all layers, sdpa) and a tower built as the authors' runs are described: each expert
-after the other on all tokens, all layers, attention maps and hidden states of every layer kept.
+The rivals are transformers' CLIP (all layers, sdpa), and a tower as the original code has it: every expert on all
+tokens in a loop, all layers, and the attention maps and hidden states of every layer kept.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from benchmarks.speed.measure import Row, paired_ratio, paired_times, parser, peak_memory, report
+from benchmarks.speed.measure import Row, paired_row, paired_times, parser, peak_memory, report
+from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP, TowerCase, features, forward, training_step
 from modeling_movekd import MoveKDVisionModel
 
 
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 PARTS = ["times", "loop", "memory", "building"]
-TOY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
 
 
 class LoopOfExpertsMLP(nn.Module):
-    """The mixture as the paper writes it: every expert on every token, what was not routed to it dropped."""
+    """The mixture as the paper writes it: every expert computes every token, and the router selects one output."""
 
     def __init__(self, mlp: CLIPMLP, num_experts: int, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -72,81 +55,30 @@ def _lora(in_features: int, out_features: int, rank: int, dropout: float) -> nn.
     return nn.Sequential(nn.Dropout(dropout), nn.Linear(in_features, rank), nn.Linear(rank, out_features))
 
 
-@dataclass
-class Case:
-    """What is measured; goes to fresh processes as JSON."""
+class LoopOfExpertsTower(nn.Module):
+    """CLIP with [`LoopOfExpertsMLP`] in every layer, all of whose attention maps and hidden states are kept."""
 
-    sizes: dict[str, int] = field(default_factory=lambda: CLIP_LARGE)
-    batch_size: int = 2
-    num_experts: int = 3
-    lora_rank: int = 32
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def clip(self) -> CLIPVisionModel:
-        torch.manual_seed(0)
-        clip = CLIPVisionModel._from_config(
-            CLIPVisionConfig(**self.sizes), dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
-        )
-        return clip.to(self.device).requires_grad_(False).eval()
-
-    def tower(self, checkpointing: bool = False) -> MoveKDVisionModel:
-        """Experts and routers train; CLIP's weights do not."""
-        tower = MoveKDVisionModel.from_clip(self.clip(), num_experts=self.num_experts, lora_rank=self.lora_rank)
-        for name, parameter in tower.named_parameters():
-            parameter.requires_grad_("expert" in name or "router" in name)
-        if checkpointing:
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
-        return tower
-
-    def loop(self) -> CLIPVisionModel:
-        clip = self.clip()
-        clip.set_attn_implementation("eager")
-        for layer in clip.encoder.layers:
-            layer.mlp = LoopOfExpertsMLP(layer.mlp, self.num_experts, self.lora_rank, alpha=1.0, dropout=0.05)
+    def __init__(self, case: TowerCase):
+        super().__init__()
+        self.clip: CLIPVisionModel = case.clip()
+        self.clip.set_attn_implementation("eager")
+        for layer in self.clip.encoder.layers:
+            layer.mlp = LoopOfExpertsMLP(layer.mlp, case.num_experts, case.lora_rank, alpha=1.0, dropout=0.05)
             for part in (layer.mlp.router, layer.mlp.fc1_experts, layer.mlp.fc2_experts):
-                part.to(self.device, getattr(torch, self.dtype))
-        return clip.eval()
+                part.to(case.device, getattr(torch, case.dtype))
 
-    def pixels(self) -> torch.Tensor:
-        size = self.sizes["image_size"]
-        draw = torch.randn(self.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
-        return draw.to(self.device, getattr(torch, self.dtype))
-
-
-def features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What the forward is for: LLaVA's features from our tower and the loop's, the last hidden state of plain CLIP."""
-    if any(isinstance(module, LoopOfExpertsMLP) for module in model.modules()):
-        return model(pixels, output_attentions=True, output_hidden_states=True).hidden_states[-2][:, 1:]
-    # Nothing recorded; plain CLIP runs all its layers, ours has none beyond the features
-    return model(pixels).last_hidden_state[:, 1:]
-
-
-def forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
-    @torch.no_grad()
-    def run() -> torch.Tensor:
-        return features(model.eval(), pixels)
-
-    return run
+    def forward(self, pixels: torch.Tensor) -> BaseModelOutput:
+        """LLaVA's features: the hidden state before the last layer."""
+        outputs = self.clip(pixels, output_attentions=True, output_hidden_states=True)
+        return BaseModelOutput(outputs.hidden_states[-2], outputs.hidden_states, outputs.attentions)
 
 
 def training_forward(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
     return lambda: features(model.train(), pixels)
 
 
-def step(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
-    """Forward, a loss on the features, backward; the gradients are dropped."""
-
-    def run() -> None:
-        features(model.train(), pixels).float().square().mean().backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    return run
-
-
 def input_gradients(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]:
-    """The floor of a step: forward and the gradients of the activations, without those of any weight."""
+    """The floor of a step: forward, and the gradients of the activations alone."""
 
     def run() -> None:
         features(model.eval(), pixels.clone().requires_grad_()).float().square().mean().backward()
@@ -155,8 +87,8 @@ def input_gradients(model: nn.Module, pixels: torch.Tensor) -> Callable[[], Any]
 
 
 def measured(what: str, case: dict[str, Any]) -> Callable[[], Any]:
-    """For a fresh process: build, and return what is to be run once."""
-    shapes = Case(**case)
+    """For a fresh process: build a model, and return its forward or step."""
+    shapes = TowerCase(**case)
     pixels = shapes.pixels()
     if what == "clip forward":
         return forward(shapes.clip(), pixels)
@@ -165,12 +97,10 @@ def measured(what: str, case: dict[str, Any]) -> Callable[[], Any]:
         tower.fold_experts()
         return forward(tower, pixels)
     if what == "loop forward":
-        return forward(shapes.loop(), pixels)
+        return forward(LoopOfExpertsTower(shapes), pixels)
     if what == "loop step":
-        return step(shapes.loop(), pixels)
-    if what not in ("step", "checkpointed step"):
-        raise ValueError(f"`what` is {what!r}; it must be one of {MEMORY}.")
-    return step(shapes.tower(checkpointing=what == "checkpointed step"), pixels)
+        return training_step(LoopOfExpertsTower(shapes), pixels)
+    return training_step(shapes.tower(checkpointing=what == "checkpointed step"), pixels)
 
 
 MEMORY = ("clip forward", "folded forward", "step", "checkpointed step", "loop forward", "loop step")
@@ -178,12 +108,12 @@ MEMORY = ("clip forward", "folded forward", "step", "checkpointed step", "loop f
 
 def measured_building(source: str, case: dict[str, Any]) -> Callable[[], Any]:
     """For a fresh process: build the tower from a folder, or from CLIP in memory if `source` is empty."""
-    shapes = Case(**case)
+    shapes = TowerCase(**case)
     clip = source or shapes.clip()
 
     def run() -> MoveKDVisionModel:
         tower = MoveKDVisionModel.from_clip(clip, num_experts=shapes.num_experts, lora_rank=shapes.lora_rank)
-        # Weights mapped from a file count when they are read
+        # The memory of mapped weights counts once they are read
         for parameter in tower.parameters():
             parameter.sum()
         return tower
@@ -191,7 +121,7 @@ def measured_building(source: str, case: dict[str, Any]) -> Callable[[], Any]:
     return run
 
 
-def time_rows(case: Case, repeats: int) -> list[Row]:
+def time_rows(case: TowerCase, repeats: int) -> list[Row]:
     pixels = case.pixels()
     clip, tower, folded = case.clip(), case.tower(), case.tower()
     folded.fold_experts()
@@ -201,7 +131,7 @@ def time_rows(case: Case, repeats: int) -> list[Row]:
             "folded": forward(folded, pixels),
             "unfolded": forward(tower, pixels),
             "training": training_forward(tower, pixels),
-            "step": step(tower, pixels),
+            "step": training_step(tower, pixels),
             "floor": input_gradients(clip, pixels),
         },
         repeats,
@@ -215,15 +145,15 @@ def time_rows(case: Case, repeats: int) -> list[Row]:
     ]
 
 
-def loop_rows(case: Case, repeats: int) -> list[Row]:
-    """Apart from the others, whose memory it would take (about 8 GB for a step)."""
-    pixels, clip, loop = case.pixels(), case.clip(), case.loop()
+def loop_rows(case: TowerCase, repeats: int) -> list[Row]:
+    """Timed apart from the others: a step of the loop takes about 8 GB."""
+    pixels, clip, loop = case.pixels(), case.clip(), LoopOfExpertsTower(case)
     times = paired_times(
         {
             "clip": forward(clip, pixels),
             "loop": forward(loop, pixels),
             "loop training": training_forward(loop, pixels),
-            "loop step": step(loop, pixels),
+            "loop step": training_step(loop, pixels),
         },
         repeats,
     )
@@ -236,12 +166,10 @@ def loop_rows(case: Case, repeats: int) -> list[Row]:
 
 
 def time_row(times: dict[str, list[float]], what: str, name: str, at_most: float | None = None, note: str = "") -> Row:
-    ours, rival = times[name], times["clip"]
-    medians = statistics.median(ours), statistics.median(rival)
-    return Row(what, *medians, at_most=at_most, note=note, ratio=paired_ratio(ours, rival))
+    return paired_row(what, times[name], times["clip"], at_most=at_most, note=note)
 
 
-def memory_rows(case: Case) -> list[Row]:
+def memory_rows(case: TowerCase) -> list[Row]:
     peaks = {
         what: peak_memory("benchmarks.speed.tower:measured", {"what": what, "case": asdict(case)}) / 1e6
         for what in MEMORY
@@ -259,7 +187,7 @@ def memory_rows(case: Case) -> list[Row]:
     ]
 
 
-def building_rows(case: Case) -> list[Row]:
+def building_rows(case: TowerCase) -> list[Row]:
     tower = case.tower()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in tower.parameters()) / 1e6
     del tower
@@ -280,11 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options.add_argument("--batch_size", type=int, default=2)
     options.add_argument("--num_experts", type=int, default=3)
     options.add_argument("--lora_rank", type=int, default=32)
-    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="of the table")
+    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="parts of the table")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     shapes = {name: getattr(chosen, name) for name in ("batch_size", "num_experts", "lora_rank", "device", "dtype")}
-    case = Case(TOY if chosen.toy else CLIP_LARGE, **shapes)
+    case = TowerCase(TOY_CLIP if chosen.toy else CLIP_LARGE, **shapes)
     rows = []
     if "times" in chosen.parts:
         rows += time_rows(case, chosen.repeats)

@@ -1,16 +1,15 @@
 """
-What distillation adds to a step of training: `python -m benchmarks.speed.training_step`.
+What distillation adds to a training step: `python -m benchmarks.speed.training_step`.
 
-The student, the teachers and the losses of the small recipe's first stage, with random weights and with a smaller
-batch: [`~train.trainer.MoveKDTrainer.training_step`] (forward and backward) on one batch that the collator has made.
+One batch through [`~train.trainer.MoveKDTrainer.training_step`] (forward and backward), with the student, teachers and
+losses of the small recipe's first stage, random weights and a smaller batch.
 
 - With the teachers' features read from a cache, over the same step without distillation.
 - With live teachers, over the sum of the step with cached features and of the teachers' forwards, each timed alone.
-  The rival preprocesses the images for the teachers on the training process, one image at a time, and then runs each
-  teacher on one image at a time.
+  The rival preprocesses the images for the teachers on the training process, and runs each teacher on one image at a
+  time.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,21 +20,17 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from benchmarks.speed.measure import ROOT, Row, paired_times, parser, report
-from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.processing import add_image_token, build_processor
+from benchmarks.speed.measure import paired_row, paired_times, parser, report
+from benchmarks.speed.models import vision_language_model
+from modeling_movekd import MoveKDVisionModel
 from train.build import build_collator, build_distiller
 from train.config import MoveKDSFTConfig
 from train.data.datasets import load_conversations
@@ -52,11 +47,10 @@ LANGUAGE = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 
 LANGUAGE |= {"num_key_value_heads": 5, "vocab_size": 49152}
 TOY_BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_LANGUAGE = TOY_BASE | {"num_key_value_heads": 1, "vocab_size": 2000}
-TOKENIZER = ROOT / "train" / "demo" / "weights" / "language_model"
 
 
 class CachedFeatures(nn.Module):
-    """Stands where a teacher would, as with `feature_cache`: decodes what the collator has read."""
+    """Takes a teacher's place, as with `feature_cache`: decodes the features that the collator has read."""
 
     def __init__(self, teacher: FrozenTeacher) -> None:
         super().__init__()
@@ -104,18 +98,8 @@ class Case:
         self.teachers = build_teachers(self.base, self.size, self.patch)
 
     def trainer(self, teachers: Mapping[str, Any]) -> MoveKDTrainer:
-        torch.manual_seed(0)
-        clip = CLIPVisionModel(CLIPVisionConfig(**self.base, image_size=self.size, patch_size=self.patch))
-        vision = MoveKDVisionModel.from_clip(clip, num_experts=3, lora_rank=32, lora_dropout=0.05)
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        image_token_id = add_image_token(tokenizer)
-        model = MoveKDForConditionalGeneration.from_parts(
-            vision, LlamaForCausalLM(LlamaConfig(**self.language)), image_token_id=image_token_id
-        )
-        crop = {"height": self.size, "width": self.size}
-        processor = build_processor(
-            model.config, CLIPImageProcessor(size={"shortest_edge": self.size}, crop_size=crop), tokenizer, "vicuna_v1"
-        )
+        clip = {**self.base, "image_size": self.size, "patch_size": self.patch}
+        model, processor = vision_language_model(clip, self.language, lora_dropout=0.05)
         args = MoveKDSFTConfig(
             output_dir=self.folder,
             stage="pretrain",
@@ -193,34 +177,20 @@ def table(options: Any, case: Case) -> None:
         "one by one": one_by_one,
     }
     times = paired_times(functions, options.repeats)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    sums = [
-        sum(parts) for parts in zip(times["cached"], *(times[f"teacher {name}"] for name in teachers), strict=True)
-    ]
-
-    def ratio(ours: list[float], rival: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(ours, rival, strict=True))
-
+    live_parts = [times["cached"], *(times[f"teacher {name}"] for name in teachers)]
+    sums = [sum(parts) for parts in zip(*live_parts, strict=True)]
     table_rows = [
-        Row(
+        paired_row(
             "step with distillation from cached features / without distillation",
-            median["cached"],
-            median["plain"],
+            times["cached"],
+            times["plain"],
             at_most=1.05,
-            ratio=ratio(times["cached"], times["plain"]),
         ),
-        Row(
-            "step with live teachers / student's step + teachers' forwards",
-            median["live"],
-            statistics.median(sums),
-            at_most=1.03,
-            ratio=ratio(times["live"], sums),
-        ),
-        Row(
+        paired_row("step with live teachers / student's step + teachers' forwards", times["live"], sums, at_most=1.03),
+        paired_row(
             "step with live teachers / rival's",
-            median["live"],
-            median["one by one"],
-            ratio=ratio(times["live"], times["one by one"]),
+            times["live"],
+            times["one by one"],
             note="rival: preprocessing on the training process, teachers called image by image",
         ),
     ]

@@ -98,7 +98,7 @@ def test_known_answers_give_the_known_score(says, in_data, tmp_path, capsys):
     assert answers(output) == {task: [says] * count for task, count in rows.items()}
     shown = capsys.readouterr().out
     assert "| TextVQA | validation | 2 | 0 |" in shown
-    assert "58.2 / 61.3 | 58.3 / 59.7 | 59.6 / 61.1" in shown and "the authors' numbers" in shown
+    assert "58.2 / 61.3 | 58.3 / 59.7 | 59.6 / 61.1" in shown and "the paper's numbers" in shown
     # The card shows them
     measured = {result.dataset_name: result for result in read_evaluation(checkpoint)}
     assert len(measured) == len(BENCHMARKS)
@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on(in_data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MoveKDEvaluation, "answer", interrupted)
         evaluate(str(checkpoint), tasks, output, batch_size=2)
-    assert not (output / "results.json").exists() and not (checkpoint / "evaluation.json.tmp").exists()
+    assert not (output / "results.json").exists() and not list(checkpoint.glob(".tmp-*"))
     noted = output / "answers.0.jsonl"
     assert len(noted.read_text().splitlines()) == 4
     with noted.open("a") as file:

@@ -238,7 +238,7 @@ def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypat
 
 
 def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path):
-    """By default those that its metadata names; an encoder that cannot be loaded is reported, and the rest is shown."""
+    """By default those that its metadata names. An encoder that cannot be loaded is reported, the rest is shown."""
     student = modules["student"].load_student(str(checkpoint), None)
     wanted = modules["encoders"].wanted
     monkeypatch.delenv("CLIP_ID", raising=False)

@@ -1,4 +1,4 @@
-"""Each benchmark runs at toy size; the form of what it prints and writes is looked at, never a time."""
+"""Each script runs at toy size; the tests check the form of its output, never a time."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ TABLES = {
 def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     title, number = TABLES[script]
     out = tmp_path / "tables.json"
-    importlib.import_module(f"benchmarks.{script}").main(
+    importlib.import_module(f"benchmarks.speed.{script}").main(
         ["--toy", "--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(out)]
     )
     printed = capsys.readouterr().out

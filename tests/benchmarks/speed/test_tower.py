@@ -1,4 +1,4 @@
-"""The benchmark of the tower at toy size: its variants compute the same, its table has its form. No time is judged."""
+"""The script of the tower at toy size: its variants compute the same features, its table has its form."""
 
 import json
 import math
@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.speed import tower as benchmark
 from benchmarks.speed.measure import Row, paired_times, peak_memory, report
+from benchmarks.speed.models import TOY_CLIP, TowerCase, features
 
 
-CASE = benchmark.Case(benchmark.TOY)
+CASE = TowerCase(TOY_CLIP)
 
 
 def test_table_of_times(tmp_path, capsys):
@@ -37,20 +38,20 @@ def test_table_of_times(tmp_path, capsys):
 
 
 def test_variants_give_the_features_of_clip():
-    """From B = 0 the tower is CLIP, so that what is timed is known to do the same work."""
+    """With B = 0 the tower is CLIP: the timed variants do the same work."""
     pixels = CASE.pixels()
     hidden_states = CASE.clip()(pixels, output_hidden_states=True).hidden_states
-    assert torch.equal(benchmark.features(CASE.clip(), pixels), hidden_states[-1][:, 1:])
+    assert torch.equal(features(CASE.clip(), pixels), hidden_states[-1][:, 1:])
     expected = hidden_states[-2][:, 1:]
     folded = CASE.tower()
     folded.fold_experts()
     for tower in (CASE.tower(), folded):
-        torch.testing.assert_close(benchmark.features(tower, pixels), expected)
-    loop = CASE.loop()
-    for layer in loop.encoder.layers:
+        torch.testing.assert_close(features(tower, pixels), expected)
+    loop = benchmark.LoopOfExpertsTower(CASE).eval()
+    for layer in loop.clip.encoder.layers:
         for expert in (*layer.mlp.fc1_experts, *layer.mlp.fc2_experts):
             torch.nn.init.zeros_(expert[2].weight), torch.nn.init.zeros_(expert[2].bias)
-    torch.testing.assert_close(benchmark.features(loop, pixels), expected)
+    torch.testing.assert_close(features(loop, pixels), expected)
 
 
 @pytest.mark.parametrize("what", benchmark.MEMORY)
