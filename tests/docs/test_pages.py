@@ -1,9 +1,9 @@
 """
 The README and the pages of docs/: what they tell a reader to run works.
 
-Each block of Bash or Python either runs here, in order, in a folder with a small checkpoint, or says on the line before
-what it needs, as `<!-- needs: the Hub -->`. Of `accelerate launch`, `pip install`, pytest and the developers' tools the
-arguments are read, by the real parser where there is one, and nothing is started.
+Each block of Bash or Python either runs here, in order, in a folder with a small checkpoint, or says on the line
+before what it needs, as `<!-- needs: the Hub -->`. Lines of `accelerate launch` are only parsed, by the parsers of
+accelerate and of `train/sft.py`; of `pip install`, pytest and the developers' tools only the names are checked.
 """
 
 import ast
@@ -134,7 +134,7 @@ def in_clone(word: str) -> str:
 
 
 def check_launch(words: list[str]) -> None:
-    """`accelerate launch`: its options, its file, and those of the run, read as the launcher and the script read them."""
+    """Parse the options of `accelerate launch` and of the run as the launcher and the script do."""
     launch = launch_command_parser().parse_args([in_clone(word) for word in words])
     assert launch.config_file is None or Path(launch.config_file).is_file()
     assert Path(launch.training_script) == ROOT / "train" / "sft.py"
@@ -296,14 +296,11 @@ def test_the_map_names_every_file() -> None:
     text = (ROOT / "docs" / "development.md").read_text()
     for room in ROOMS:
         part = text.split(f"**`{room}/`**", 1)[1].split("**`", 1)[0]
-        named = set(re.findall(r"^\| `(\S+)`", part, re.MULTILINE)) | set(
-            re.findall(r"^\| .*, `(\S+/)` \|", part, re.M)
-        )
-        files = {str(path.relative_to(ROOT / room)) for path in (ROOT / room).rglob("*.py")}
-        files = {
-            file for file in files if not file.endswith("__init__.py") and not file.startswith(("plan/", "demo/"))
-        }
-        assert {name for name in named if name.endswith(".py")} == files, room
+        named = set(re.findall(r"^\| `(\S+\.py)`", part, re.MULTILINE))
+        paths = (path.relative_to(ROOT / room) for path in (ROOT / room).rglob("*.py"))
+        # Packages that the map describes as a whole
+        files = {str(path) for path in paths if path.parts[0] not in ("plan", "demo") and path.name != "__init__.py"}
+        assert named == files, room
 
 
 def messages(tree: ast.AST) -> Iterator[str]:
