@@ -11,16 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--parity-dir",
-        type=Path,
-        default=FIXTURES / "parity",
-        help="Folder with the golden numbers the tests marked `parity` are held against.",
-    )
-
-
 @pytest.fixture(scope="session")
 def parity_dir(pytestconfig: pytest.Config) -> Path:
     """Folder of golden numbers: the fixtures by default, or what `--parity-dir` names."""
-    return pytestconfig.getoption("--parity-dir")
+    return pytestconfig.getoption("--parity-dir") or FIXTURES / "parity"
