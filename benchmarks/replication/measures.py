@@ -15,11 +15,12 @@ from benchmarks.replication.towers import pictures_of
 from benchmarks.replication.world import labels, sample_scene
 from modeling_movekd import MoveKDVisionModel
 from train.config import save_json
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized, probe_scores, resized
+from train.demo.scene_labels import normalized, probe_scores, resized
 from train.demo.scenes import GRID, IMAGE_SIZE, SHAPES
 from train.distillation.heads import resample_grid
 from train.teachers.config import TeacherConfig
 from train.teachers.loaders import load_teacher
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 SCENES, PROBE = "measures.safetensors", "probe_at_start.json"

@@ -12,10 +12,10 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.vision_movekd import MoveKDVisionOutput
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD
 from train.demo.scenes import IMAGE_SIZE
 from train.distillation.heads import resample_grid
 from train.teachers.features import FrozenTeacher
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 class SideBySideEncoders(nn.Module):

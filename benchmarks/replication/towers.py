@@ -50,8 +50,6 @@ from benchmarks.replication.world import (
 from train.config import save_json
 from train.demo.networks import (
     HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PROJECTOR_RANGE,
     fit,
     image_processor_of,
@@ -63,8 +61,6 @@ from train.demo.networks import (
     train_language_model,
 )
 from train.demo.scene_labels import (
-    CLIP_MEAN,
-    CLIP_STD,
     labels_per_token,
     normalized,
     probe_scores,
@@ -73,6 +69,7 @@ from train.demo.scene_labels import (
 )
 from train.demo.scenes import Scene, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
 # Training steps, the longest training first

@@ -49,8 +49,6 @@ from transformers import (
 )
 
 from train.demo.scene_labels import (
-    CLIP_MEAN,
-    CLIP_STD,
     COLOUR_CLASSES,
     NO_DIGIT,
     SHAPE_CLASSES,
@@ -72,9 +70,9 @@ from train.demo.text_scenes import (
     lesson,
     with_short_template,
 )
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 # Training steps, the longest training first.

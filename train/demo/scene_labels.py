@@ -12,9 +12,9 @@ from transformers import CLIPVisionModel
 
 from train.demo.scenes import COLOURS, GRID, SHAPES, Scene
 from train.demo.text_scenes import CELLS
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHAPE_CLASSES = ("nothing", *SHAPES, "digit")
 COLOUR_CLASSES = ("none", *COLOURS)
 NO_DIGIT = 10

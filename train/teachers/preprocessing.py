@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from transformers import image_utils
 
 
-# What the pixels of a model are scaled by, in [0, 1]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Per-channel mean and standard deviation of pixels in [0, 1]
+CLIP_MEAN, CLIP_STD = tuple(image_utils.OPENAI_CLIP_MEAN), tuple(image_utils.OPENAI_CLIP_STD)
+IMAGENET_MEAN, IMAGENET_STD = tuple(image_utils.IMAGENET_DEFAULT_MEAN), tuple(image_utils.IMAGENET_DEFAULT_STD)
 FITS = ("centre_crop", "zero_pad")
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -24,11 +24,12 @@ from benchmarks.replication.side_by_side import SideBySideEncoders
 from benchmarks.replication.towers import STEPS, TEACHERS, demo_language_model
 from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.processing import add_image_token
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, normalized
+from train.demo.scene_labels import normalized
 from train.demo.scenes import GRID, Scene, caption, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, with_short_template
 from train.teachers.config import TeacherConfig
 from train.teachers.loaders import load_teacher
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 SCENES = [world.sample_scene("test", index) for index in range(60)]

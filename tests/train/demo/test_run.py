@@ -27,9 +27,10 @@ from train.demo.run import (
     results_table,
     run_demo,
 )
-from train.demo.scene_labels import CLIP_MEAN, CLIP_STD, cell_labels, normalized, probe_scores, resized
+from train.demo.scene_labels import cell_labels, normalized, probe_scores, resized
 from train.demo.scenes import FAMILIES, sample_scene, scene_image, scenes
 from train.demo.text_scenes import TextScenes
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 ROOT = Path(__file__).parents[3]
