@@ -24,8 +24,7 @@ from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, save_js
 from train.data.datasets import data_sources
 from train.language_lora import language_lora_facts
 from train.teachers.cached import CachedTeacher, FeatureCache
-from train.teachers.config import TeacherConfig, hub_revision
-from train.teachers.config import cached_commit as teacher_commit
+from train.teachers.config import TeacherConfig, hub_revision, teacher_commit
 
 
 if TYPE_CHECKING:

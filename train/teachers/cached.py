@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from train.teachers.cache_shards import BLANK, UNREADABLE, WAY_OUT, ShardLayout, decode
-from train.teachers.config import TeacherConfig, cached_commit
+from train.teachers.config import TeacherConfig, teacher_commit
 from train.teachers.features import FrozenTeacher, TeacherFeatures
 
 
@@ -108,7 +108,7 @@ def live_facts(teacher: FrozenTeacher) -> dict[str, Any]:
     return {
         **asked,
         **pixels,
-        "commit": cached_commit(teacher.config),
+        "commit": teacher_commit(teacher.config),
         "grid": list(teacher.grid),
         "width": teacher.width,
         "asked": asked,
