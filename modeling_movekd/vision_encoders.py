@@ -1,11 +1,12 @@
-"""Other vision encoders to look at beside a student: any of transformers with an image processor of its own."""
+"""Patch features of any vision encoder of transformers, for pictures, benchmarks and the teachers of `train`."""
 
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,23 +17,160 @@ from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor
 # Where a composite model (CLIP, SigLIP, SAM, LLaVA, ...) keeps its vision part
 VISION_PARTS = ("vision_model", "vision_encoder", "vision_tower", "visual")
 # Weights that patch features never pass through
-OFF_THE_FEATURE_PATH = re.compile(r"(^|\.)(pooler|head|classifier|text_model|(text|visual)_projection)\.|logit_")
-# [CLS], a distillation token and registers; more tokens than these besides the patches are none that we know
-MOST_PREFIX_TOKENS = 16
+_OFF_THE_FEATURE_PATH = re.compile(
+    r"(^|\.)(pooler|head|head_dist|fc_norm|attn_pool|classifier|text_model|(text|visual)_projection)\.|logit_"
+)
+# Parameters that put tokens of their own in front of the patches
+_PREFIX_TOKENS = (
+    *("cls_token", "class_embedding", "dist_token", "distillation_token"),
+    *("reg_token", "register_tokens", "cls_register_token"),
+)
+
+
+def vision_part(model: nn.Module) -> nn.Module:
+    """
+    The vision encoder inside a composite model; any other model as it is.
+
+    Raises:
+        ValueError: if the encoder takes no `pixel_values`.
+    """
+    while name := next((name for name in VISION_PARTS if isinstance(getattr(model, name, None), nn.Module)), None):
+        model = getattr(model, name)
+    accepted = inspect.signature(model.forward).parameters
+    if "pixel_values" not in accepted:
+        raise ValueError(f"{type(model).__name__} takes {[*accepted]} and no `pixel_values`; choose a vision model.")
+    return model
+
+
+def on_feature_path(keys: Iterable[str]) -> list[str]:
+    """The keys, sorted, of weights that patch features pass through."""
+    return sorted(key for key in keys if not _OFF_THE_FEATURE_PATH.search(key))
+
+
+def square_size(processor: BaseImageProcessor) -> int | None:
+    """Side in pixels of the square that an image processor makes; `None` if it makes others."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    sides = {size[key] for key in ("height", "width", "shortest_edge", "longest_edge") if size.get(key)}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def forward_arguments(model: nn.Module, image_size: int, output_hidden_states: bool = False) -> dict[str, Any]:
+    """
+    Keywords that a model's forward needs beside `pixel_values`.
+
+    Args:
+        model: A vision encoder of transformers, as [`vision_part`] gives it.
+        image_size: Side of the square input in pixels.
+        output_hidden_states (*optional*, defaults to `False`): Whether other layers than the last are read.
+    """
+    arguments = {"output_hidden_states": True} if output_hidden_states else {}
+    native: Any = getattr(model.config, "image_size", None)
+    accepted = inspect.signature(model.forward).parameters
+    if "interpolate_pos_encoding" in accepted and native not in (image_size, [image_size] * 2, (image_size,) * 2):
+        arguments["interpolate_pos_encoding"] = True
+    return arguments
+
+
+def select_output(outputs: Any, output: int | str | None = None) -> torch.Tensor:
+    """
+    One output of a model's forward.
+
+    Args:
+        outputs: A model output of transformers.
+        output: An index into `hidden_states`, a field's name, or `None` for `last_hidden_state`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if isinstance(output, int):
+        hidden_states = getattr(outputs, "hidden_states", None) or ()
+        if not -len(hidden_states) <= output < len(hidden_states):
+            raise ValueError(f"The model gives {len(hidden_states)} hidden states and no number {output}.")
+        return hidden_states[output]
+    features = getattr(outputs, output or "last_hidden_state", None)
+    if features is None:
+        raise ValueError(f"The model gives {[*outputs]} and no {output or 'last_hidden_state'!r}.")
+    return features
+
+
+def patch_features(
+    model: nn.Module, outputs: Any, output: int | str | None = None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """
+    One output of a model's forward, patches only. A field by name holds patches alone; other outputs may have prefix
+    tokens.
+
+    Returns:
+        Tokens `(batch_size, h * w, width)`, row by row, and the grid `(h, w)`.
+
+    Raises:
+        ValueError: as [`select_output`] and [`patch_tokens`].
+    """
+    features = select_output(outputs, output)
+    prefix = 0 if isinstance(output, str) else num_prefix_tokens(model, features.shape[-1])
+    return patch_tokens(features, prefix)
+
+
+def num_prefix_tokens(model: nn.Module, width: int) -> int:
+    """How many [CLS], distillation and register tokens a model puts before its patches, from its parameters."""
+    sizes = {name: value.numel() for name, value in model.named_parameters() if name.split(".")[-1] in _PREFIX_TOKENS}
+    return sum(sizes[name] // width for name in on_feature_path(sizes))
+
+
+def patch_tokens(
+    features: torch.Tensor, prefix: int = 0, channels_last: bool | None = None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """
+    Features of any layout as patch tokens.
+
+    Args:
+        features: `(batch_size, prefix + h * w, width)`, `(batch_size, width, h, w)` or `(batch_size, h, w, width)`.
+        prefix: Number of tokens before the patches.
+        channels_last: Layout of a map; by default told from its square grid.
+
+    Returns:
+        Tokens `(batch_size, h * w, width)`, row by row, and the grid `(h, w)`.
+
+    Raises:
+        ValueError: if tokens are on no square grid, or the layout of a map cannot be told.
+    """
+    if features.dim() == 3:
+        count = features.shape[1] - prefix
+        side = isqrt(max(count, 0))
+        if side == 0 or side * side != count:
+            raise ValueError(
+                f"{features.shape[1]} tokens less {prefix} that are no patches leave {count}, and a square grid has "
+                f"h * w = {side} * {side} = {side * side} or {side + 1} * {side + 1} = {(side + 1) ** 2} patches."
+            )
+        return features[:, prefix:], (side, side)
+    if features.dim() != 4:
+        raise ValueError(
+            f"Features have {features.dim()} dimensions {tuple(features.shape)}; 3 (tokens) or 4 (a map) are expected."
+        )
+    if channels_last is None:
+        channels_first, channels_last = (features.shape[i] == features.shape[i + 1] for i in (2, 1))
+        if channels_first == channels_last:
+            raise ValueError(
+                f"A map of shape {tuple(features.shape)} does not tell its channels from the sides of a square grid."
+            )
+    height, width = features.shape[1:3] if channels_last else features.shape[2:]
+    tokens = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+    return tokens, (height, width)
 
 
 class OtherEncoder:
     """
-    A vision encoder that gives the features of images patch by patch.
+    A vision encoder beside a student: patch features of images, for pictures and benchmarks.
 
     Args:
         source: Hub id or folder; `ID@REVISION` for a branch, tag or commit.
+        device: Where it runs.
 
     Attributes: `name` (the last part of `source`).
 
     Raises:
-        ValueError: if the model or its image processor cannot be read, needs code from the Hub, lacks weights that its
-            features pass through, or takes no pixels.
+        ValueError: if the model or its image processor cannot be read, needs code from the Hub, takes no pixels, or
+            lacks weights that its features pass through.
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
@@ -47,36 +185,31 @@ class OtherEncoder:
             self.processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
                 model_id, backend="pil", **settings
             )
+            model = vision_part(model)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ValueError(f"The encoder {source} cannot be read: {error}") from error
-        missing = sorted(key for key in info["missing_keys"] if not OFF_THE_FEATURE_PATH.search(key))
+        missing = on_feature_path(info["missing_keys"])
         if missing or info["mismatched_keys"]:
             raise ValueError(
                 f"The encoder {source} lacks {len(missing)} weights, which would stay random: {missing}; of another "
                 f"shape are {sorted(map(str, info['mismatched_keys']))}."
             )
-        while part := next((name for name in VISION_PARTS if isinstance(getattr(model, name, None), nn.Module)), None):
-            model = getattr(model, part)
-        if "pixel_values" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"The encoder {source} is a {type(model).__name__}, which takes no `pixel_values`.")
         self.model = model.to(device).eval()
         self.device = torch.device(device)
 
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels, as the image processor says."""
-        processor = self.processor
-        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-        sides = {size[key] for key in ("height", "width", "shortest_edge", "longest_edge") if size.get(key)}
-        if len(sides) != 1:
+        size = square_size(self.processor)
+        if size is None:
             raise ValueError(
-                f"The encoder {self.source} takes no squares of one size: its {type(processor).__name__} has the size "
-                f"{dict(size)}."
+                f"The encoder {self.source} takes no squares of one size: its {type(self.processor).__name__} has the "
+                f"size {dict(self.processor.size)}."
             )
-        return sides.pop()
+        return size
 
     def preprocess(self, crops: Sequence[Image.Image]) -> torch.Tensor:
-        """Crops as pixels, resized and normalised as the image processor says, but not cropped again."""
+        """Crops as pixels, resized and normalized as the image processor says, but not cropped again."""
         side = (self.image_size, self.image_size)
         resized = [image.resize(side, Image.Resampling(self.processor.resample)) for image in crops]
         geometry = ("do_resize", "do_center_crop", "do_pad")
@@ -89,7 +222,7 @@ class OtherEncoder:
         Features whose patches lie over the same pixels for every encoder that gets the same crops.
 
         Args:
-            crops: RGB images, stretched to squares if they are none.
+            crops: RGB images; other shapes are stretched to squares.
             layers: Counted from 0; `None` is the last hidden state.
 
         Returns:
@@ -99,41 +232,13 @@ class OtherEncoder:
             ValueError: if the model has no such layer, or gives no square grid.
         """
         pixels = self.preprocess(crops).to(self.device)
-        accepted = inspect.signature(self.model.forward).parameters
-        arguments = {} if set(layers) == {None} else {"output_hidden_states": True}
-        native = getattr(self.model.config, "image_size", None)
-        if "interpolate_pos_encoding" in accepted and native not in (self.image_size, [self.image_size] * 2):
-            arguments["interpolate_pos_encoding"] = True
         try:
+            arguments = forward_arguments(self.model, self.image_size, output_hidden_states=set(layers) != {None})
             outputs = self.model(pixel_values=pixels, **arguments)
+            depth = len(getattr(outputs, "hidden_states", None) or ()) - 1
+            if absent := [layer for layer in layers if layer is not None and layer >= depth]:
+                raise ValueError(f"It has {max(depth, 0)} layers, and no layer {absent[0]}.")
+            indices = [None if layer is None else layer + 1 for layer in layers]
+            return [patch_features(self.model, outputs, index)[0].float() for index in indices]
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"The encoder {self.source} cannot be run on images alone: {error}") from error
-        hidden = getattr(outputs, "hidden_states", None) or ()
-        tokens = []
-        for layer in layers:
-            if layer is not None and layer + 1 >= len(hidden):
-                raise ValueError(f"The encoder {self.source} has {len(hidden) - 1} layers, and no layer {layer}.")
-            features = getattr(outputs, "last_hidden_state", None) if layer is None else hidden[layer + 1]
-            if features is None:
-                raise ValueError(f"The encoder {self.source} gives {[*outputs]} and no last hidden state.")
-            tokens.append(self._on_grid(features.float(), pixels.shape[-1]))
-        return tokens
-
-    def _on_grid(self, features: torch.Tensor, image_size: int) -> torch.Tensor:
-        problem = f"The encoder {self.source} ({type(self.model).__name__}) gives no square grid of features"
-        if features.dim() == 4:
-            channels_first, channels_last = (features.shape[i] == features.shape[i + 1] for i in (2, 1))
-            if channels_first == channels_last:
-                raise ValueError(f"{problem}, but a map of shape {tuple(features.shape)}.")
-            return features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
-        if features.dim() != 3:
-            raise ValueError(f"{problem}, but values of shape {tuple(features.shape)}.")
-        patch_size = getattr(self.model.config, "patch_size", None)
-        patch_size = patch_size if isinstance(patch_size, int) else None
-        found = features.shape[1]
-        patches = (image_size // patch_size) ** 2 if patch_size else 0
-        if patches and 0 <= found - patches <= MOST_PREFIX_TOKENS:
-            return features[:, found - patches :]
-        if isqrt(found) ** 2 == found:  # a backbone that halves its grid from stage to stage
-            return features
-        raise ValueError(f"{problem}, but {found} tokens for {image_size} x {image_size} pixels.")
+            raise ValueError(f"The encoder {self.source} gives no patch features: {error}") from error

@@ -87,15 +87,12 @@ def build_student(
     # The new weights (experts, routers, projector) must depend on the seed alone
     set_seed(args.seed)
     language, tokenizer = load_language_model(str(args.language_model), **model_kwargs)
-    chat_template = tokenizer.chat_template if args.chat_template == "own" else args.chat_template
+    own_template = tokenizer.chat_template
+    image_token_id = add_image_token(tokenizer)
+    model = join_parts(args, str(args.vision_model), language, image_token_id, model_args.attn_implementation)
+    chat_template = own_template if args.chat_template == "own" else args.chat_template
     if chat_template is None:
         raise ValueError(f"`chat_template` is 'own', but {args.language_model} has none. Choose 'vicuna_v1'.")
-    vision = MoveKDVisionModel.from_clip(args.vision_model, **tower_settings(args))
-    if model_args.attn_implementation is not None:
-        vision.set_attn_implementation(model_args.attn_implementation)
-    model = MoveKDForConditionalGeneration.from_parts(
-        vision, language, image_token_id=add_image_token(tokenizer), image_aspect_ratio=args.image_aspect_ratio
-    )
     image_processor = AutoImageProcessor.from_pretrained(args.vision_model, trust_remote_code=False)
     return model, build_processor(model.config, image_processor, tokenizer, chat_template)
 
@@ -126,6 +123,22 @@ def _load_student(
     return model, processor
 
 
+def join_parts(
+    args: MoveKDSFTConfig,
+    clip: str | PreTrainedModel,
+    language: PreTrainedModel,
+    image_token_id: int,
+    attn_implementation: str | None = None,
+) -> MoveKDForConditionalGeneration:
+    """A new student from a CLIP vision model (Hub id, folder or loaded) and a loaded causal language model."""
+    vision = MoveKDVisionModel.from_clip(clip, **tower_settings(args))
+    if attn_implementation is not None:
+        vision.set_attn_implementation(attn_implementation)
+    return MoveKDForConditionalGeneration.from_parts(
+        vision, language, image_token_id=image_token_id, image_aspect_ratio=args.image_aspect_ratio
+    )
+
+
 def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a causal language model of transformers and its tokenizer; `kwargs` are passed to `from_pretrained`.
@@ -152,7 +165,7 @@ def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
+def build_teachers(args: MoveKDSFTConfig, weights: bool = True) -> dict[str, Teacher]:
     """
     Load the frozen teachers, by name; none if `distill` is false. With `feature_cache` they are not loaded, and
     [`CachedTeacher`] takes their place.
@@ -161,7 +174,7 @@ def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
     if configs and args.feature_cache is not None:
         cache = FeatureCache(args.feature_cache, configs)
         return {config.name: CachedTeacher(config, cache) for config in configs}
-    return {config.name: load_teacher(config) for config in configs}
+    return {config.name: load_teacher(config, weights=weights) for config in configs}
 
 
 def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:

@@ -143,6 +143,6 @@ def split_crops(
     if model.config.image_aspect_ratio == "pad" or image_sizes is None:
         return slice(None), image_weights
     size, grids = model.config.vision_config.image_size, model.config.image_grid_pinpoints
-    counts = torch.tensor([image_size_to_num_patches(image_size, grids, size) for image_size in image_sizes])
-    total, counts = int(counts.sum()), counts.to(image_weights.device)
-    return counts.cumsum(0) - counts, (image_weights / counts).repeat_interleave(counts, output_size=total)
+    num_crops = [image_size_to_num_patches(image_size, grids, size) for image_size in image_sizes]
+    counts = torch.tensor(num_crops, device=image_weights.device)
+    return counts.cumsum(0) - counts, (image_weights / counts).repeat_interleave(counts, output_size=sum(num_crops))

@@ -25,8 +25,7 @@ from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import data_sources
 from train.language_lora import language_lora_facts
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
-from train.teachers.config import TeacherConfig, hub_revision
-from train.teachers.config import cached_commit as teacher_commit
+from train.teachers.config import TeacherConfig, hub_revision, teacher_commit
 
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "timm")

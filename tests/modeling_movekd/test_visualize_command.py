@@ -284,7 +284,7 @@ def test_errors_are_sentences(folder, photos, tmp_path, capsys, make_tower, make
         ([str(tmp_path / "no"), photo], "no"),
         ([student, str(broken)], "broken.png: not an image of a known format"),
         ([student, photo, "--layer", "3"], "--layer 3: the tower has 3 layers"),
-        ([student, photo, "--teacher", str(tmp_path / "words")], "takes no `pixel_values`"),
+        ([student, photo, "--teacher", str(tmp_path / "words")], "and no `pixel_values`"),
         ([student, photo, "--teacher", str(tmp_path / "oblong")], "takes no squares of one size"),
         ([student, photo, "--teacher", str(tmp_path / "bare")], "cannot be read"),
         ([student, photo, "--clip", str(tmp_path / "shallow")], "has 1 layers, and no layer 2"),

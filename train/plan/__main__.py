@@ -6,7 +6,7 @@ Whether a recipe fits and how long it takes, before a weight is loaded.
         --vision_model openai/clip-vit-large-patch14-336 --language_model lmsys/vicuna-7b-v1.5
 
 Any key of the recipe can follow as a flag. A recipe that continues a student which does not exist yet needs the
-`--vision_model` and `--language_model` of the one before. Only configurations are read.
+`--vision_model` and `--language_model` of the stage before. Only configurations are read.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from train.plan.step import input_bytes, measure_activations, measure_flops
 from train.teachers.cached import INDEX_NAME
 
 
-# Rows of data sets that are not at hand, in thousands as their names say, for the days; `--rows` for any other
+# Rows of data sets that are not on this machine, in thousands as their names say; `--rows` for any other
 NAMED_ROWS = {"blip_laion_cc_sbu_558k.json": 558_000, "llava_v1_5_mix665k.json": 665_000}
 
 
@@ -46,12 +46,7 @@ def training_days(flops_per_step: float, steps: int, gpus: int, peak_tflops: flo
 
 
 def parse_memory(text: str) -> int:
-    """
-    `"80GB"` (10^9 bytes) or `"80GiB"` (2^30) to bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Bytes of `"80GB"` (10^9 each) or `"80GiB"` (2^30 each)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", text.strip())
     if match is None:
         raise ValueError(f"The memory is {text!r}; write it as 80GB or 80GiB.")
@@ -59,69 +54,39 @@ def parse_memory(text: str) -> int:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need, the first to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    """Columns as wide as their cells, the first aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in (header, *rows))
+        "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
+        for row in (header, *rows)
     ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f}"
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class StepMeasures:
-    """
-    What [`measure_step`] found of one GPU's part of a step.
-
-    Args:
-        counts (`ParameterCounts`): Of student and distiller.
-        teacher_parameters (`dict[str, int]`): By teacher.
-        teacher_bytes (`int`): Of all teachers' weights.
-        activations (`dict[str, dict[bool, int]]`): Bytes by backend, with activation checkpointing (`True`) and
-            without.
-        row_bytes (`int`): Of the inputs of a row.
-        row_flops (`dict[str, int]`): Of a row, by teacher and for the `"student"`.
-        tokens (`dict[str, int]`): Tokens of a row assumed for `"memory"` and for `"FLOPs"`.
-    """
+    """One GPU's part of a step, whatever the number of GPUs. `row_flops` has the teachers' and the `"student"`'s."""
 
     counts: ParameterCounts
     teacher_parameters: dict[str, int]
     teacher_bytes: int
-    activations: dict[str, dict[bool, int]]
+    activations: dict[str, dict[bool, int]]  # by backend, and whether activations are recomputed
     row_bytes: int
     row_flops: dict[str, int]
-    tokens: dict[str, int]
+    memory_tokens: int
+    mean_tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    What [`plan_run`] found.
+    """A step over all GPUs. FLOPs are without recomputation."""
 
-    Args:
-        counts (`ParameterCounts`): Of student and distiller.
-        teacher_parameters (`dict[str, int]`): By teacher.
-        memory (`dict[str, dict[bool, BackendMemory]]`): By backend, with activation checkpointing (`True`) and
-            without.
-        student_flops (`int`), teacher_flops (`dict[str, int]`): Of one optimiser step over all GPUs, without what
-            activation checkpointing computes again.
-        accumulation (`int`): Micro-batches of one step.
-        global_batch (`int`): Rows of one step.
-        tokens (`dict[str, int]`): Tokens of a row assumed for `"memory"` and for `"FLOPs"`.
-    """
-
-    counts: ParameterCounts
-    teacher_parameters: dict[str, int]
-    memory: dict[str, dict[bool, BackendMemory]]
+    step: StepMeasures
+    memory: dict[str, dict[bool, BackendMemory]]  # by backend, and whether activations are recomputed
     student_flops: int
     teacher_flops: dict[str, int]
     accumulation: int
     global_batch: int
-    tokens: dict[str, int]
 
     @property
     def flops(self) -> int:
@@ -135,14 +100,14 @@ def measure_step(
     mean_tokens: int | None = None,
 ) -> StepMeasures:
     """
-    What does not depend on the number of GPUs, from configurations alone.
+    Measure what does not depend on the number of GPUs, from configurations alone.
 
     Args:
-        memory_tokens (`int`, *optional*): Length of the rows that must fit, image included; `max_length` by default.
-        mean_tokens (`int`, *optional*): Length of the mean row, for the FLOPs; as above by default, which is too many.
+        memory_tokens (`int`, *optional*, defaults to `max_length`): Length of the rows that must fit, with the image.
+        mean_tokens (`int`, *optional*, defaults to `memory_tokens`): Length of the mean row, for the FLOPs.
 
     Raises:
-        ValueError: if there is no length, or the optimiser is not one of [`train.plan.memory.OPTIMIZERS`].
+        ValueError: if there is no length, or the optimizer is not one of [`train.plan.memory.OPTIMIZERS`].
     """
     optimizer = optimizer_name(args)
     batch_size, longest = args.per_device_train_batch_size, memory_tokens or args.max_length
@@ -154,50 +119,67 @@ def measure_step(
     _, model, teachers = build_planned_run(args, model_args, dtype)
     backends, half = usable_backends(args), args.bf16
     activations: dict[str, dict[bool, int]] = {backend: {} for backend in backends}
-    for checkpointing in (True, False):
+    for recomputed in (True, False):
         lengths = (args, model_args, batch_size, longest)
         # DDP casts weights as it goes, the others compute in bf16 weights
-        casting = measure_activations(*lengths, dtype, autocast=half, checkpointing=checkpointing)
+        casting = measure_activations(*lengths, dtype, autocast=half, checkpointing=recomputed)
         cast = casting
         if half and len(backends) > 1:
-            cast = measure_activations(*lengths, torch.bfloat16, autocast=False, checkpointing=checkpointing)
+            cast = measure_activations(*lengths, torch.bfloat16, autocast=False, checkpointing=recomputed)
         for backend in backends:
-            activations[backend][checkpointing] = casting if backend == "DDP" else cast
+            activations[backend][recomputed] = casting if backend == "DDP" else cast
+    weights = {name: list(teacher.parameters()) for name, teacher in teachers.items()}
     return StepMeasures(
         count_parameters(model, tuple(model._no_split_modules or ()), optimizer),
-        {name: teacher.num_parameters for name, teacher in teachers.items()},
-        sum(teacher.bytes for teacher in teachers.values()),
+        {name: sum(value.numel() for value in values) for name, values in weights.items()},
+        sum(value.nbytes for values in weights.values() for value in values),
         activations,
         input_bytes(model, teachers, args, longest),
         measure_flops(args, model_args, mean),
-        {"memory": longest, "FLOPs": mean},
+        longest,
+        mean,
     )
 
 
 def plan_run(args: MoveKDSFTConfig, step: StepMeasures, gpus: int) -> Plan:
-    """
-    Everything but the time, on `gpus` GPUs with a process each.
-
-    Raises:
-        ValueError: if the global batch does not divide.
-    """
+    """A step on `gpus` GPUs with a process each. Raises a `ValueError` if the global batch does not divide."""
     accumulation = args.gradient_accumulation_steps
     if args.global_batch_size is not None:
         accumulation = accumulation_steps(args.global_batch_size, args.per_device_train_batch_size, gpus)
     rows = args.per_device_train_batch_size * accumulation
-    memory = {
-        backend: {
-            checkpointing: sharded_memory(
-                backend, step.counts, gpus, step.teacher_bytes, activations, args.bf16, rows * step.row_bytes
-            )
-            for checkpointing, activations in by_checkpointing.items()
-        }
-        for backend, by_checkpointing in step.activations.items()
+
+    def memory(backend: str, activations: int) -> BackendMemory:
+        inputs = rows * step.row_bytes
+        return sharded_memory(backend, step.counts, gpus, step.teacher_bytes, activations, args.bf16, inputs)
+
+    by_backend = {
+        backend: {recomputed: memory(backend, size) for recomputed, size in sizes.items()}
+        for backend, sizes in step.activations.items()
     }
     flops = {name: value * rows * gpus for name, value in step.row_flops.items()}
-    student_flops = flops.pop("student")
-    parts = (step.counts, step.teacher_parameters, memory, student_flops, flops, accumulation, rows * gpus)
-    return Plan(*parts, step.tokens)
+    return Plan(step, by_backend, flops.pop("student"), flops, accumulation, rows * gpus)
+
+
+def _memory_lines(plan: Plan, args: MoveKDSFTConfig, gpu_memory: int, headroom: float) -> list[str]:
+    usable, table, fitting = gpu_memory * (1 - headroom), [], []
+    for backend, memory in plan.memory.items():
+        kept, recomputed = memory[False], memory[True]
+        shared = [kept.weights, kept.gradients, kept.optimizer, kept.teachers, kept.inputs, kept.communication]
+        sizes = [*shared, recomputed.activations, recomputed.total, kept.activations, kept.total]
+        names = {"recomputed": recomputed, "kept": kept}
+        fits = [name for name, used in names.items() if used.total <= usable]
+        fitting += [backend] if memory[bool(args.activation_checkpointing)].total <= usable else []
+        table.append([backend, *(f"{size / 1e9:.1f}" for size in sizes), " or ".join(fits) or "no"])
+    header = ["GB per GPU", "weights", "gradients", "optimizer", "teachers", "inputs", "buffers*"]
+    header += ["recomputed*", "total", "kept*", "total", "fits"]
+    return [
+        format_table(header, table),
+        f"In {gpu_memory / 1e9:.0f} GB less {headroom:.0%} for context and fragmentation, with activations "
+        f"{'recomputed' if args.activation_checkpointing else 'kept'} as the recipe has them, fit: "
+        f"{', '.join(fitting) or 'none'}.",
+        "* estimated: activations (recomputed by checkpointing, or kept) by the kernels of a CPU, buffers by the",
+        f"defaults of the libraries. The other bytes follow from the counts, with `optim` {optimizer_name(args)}.",
+    ]
 
 
 def format_plan(
@@ -212,48 +194,28 @@ def format_plan(
     rows_origin: str = "as given",
 ) -> str:
     """The report that the command prints; `rows_origin` says where the number of `rows` is from."""
-    counts, usable = plan.counts, gpu_memory * (1 - headroom)
-    parts = list(dict.fromkeys((*counts.trained, *counts.frozen)))
+    step, counts = plan.step, plan.step.counts
     parameters = [
         [part, f"{counts.trained.get(part, 0) / 1e6:,.2f}", f"{counts.frozen.get(part, 0) / 1e6:,.2f}"]
-        for part in parts
+        for part in dict.fromkeys((*counts.trained, *counts.frozen))
     ]
-    parameters += [[f"teacher {name}", "0.00", f"{n / 1e6:,.2f}"] for name, n in plan.teacher_parameters.items()]
+    parameters += [[f"teacher {name}", "0.00", f"{n / 1e6:,.2f}"] for name, n in step.teacher_parameters.items()]
     lines = [
         f"Stage {args.stage} on {gpus} GPUs: global batch {plan.global_batch} = {args.per_device_train_batch_size} "
-        f"per GPU x {plan.accumulation} accumulated x {gpus}; rows of {plan.tokens['memory']} tokens for memory, "
-        f"{plan.tokens['FLOPs']} for FLOPs, one image each.",
+        f"per GPU x {plan.accumulation} accumulated x {gpus}; rows of {step.memory_tokens} tokens for memory, "
+        f"{step.mean_tokens} for FLOPs, one image each.",
         "",
         format_table(["parameters (million)", "trained", "frozen"], parameters),
         "",
-    ]
-    table, fitting = [], []
-    for backend, by_checkpointing in plan.memory.items():
-        kept, recomputed = by_checkpointing[False], by_checkpointing[True]
-        shared = [kept.weights, kept.gradients, kept.optimizer, kept.teachers, kept.inputs, kept.communication]
-        names = {True: "recomputed", False: "kept"}
-        fits = [names[on] for on, used in by_checkpointing.items() if used.total <= usable]
-        fitting += [backend] if by_checkpointing[bool(args.activation_checkpointing)].total <= usable else []
-        sizes = [*shared, recomputed.activations, recomputed.total, kept.activations, kept.total]
-        table.append([backend, *map(_gigabytes, sizes), " or ".join(fits) or "no"])
-    header = ["GB per GPU", "weights", "gradients", "optimiser", "teachers", "inputs", "buffers*"]
-    header += ["recomputed*", "total", "kept*", "total", "fits"]
-    lines.append(format_table(header, table))
-    lines += [
-        f"In {gpu_memory / 1e9:.0f} GB less {headroom:.0%} for context and fragmentation, with activations "
-        f"{'recomputed' if args.activation_checkpointing else 'kept'} as the recipe has them, fit: "
-        f"{', '.join(fitting) or 'none'}.",
-        "* estimated: activations (recomputed by checkpointing, or kept) by the kernels of a CPU, buffers by the",
-        f"defaults of the libraries. The other bytes follow from the counts, with `optim` {optimizer_name(args)}.",
+        *_memory_lines(plan, args, gpu_memory, headroom),
     ]
     if args.feature_cache is not None:
         there = (Path(args.feature_cache) / INDEX_NAME).is_file()
         kind = "as it is" if there else "which is not there yet, in float16"
         lines.append(f"Teachers are not in memory: their features are read from {args.feature_cache}, {kind}.")
-    lines.append("")
     flops = [["student, forward and backward", f"{plan.student_flops / 1e15:,.3f}"]]
     flops += [[f"teacher {name}, forward", f"{value / 1e15:,.3f}"] for name, value in plan.teacher_flops.items()]
-    lines.append(format_table(["PFLOP per step, all GPUs", ""], flops))
+    lines += ["", format_table(["PFLOP per step, all GPUs", ""], flops)]
     if args.max_steps > 0:
         steps = args.max_steps
     elif rows is None:
@@ -269,56 +231,50 @@ def format_plan(
     return "\n".join(lines)
 
 
+def count_rows(sources: Sequence[DataSource]) -> tuple[int | None, str]:
+    """
+    Rows of all data sets, and where the number is from: counted where the data is on this machine, else as
+    [`NAMED_ROWS`] has it. `None` where a data set is neither, or where weights decide how often a row is drawn.
+    """
+    if any(source.weight is not None for source in sources):
+        return None, ""
+    counts, origins = [], []
+    for source in sources:
+        here, named = Path(source.name).exists(), NAMED_ROWS.get(Path(source.name).name)
+        counts.append(len(open_rows(source.name, source.split or "train", source.subset, False)) if here else named)
+        origins.append("counted" if here else "as the file is named, to be checked with `--rows`")
+    known = [count for count in counts if count is not None]
+    return (sum(known) if len(known) == len(counts) else None), " and ".join(dict.fromkeys(origins))
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gpus", type=int, required=True, help="Number of GPUs, one process each.")
-    parser.add_argument("--gpu-memory", required=True, help="Memory of one, as 80GB or 80GiB.")
+    parser.add_argument("--gpus", type=int, required=True, help="Number of GPUs, with one process each.")
+    parser.add_argument("--gpu-memory", required=True, help="Memory of one GPU, as 80GB or 80GiB.")
     parser.add_argument("--headroom", type=float, default=0.1, help="Share of it for context and fragmentation.")
     parser.add_argument("--gpu-peak", type=float, default=312.0, help="TFLOP/s in bf16, dense; an A100 has 312.")
     parser.add_argument("--utilization", type=float, default=0.4, help="Share of the peak that is reached.")
     parser.add_argument("--memory-tokens", type=int, help="Length of the rows that must fit; max_length by default.")
     parser.add_argument("--mean-tokens", type=int, help="Length of the mean row, for FLOPs; as above by default.")
-    parser.add_argument("--rows", type=int, help="Rows of the data set, where it is not at hand.")
+    parser.add_argument("--rows", type=int, help="Rows of the data set, where it is not on this machine.")
     options, recipe = parser.parse_known_args(arguments)
     try:
-        capacity = (parse_memory(options.gpu_memory), options.headroom)
+        gpu_memory = parse_memory(options.gpu_memory)
     except ValueError as error:
         parser.error(str(error))
-    for name, low, high in (
-        ("gpus", 1, 10**6),
-        ("headroom", 0, 0.99),
-        ("gpu_peak", 0.1, 1e6),
-        ("utilization", 0.01, 1),
-    ):
+    bounds = {"gpus": (1, 10**6), "headroom": (0, 0.99), "gpu_peak": (0.1, 1e6), "utilization": (0.01, 1)}
+    for name, (low, high) in bounds.items():
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} is {value}; it goes from {low:g} to {high:g}.")
     recipe_parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     parsed: tuple[Any, ...] = recipe_parser.parse_args_and_config([*recipe, "--use_cpu", "true"])
     data_args, args, model_args = parsed
     rows, origin = (options.rows, "as given") if options.rows else count_rows(data_sources(data_args))
-    if args.global_batch_size is not None:  # refused before it takes a minute
+    if args.global_batch_size is not None:  # refuse before measuring, which takes a minute
         accumulation_steps(args.global_batch_size, args.per_device_train_batch_size, options.gpus)
-    step = measure_step(args, model_args, options.memory_tokens, options.mean_tokens)
-    plan = plan_run(args, step, options.gpus)
+    plan = plan_run(args, measure_step(args, model_args, options.memory_tokens, options.mean_tokens), options.gpus)
     speed = (options.gpu_peak, options.utilization)
-    print(format_plan(plan, args, options.gpus, *capacity, rows, *speed, origin))
-
-
-def count_rows(sources: Sequence[DataSource]) -> tuple[int | None, str]:
-    """
-    Rows of the data sets together and where the number is from: counted where the data is on this machine, else as
-    [`NAMED_ROWS`] has it. `None` where one is neither, or where weights decide how often a row is drawn.
-    """
-    if any(source.weight is not None for source in sources):
-        return None, ""
-    counts, origins = [], []
-    for source in sources:
-        at_hand = Path(source.name).exists()
-        named = NAMED_ROWS.get(Path(source.name).name)
-        counts.append(len(open_rows(source.name, source.split or "train", source.subset, False)) if at_hand else named)
-        origins.append("counted" if at_hand else "as the file is named, to be checked with `--rows`")
-    known = [count for count in counts if count is not None]
-    return (sum(known) if len(known) == len(counts) else None), " and ".join(dict.fromkeys(origins))
+    print(format_plan(plan, args, options.gpus, gpu_memory, options.headroom, rows, *speed, origin))
 
 
 if __name__ == "__main__":

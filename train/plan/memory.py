@@ -1,6 +1,6 @@
-"""Bytes of a run on each GPU that follow from its parameters alone: weights, gradients, optimiser states."""
+"""Bytes on each GPU that follow from the parameters alone: weights, gradients, optimizer states."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import ceil, prod
 from typing import Any
@@ -13,12 +13,12 @@ from train.config import MoveKDSFTConfig
 
 
 BACKENDS = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
-# Defaults of DeepSpeed, in elements: its reduction bucket, and the parameters ZeRO-3 keeps gathered at most
+# DeepSpeed's defaults in elements: its reduction bucket, and the most parameters that ZeRO-3 keeps gathered
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Elements that an optimiser keeps for each one that trains, in the parameters' own dtype
+# Elements that an optimizer keeps for each trained one, in the parameter's own dtype
 TORCH_OPTIMIZERS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "sgd": 0}
-# The same of bitsandbytes, by bits of an element; paged ones may move to the main memory of the machine
+# The same for bitsandbytes, with the bits of an element; paged states may move to the machine's main memory
 BITSANDBYTES_OPTIMIZERS = {
     "adamw_bnb_8bit": (2, 8),
     "adamw_8bit": (2, 8),
@@ -33,14 +33,16 @@ BITSANDBYTES_OPTIMIZERS = {
     "rmsprop_bnb_32bit": (1, 32),
 }
 OPTIMIZERS = (*TORCH_OPTIMIZERS, "adafactor", *BITSANDBYTES_OPTIMIZERS)
-# Of bitsandbytes: a float32 scale for this many elements, and smaller tensors are not packed at all
+# bitsandbytes stores a float32 scale for this many elements, and does not pack smaller tensors
 OPTIMIZER_BLOCK, SMALLEST_PACKED = 256, 4096
 
 
 def optimizer_name(args: MoveKDSFTConfig) -> str:
     """
+    The recipe's `optim`.
+
     Raises:
-        ValueError: for an optimiser whose states are not known here, or one with `optim_args`, which may add some.
+        ValueError: if its states are not known here, or it has `optim_args`, which may add states.
     """
     name = getattr(args.optim, "value", args.optim)
     if name not in OPTIMIZERS or args.optim_args:
@@ -53,13 +55,14 @@ def optimizer_name(args: MoveKDSFTConfig) -> str:
 
 def optimizer_bytes(name: str, size: int, shape: Sequence[int], embedding: bool = False) -> int:
     """
-    Bytes of the states that an optimiser keeps for one parameter.
+    Bytes of the states that an optimizer keeps for one parameter.
 
     Args:
         name (`str`): As `optim` of the recipe.
         size (`int`): Bytes of an element of the parameter.
-        shape (`Sequence[int]`): Of the parameter.
-        embedding (`bool`): Whether it is an embedding's, whose states Trainer keeps in 32 bits.
+        shape (`Sequence[int]`): Shape of the parameter.
+        embedding (`bool`, *optional*, defaults to `False`): Whether the parameter is an embedding's, whose states
+            Trainer keeps in 32 bits.
     """
     elements = prod(shape)
     if name in TORCH_OPTIMIZERS:
@@ -75,9 +78,9 @@ def optimizer_bytes(name: str, size: int, shape: Sequence[int], embedding: bool 
 
 def packed_bytes(elements: int, double_quantized: bool = True) -> int:
     """
-    Bytes of a weight in 4-bit NormalFloat with its scales, one for each 64 elements: 8 bits each if they are quantised
-    in turn, with a float32 scale for each 256 of them, float32 otherwise (QLoRA, arXiv 2305.14314, section 3). The
-    tables of codes and an offset come to 1092 bytes a layer, or 64.
+    Bytes of a weight in 4-bit NormalFloat with a scale for each 64 elements (QLoRA, arXiv 2305.14314, section 3).
+    Scales are float32; double quantized, they have 8 bits, with a float32 scale for each 256 of them. The tables of
+    codes and an offset come to 64 or 1092 bytes a layer.
     """
     scales = ceil(elements / 64)
     tables = 4 * 16 + (4 * 256 + 4 if double_quantized else 0)
@@ -87,15 +90,15 @@ def packed_bytes(elements: int, double_quantized: bool = True) -> int:
 @dataclass(frozen=True)
 class ParameterCounts:
     """
-    Numbers of parameters of student and distiller, tied ones once.
+    Numbers of parameters of student and distiller; tied ones count once.
 
     Args:
         trained, frozen (`dict[str, int]`): By part.
-        trained_bytes, frozen_bytes (`int`): As loaded, 4-bit weights with their scales.
-        optimizer (`dict[str, int]`): Bytes of the optimiser's states over all GPUs, `"own"` with the weights as
-            loaded, `"float32"` with float32 ones, and `"flat"` where these lie in one long vector, as in DeepSpeed.
-        largest_layer (`int`): Of the layers that FSDP2 shards one by one, the largest.
-        outside_layers (`int`): What lies in none of them and is gathered for the whole step.
+        trained_bytes, frozen_bytes (`int`): As loaded; 4-bit weights with their scales.
+        optimizer (`dict[str, int]`): Bytes of the optimizer's states over all GPUs: `"own"` for weights as loaded,
+            `"float32"` for float32 weights, and `"flat"` for float32 weights in one long vector, as in DeepSpeed.
+        largest_layer (`int`): The largest of the layers that FSDP2 shards one by one.
+        outside_layers (`int`): Parameters outside these layers, which are gathered for the whole step.
     """
 
     trained: dict[str, int]
@@ -108,7 +111,7 @@ class ParameterCounts:
 
 
 def count_parameters(model: Any, layer_classes: Sequence[str] = (), optimizer: str = "adamw_torch") -> ParameterCounts:
-    """By part, after [`~train.build.set_trainable`]; `layer_classes` are those that FSDP2 wraps."""
+    """Count after [`~train.build.set_trainable`]; FSDP2 wraps the layers of `layer_classes`."""
     trained, frozen = parameter_groups(model)
     weights = list(model.parameters())
     scales = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith(".scales"))
@@ -119,7 +122,7 @@ def count_parameters(model: Any, layer_classes: Sequence[str] = (), optimizer: s
         return sum(optimizer_bytes(optimizer, size(w), w.shape, id(w) in embeddings) for w in learning)
 
     layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
-    sizes = [_elements(layer.parameters()) for layer in layers]
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
     return ParameterCounts(
         trained,
         frozen,
@@ -131,19 +134,15 @@ def count_parameters(model: Any, layer_classes: Sequence[str] = (), optimizer: s
             "flat": optimizer_bytes(optimizer, 4, (sum(trained.values()),)),
         },
         max(sizes, default=0),
-        _elements(weights) - sum(sizes),
+        sum(weight.numel() for weight in weights) - sum(sizes),
     )
-
-
-def _elements(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 @dataclass(frozen=True)
 class BackendMemory:
     """
-    Bytes on one GPU. `inputs` are the micro-batches of a step, which Trainer puts there together; `communication`
-    (buckets, gathered parameters) and `activations` are estimates.
+    Bytes on one GPU. `inputs` are all micro-batches of a step, which Trainer moves to the GPU together.
+    `communication` (buckets, gathered parameters) and `activations` are estimates.
     """
 
     weights: int
@@ -160,7 +159,7 @@ class BackendMemory:
 
 
 def usable_backends(args: MoveKDSFTConfig) -> tuple[str, ...]:
-    """Those that can run the recipe: 4-bit weights are for DDP alone, and FSDP2's tensors for torch's optimisers."""
+    """The backends that can run the recipe: only DDP takes 4-bit weights, and FSDP2 only torch's optimizers."""
     if args.load_in_4bit:
         return BACKENDS[:1]
     return BACKENDS if optimizer_name(args) in TORCH_OPTIMIZERS else BACKENDS[:-1]
@@ -178,19 +177,14 @@ def sharded_memory(
     """
     Bytes on each of `gpus` GPUs.
 
-    - DDP: weights, gradients and optimiser states in the weights' own dtype, whole; its buckets copy the gradients.
-    - ZeRO-2 and ZeRO-3: bf16 weights, bf16 gradients, float32 master weights and states; ZeRO-2 shards the last two,
-      ZeRO-3 all. Buckets and gathered parameters as large as DeepSpeed's defaults let them be.
+    - DDP: whole weights, gradients and optimizer states in the weights' own dtype; its buckets copy the gradients.
+    - ZeRO-2 and ZeRO-3: bf16 weights, bf16 gradients, float32 master weights and states. ZeRO-2 shards all but the
+      weights, ZeRO-3 all. Buckets and gathered parameters are as large as DeepSpeed's defaults allow.
     - FSDP2: float32 trained weights, their gradients and states, and frozen weights in their own dtype, all sharded;
-      two layers and what lies outside of layers are gathered in bf16.
+      two layers and the parameters outside layers are gathered in bf16.
 
-    Without bf16 mixed precision (`half` is false) what is bf16 above is float32. Teachers are whole on every GPU.
-
-    Args:
-        teachers, activations, inputs (`int`): Bytes.
-
-    Raises:
-        ValueError: for an unknown backend.
+    Without bf16 mixed precision (`half` is false), float32 takes the place of bf16. Teachers are whole on every GPU.
+    `teachers`, `activations` and `inputs` are bytes.
     """
     trained, frozen = sum(counts.trained.values()), sum(counts.frozen.values())
     everything, size = trained + frozen, 2 if half else 4

@@ -24,7 +24,7 @@ from torch import nn
 
 from modeling_movekd.files import read_json
 from train.teachers.cache_shards import BLANK, RUN_AGAIN, UNREADABLE, ShardLayout, decode
-from train.teachers.config import TeacherConfig, cached_commit
+from train.teachers.config import TeacherConfig, teacher_commit
 from train.teachers.features import FrozenTeacher, TeacherFeatures
 
 
@@ -96,7 +96,7 @@ def loaded_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
     return {
         **asked,
         **pixels,
-        "commit": cached_commit(teacher.config),
+        "commit": teacher_commit(teacher.config),
         "grid": list(teacher.grid),
         "width": teacher.width,
         "asked": asked,

@@ -1,14 +1,13 @@
-"""Teachers: frozen vision models whose patch features the student learns from.
+"""Teachers as data: a [`TeacherConfig`] for each frozen vision model whose patch features the student learns from.
 
-A teacher is a row of data, [`TeacherConfig`], read by one of two loaders, transformers or timm (EVA-02's detection
-backbone, which neither has, by a third). Nothing but an id is needed: image size, mean and standard deviation come
-from the model's own preprocessing configuration, the grid and the width of its features from one blank image.
+A model's id is enough. Its own preprocessing configuration says the image size, the mean and the standard deviation;
+the features of one blank image say the grid and the width.
 """
 
 import dataclasses
-import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 
+from modeling_movekd.files import cached_commit, read_json
 from train.teachers.eva02 import Eva02DetectionConfig
 from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, FITS, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
 
@@ -35,29 +33,32 @@ class TeacherConfig:
     One teacher.
 
     Args:
-        name: Short name, used in logs (`kd/{name}`) and as key of its adapters or heads. `"clip"` is kept for the CLIP
-            model that the student started from: it alone gives the CLS embedding and the CLS attention.
+        name: Short name, used in logs (`kd/{name}`) and as the key of the teacher's adapters or heads. `"clip"` is the
+            CLIP model that the student started from; only this teacher gives the [CLS] embedding and attention.
         model: Hub id, folder, or timm name (also `hf-hub:ID` and `local-dir:FOLDER`); for EVA-02's detection backbone
             also a detector's checkpoint (`.pth` or `.safetensors`).
-        loader: `"transformers"`, `"timm"` or `"eva02"`; inferred from `model` if None.
-        file: Path of the checkpoint inside `model`; for `"eva02"` only.
-        revision: Branch, tag or commit on the Hub; None reads the main branch, and the log says how to pin it.
-        image_size: Side in pixels of the square input; None reads it from the preprocessing configuration.
-        mean: Per-channel mean of pixels in [0, 1]; None as above.
-        std: Per-channel standard deviation of pixels in [0, 1]; None as above.
-        interpolation: `"bicubic"` or `"bilinear"`; None as above.
-        fit: How the teacher makes a square of another image where each teacher has its own geometry: `"centre_crop"`
-            or `"zero_pad"` (see [`TeacherPreprocessor`]); None as above.
-        output: Which output to distil: None for the last hidden state, an integer for that entry of the hidden states
-            (timm: of the intermediate features), a string for a field of a transformers model's output that holds
-            patches alone. For `"clip"` an integer, and None stands for -2, the layer LLaVA reads.
-        layout: `"map"`, or `"interleaved"`: the feature map as the authors' code reads SAM's, channels and positions
-            mixed (see [`train.teachers.features.interleave`]); for their checkpoints only.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`, the teacher's own, whatever the student's.
-        trust_remote_code: Run code from the Hub; asks for `revision` to be a full commit hash.
-        license: Of the weights.
-        num_parameters: Of the vision tower as published, heads aside.
-        output_shape: `(h * w, width)` of one image's features.
+        loader (*optional*): `"transformers"`, `"timm"` or `"eva02"`; by default inferred from `model`.
+        file (*optional*): Path of the checkpoint inside `model`; for `"eva02"` only.
+        revision (*optional*): Branch, tag or commit on the Hub. By default the main branch is read, and the log says
+            how to pin it.
+        image_size (*optional*): Side in pixels of the square input; by default that of the preprocessing
+            configuration.
+        mean (*optional*): Per-channel mean of pixels in [0, 1]; same default.
+        std (*optional*): Per-channel standard deviation of pixels in [0, 1]; same default.
+        interpolation (*optional*): `"bicubic"` or `"bilinear"`; same default.
+        fit (*optional*): How the teacher's own geometry makes a square: `"center_crop"` or `"zero_pad"` (see
+            [`~train.teachers.preprocessing.TeacherPreprocessor`]); same default.
+        output (*optional*): Which output to distill: an integer for that entry of the hidden states (timm: of the
+            intermediate features), or the name of a field of a transformers model's output that holds patches alone.
+            By default the last hidden state. For `"clip"` an integer, by default -2, the layer LLaVA reads.
+        layout (*optional*, defaults to `"map"`): `"map"`, or `"interleaved"`: the feature map as the original code
+            reads SAM's (see [`train.teachers.features.interleave`]); for the original checkpoints only.
+        dtype (*optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` or `"float16"`, whatever the student's.
+        trust_remote_code (*optional*, defaults to `False`): Run code from the Hub; `revision` must then be a full
+            commit hash.
+        license (*optional*): License of the weights.
+        num_parameters (*optional*): Size of the published vision tower without heads.
+        output_shape (*optional*): `(h * w, width)` of one image's features.
 
     Raises:
         ValueError: for a value outside the choices above.
@@ -69,8 +70,8 @@ class TeacherConfig:
     file: str | None = None
     revision: str | None = None
     image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     interpolation: str | None = None
     fit: str | None = None
     output: int | str | None = None
@@ -86,6 +87,13 @@ class TeacherConfig:
             raise ValueError(
                 f"Teacher name {self.name!r}: only letters, digits, '-' and '_' can be used in state-dict keys."
             )
+        if self.fit == "centre_crop":
+            warnings.warn(
+                f"Teacher {self.name}: fit 'centre_crop' is now 'center_crop'; the next release refuses the old name.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            self.fit = "center_crop"
         choices = {
             "loader": (None, *LOADERS),
             "interpolation": (None, *INTERPOLATIONS),
@@ -127,7 +135,7 @@ class TeacherConfig:
 _CLIP_PIXELS: dict[str, Any] = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"}
 _IMAGENET_PIXELS: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"}
 
-# Where no commit is pinned, the main branch is read, and the log says so.
+# Rows without a revision read the main branch, and the log says so.
 TEACHERS: dict[str, TeacherConfig] = {
     row.name: row
     for row in (
@@ -142,7 +150,7 @@ TEACHERS: dict[str, TeacherConfig] = {
             num_parameters=303_507_456,
             output_shape=(576, 1024),
         ),
-        # Pixels as the detector was trained; the authors' code gives it CLIP's
+        # The detector's own pixels; the original code gives it CLIP's
         TeacherConfig(
             "eva02",
             "Yuxin-CV/EVA-02",
@@ -177,7 +185,7 @@ TEACHERS: dict[str, TeacherConfig] = {
             num_parameters=308_278_272,
             output_shape=(4096, 256),
         ),
-        # Standardises each image itself, after the mean and standard deviation are taken back
+        # Pix2Struct standardizes each image itself, after mean and standard deviation are undone
         TeacherConfig(
             "pix2struct",
             "google/pix2struct-large",
@@ -227,8 +235,8 @@ TEACHERS: dict[str, TeacherConfig] = {
     )
 }
 
-# What the authors' code does otherwise: timm takes their string for a flag and resolves the model's default tag, EVA
-# gets CLIP's pixels, and a reshape interleaves SAM's channels with its positions.
+# How the original code differs: timm takes its string for a flag and resolves the model's default tag, EVA gets CLIP's
+# pixels, and a reshape interleaves SAM's channels with its positions.
 RELEASED_TEACHERS: dict[str, dict[str, Any]] = {
     "eva02": {"mean": CLIP_MEAN, "std": CLIP_STD},
     "convnext": {"model": "convnext_xxlarge.clip_laion2b_soup_ft_in1k"},
@@ -243,8 +251,8 @@ def resolve_teacher(spec: str | Mapping[str, Any] | TeacherConfig, released: boo
     Args:
         spec: The name of a built-in row; a Hub id, folder or timm name, whose last part becomes the teacher's name; or
             a mapping of [`TeacherConfig`] fields, which changes a built-in row if it names one and no other model.
-        released: Read the teachers that `RELEASED_TEACHERS` names as the authors' code does, a copy of one in a folder
-            too. What a mapping says for itself still counts; a [`TeacherConfig`] is left as it is.
+        released (*optional*, defaults to `False`): Read the teachers in `RELEASED_TEACHERS` as the original code does,
+            also from a folder. A mapping's own fields still count; a [`TeacherConfig`] is left as it is.
 
     Raises:
         ValueError: for an unknown name or field, or a folder that neither transformers nor timm wrote.
@@ -260,7 +268,7 @@ def resolve_teacher(spec: str | Mapping[str, Any] | TeacherConfig, released: boo
         row = TEACHERS.get(spec.get("name", ""))
         changes = RELEASED_TEACHERS.get(spec.get("name", ""), {}) if released else {}
         if row is not None and spec.get("model", row.model) in (row.model, changes.get("model")):
-            # Another size or output has another shape
+            # `output_shape` is that of the row's own size and output
             shape = None if {"image_size", "output"} & spec.keys() else row.output_shape
             config = dataclasses.replace(row, **{"output_shape": shape, **changes, **spec})
         elif "model" in spec:
@@ -280,7 +288,7 @@ def _infer_loader(model: str) -> str:
         return "timm"
     if os.path.isdir(model):
         file = Path(model) / "config.json"
-        keys = json.loads(file.read_text()) if file.is_file() else {}
+        keys = read_json(file) if file.is_file() else {}
         if "model_type" in keys:
             return "eva02" if keys["model_type"] == Eva02DetectionConfig.model_type else "transformers"
         if "architecture" in keys:
@@ -293,7 +301,7 @@ def _infer_loader(model: str) -> str:
     if timm.is_model(model.split(".")[0]):
         return "timm"
     raise ValueError(
-        f"{model!r} is no teacher of ours {list(TEACHERS)}, no folder, no timm model and no Hub id (owner/name)."
+        f"{model!r} is no built-in teacher, folder, timm model or Hub id (owner/name). Built in are {list(TEACHERS)}."
     )
 
 
@@ -308,11 +316,9 @@ def hub_revision(config: TeacherConfig) -> tuple[str, str] | None:
     return (model, config.revision or revision or "main") if model else None
 
 
-def cached_commit(config: TeacherConfig) -> str | None:
-    """The commit that a resolved teacher was read at, as far as the local cache knows; nothing is asked online."""
+def teacher_commit(config: TeacherConfig) -> str | None:
+    """The commit that a resolved teacher was read at, as far as the local cache knows. Nothing is asked online."""
     source = hub_revision(config)
     if source is None or re.fullmatch(COMMIT, source[1]):
         return None if source is None else source[1]
-    folder = repo_folder_name(repo_id=source[0], repo_type="model")
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / source[1]
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+    return cached_commit(*source)

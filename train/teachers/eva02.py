@@ -1,5 +1,7 @@
-"""EVA-02's detection backbone, which neither transformers nor timm has: a vision transformer with windowed and global
-attention, two-dimensional rotary embedding and SwiGLU (Fang et al., EVA-02, arXiv 2303.11331)."""
+"""
+EVA-02's detection backbone, which neither transformers nor timm has: a vision transformer with windowed and global
+attention, two-dimensional rotary embedding and SwiGLU (Fang et al., EVA-02, arXiv 2303.11331).
+"""
 
 import pickle
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 
-# What a training framework may have put around the tensors; the averaged weights come first.
+# Keys under which training frameworks nest the tensors; the averaged weights come first
 _NESTINGS = ("ema_state", "module", "model")
 _BACKBONE = "backbone.net."
 
@@ -26,21 +28,23 @@ class Eva02DetectionConfig(PreTrainedConfig):
     EVA-02's detection backbone; the defaults are those of EVA-02-L.
 
     Args:
-        hidden_size (`int`, defaults to 1024): Channels.
-        intermediate_size (`int`, defaults to 2730): Channels inside the MLP, two thirds of four times `hidden_size`.
-        num_hidden_layers (`int`, defaults to 24): Blocks.
-        num_attention_heads (`int`, defaults to 16): Heads; `hidden_size / num_attention_heads` is a multiple of 4.
-        image_size (`int`, defaults to 1024): Side in pixels of the images that it is meant for; any other multiple of
-            `patch_size` works.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels.
-        num_channels (`int`, defaults to 3): Channels of an image.
-        pretrain_image_size (`int`, defaults to 224): Side in pixels that the absolute position embedding is made for.
-        window_size (`int`, defaults to 16): Side in patches of an attention window.
-        window_block_indexes (`list[int]`, *optional*): Blocks that attend inside windows; the others attend globally.
-            Defaults to all but every third.
-        rotary_grid_size (`int`, defaults to 16): Side in patches over which rotary positions run, whatever the
-            window's or the grid's side.
-        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
+        hidden_size (`int`, *optional*, defaults to 1024): Channels.
+        intermediate_size (`int`, *optional*, defaults to 2730): Channels inside the MLP, 2/3 of `4 * hidden_size`.
+        num_hidden_layers (`int`, *optional*, defaults to 24): Blocks.
+        num_attention_heads (`int`, *optional*, defaults to 16): Heads; `hidden_size / num_attention_heads` must be a
+            multiple of 4.
+        image_size (`int`, *optional*, defaults to 1024): Side in pixels of the images that the model was trained for;
+            any other multiple of `patch_size` works.
+        patch_size (`int`, *optional*, defaults to 16): Side of a patch in pixels.
+        num_channels (`int`, *optional*, defaults to 3): Channels of an image.
+        pretrain_image_size (`int`, *optional*, defaults to 224): Side in pixels of the images that the absolute
+            position embedding was trained for.
+        window_size (`int`, *optional*, defaults to 16): Side in patches of an attention window.
+        window_block_indexes (`list[int]`, *optional*, defaults to all but every third): Blocks that attend inside
+            windows; the others attend globally.
+        rotary_grid_size (`int`, *optional*, defaults to 16): Side in patches over which rotary positions run, whatever
+            the side of the window or grid.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of the layer norms.
     """
 
     model_type = "eva02_detection"
@@ -64,8 +68,8 @@ class Eva02DetectionConfig(PreTrainedConfig):
             self.window_block_indexes = [index for index in range(self.num_hidden_layers) if index % 3 != 2]
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
-                f"`hidden_size` {self.hidden_size} over {self.num_attention_heads} heads is no multiple of 4, which "
-                "rotating pairs of channels by row and by column asks for."
+                f"`hidden_size` {self.hidden_size} over {self.num_attention_heads} heads is no multiple of 4. Choose "
+                "another number of heads: the rotary embedding rotates pairs of channels by row and by column."
             )
 
 
@@ -73,11 +77,11 @@ def rotary_tables(
     side: int, head_dim: int, rotary_grid_size: int = 16, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosines and sines of a square grid's positions, `side` patches stretched over `rotary_grid_size`.
+    Cosines and sines of the positions in a square grid, whose `side` patches are stretched over `rotary_grid_size`.
 
     Returns:
-        Two float32 tensors `(side * side, head_dim)`, row by row; the first half of the channels turns with the row,
-        the second with the column, neighbouring channels in pairs.
+        Two float32 tensors `(side * side, head_dim)`, row by row. The first half of the channels rotates with the row,
+        the second with the column, in pairs of neighboring channels.
     """
     positions = torch.arange(side, device=device, dtype=torch.float32) / side * rotary_grid_size
     exponents = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2)
@@ -118,7 +122,7 @@ class Eva02Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` is `(batch_size, side, side, channels)`; all of its positions attend to each other."""
+        """All positions of `hidden_states` `(batch_size, side, side, channels)` attend to each other."""
         batch_size, side, _, width = hidden_states.shape
         tables = rotary_tables(side, self.head_dim, self.rotary_grid_size, hidden_states.device)
         query, key, value = (
@@ -163,7 +167,7 @@ class Eva02Block(nn.Module):
     def _in_windows(self, hidden_states: torch.Tensor, window: int) -> torch.Tensor:
         batch_size, side, _, width = hidden_states.shape
         count = -(-side // window)
-        # Zeros right and below, which take part in the attention as in the original
+        # The zeros right and below take part in the attention, as in the original code
         padding = count * window - side
         padded = F.pad(hidden_states, (0, 0, 0, padding, 0, padding))
         windows = padded.view(batch_size, count, window, count, window, width).transpose(2, 3)
@@ -174,8 +178,8 @@ class Eva02Block(nn.Module):
 
 class Eva02DetectionBackbone(PreTrainedModel):
     """
-    The backbone without the detector's pyramid and heads. Its parameters have the names of the published checkpoint,
-    less `backbone.net.`; there is no final norm.
+    The backbone without the detector's pyramid and heads, and without a final norm. Parameters are named as in the
+    published checkpoint, without `backbone.net.`.
     """
 
     config_class = Eva02DetectionConfig
@@ -208,7 +212,8 @@ class Eva02DetectionBackbone(PreTrainedModel):
         """
         Args:
             pixel_values: `(batch_size, num_channels, size, size)`, `size` a multiple of `patch_size`.
-            output_hidden_states: Also give the input of the first block and the output of every block.
+            output_hidden_states (*optional*, defaults to `False`): Also return the input of the first block and the
+                output of every block.
 
         Returns:
             `last_hidden_state` and each of `hidden_states`: `(batch_size, h * w, channels)`, row by row.
@@ -233,14 +238,14 @@ class Eva02DetectionBackbone(PreTrainedModel):
 
 def backbone_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
     """
-    The backbone's tensors out of a detector's checkpoint.
+    Read the backbone's tensors from a detector's checkpoint.
 
     Args:
-        file: Safetensors, or a pickle of tensors in any nesting of `ema_state`, `module` and `model`; `ema_state`,
-            the averaged weights, goes before the others. No code in it is run.
+        file: Safetensors, or a pickle of tensors in any nesting of `ema_state`, `module` and `model`. `ema_state`, the
+            averaged weights, is preferred. No code in the file is run.
 
     Returns:
-        By the backbone's own names; tables of the rotary embedding are left out, for they are computed.
+        Tensors by the backbone's own names, without the tables of the rotary embedding, which are computed.
 
     Raises:
         ValueError: if the file holds Python objects, no backbone, or two of them.
@@ -253,8 +258,8 @@ def backbone_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise ValueError(
-                f"{file} cannot be read: {error} Code in a checkpoint is never run; if this one holds more than "
-                "tensors, save those as safetensors where that is safe."
+                f"{file} cannot be read: {error} Code in a checkpoint is never run. If the file holds more than "
+                "tensors, save the tensors as safetensors on a machine where that is safe."
             ) from error
     while isinstance(checkpoint, Mapping) and (
         inner := next((name for name in _NESTINGS if isinstance(checkpoint.get(name), Mapping)), None)

@@ -1,4 +1,4 @@
-"""Images to the pixels that a teacher takes. Loader workers need nothing else of the teachers."""
+"""From images to a teacher's pixels, apart from the models, so that loader workers import nothing else."""
 
 from dataclasses import dataclass
 
@@ -11,35 +11,36 @@ from transformers import image_utils
 # Per-channel mean and standard deviation of pixels in [0, 1]
 CLIP_MEAN, CLIP_STD = tuple(image_utils.OPENAI_CLIP_MEAN), tuple(image_utils.OPENAI_CLIP_STD)
 IMAGENET_MEAN, IMAGENET_STD = tuple(image_utils.IMAGENET_DEFAULT_MEAN), tuple(image_utils.IMAGENET_DEFAULT_STD)
-FITS = ("centre_crop", "zero_pad")
+FITS = ("center_crop", "zero_pad")
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
 class TeacherPreprocessor:
     """
-    PIL images to a teacher's pixels: resized on uint8 with PIL, scaled to [0, 1], normalised.
+    PIL images to a teacher's pixels: resized on uint8 with PIL, scaled to [0, 1], normalized.
 
     Args:
         image_size: Side of the square result in pixels.
         mean: Per-channel mean of pixels in [0, 1].
         std: Per-channel standard deviation of pixels in [0, 1].
-        interpolation: `"bicubic"` or `"bilinear"`.
-        fit: How the teacher's own geometry makes a square of another shape: `"centre_crop"` after resizing the shorter
-            edge to `image_size`, or `"zero_pad"` right and below, after resizing the longer edge and normalising.
+        interpolation (*optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
+        fit (*optional*, defaults to `"center_crop"`): How the teacher's own geometry makes a square: `"center_crop"`
+            after resizing the shorter edge to `image_size`, or `"zero_pad"` right and below, after resizing the longer
+            edge and normalizing.
     """
 
     image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
-    fit: str = "centre_crop"
+    fit: str = "center_crop"
 
     def __call__(self, images: list[Image.Image], stretch: bool = True) -> torch.Tensor:
         """
         Args:
-            images: Square crops that all towers share, or any others.
-            stretch: Stretch an image that is no square; otherwise the teacher's own `fit` applies.
+            images: Square crops that all towers share, or images of any shape.
+            stretch (*optional*, defaults to `True`): Stretch images to squares; otherwise `fit` applies.
 
         Returns:
             Float32 pixels of shape `(len(images), 3, image_size, image_size)`.
@@ -57,7 +58,7 @@ class TeacherPreprocessor:
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         shorter, longer, size = min(width, height), max(width, height), self.image_size
-        if self.fit == "centre_crop":
+        if self.fit == "center_crop":
             other = size * longer // shorter
             return (size, other) if width <= height else (other, size)
         scale = size / longer

@@ -109,23 +109,24 @@ def test_command_without_teachers_packed_and_unknown_rows(parts, capsys, tmp_pat
 
 def test_a_cache_that_is_there_is_planned_as_it_is(arguments, tmp_path: Path) -> None:
     from train.cache_writer import CacheArguments, cache_features
-    from train.plan.models import build_planned_run
+    from train.plan.models import build_planned_run, teacher_inputs
 
     settings = arguments(feature_cache=str(tmp_path / "cache"))
     cache_features(*settings, CacheArguments("int8"))
     mode, _, teachers = build_planned_run(*settings[1:], plan.torch.float32)
     with mode:
-        features = {name: teacher.run(3) for name, teacher in teachers.items()}
+        features = {name: teacher(teacher_inputs(teacher, 3)) for name, teacher in teachers.items()}
+        codes = teacher_inputs(teachers["vit"], 3)["tokens"]
     assert {name: tuple(value.tokens.shape) for name, value in features.items()} == {
         "clip": (3, 16, 32),
         "vit": (3, 36, 24),
     }
-    assert teachers["vit"].tensors["tokens"][0] == plan.torch.int8 and teachers["vit"].bytes == 0
+    assert codes.dtype == plan.torch.int8 and not list(teachers["vit"].parameters())
     assert features["clip"].cls_attention is not None and features["vit"].cls_attention is None
     other = arguments(
         feature_cache=str(tmp_path / "cache"), teachers=[{"name": "eye", "model": settings[1].teachers[1]["model"]}]
     )
-    with pytest.raises(ValueError, match=r"has the teachers \['clip', 'vit'\] and not eye"):
+    with pytest.raises(ValueError, match=r"has the teachers \['clip', 'vit'\], this run needs eye"):
         build_planned_run(*other[1:], plan.torch.float32)
 
 

@@ -201,7 +201,7 @@ def test_bytes_agree_with_torchs_tracker(arguments, parts, settings: dict[str, A
     activations = measure_activations(
         args, model_args, 8, length, torch.float32, autocast=args.bf16, checkpointing=checkpointing
     )
-    teacher_bytes = sum(teacher.bytes for teacher in teachers.values())
+    teacher_bytes = sum(value.nbytes for teacher in teachers.values() for value in teacher.parameters())
     planned = plan_memory.sharded_memory("DDP", counts, 1, teacher_bytes, activations)
     for counted, real in zip((counts.trained, counts.frozen), parameter_groups(trainer.model), strict=True):
         assert counted.keys() == real.keys()

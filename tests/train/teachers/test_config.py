@@ -74,7 +74,7 @@ def test_own_geometry_is_that_of_the_library(shape: tuple[int, int]) -> None:
     square = {"height": SIZE, "width": SIZE}
     settings = {"image_mean": list(mean), "image_std": list(std)}
     processors = {
-        ("centre_crop", "bicubic"): CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square, **settings),
+        ("center_crop", "bicubic"): CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square, **settings),
         ("zero_pad", "bilinear"): SamImageProcessorPil(size={"longest_edge": SIZE}, pad_size=square, **settings),
     }
     for (fit, interpolation), processor in processors.items():
@@ -192,7 +192,7 @@ def test_specs_by_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("siglp2", "'siglp2' is no teacher of ours"),
+        ("siglp2", "'siglp2' is no built-in teacher"),
         ({"name": "mine"}, "names no model"),
         ({"model": "owner/model", "size": 3}, r"unknown fields \['size'\]; known are \['name'"),
         ({"model": "owner/model", "name": "a.b"}, "Teacher name 'a.b'"),
@@ -217,6 +217,12 @@ def test_specs_by_folder(tmp_path: Path) -> None:
 def test_bad_specs_raise(spec: str | dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_teacher(spec)
+
+
+def test_the_old_name_of_the_center_crop_is_accepted_for_one_release() -> None:
+    with pytest.warns(FutureWarning, match="'centre_crop' is now 'center_crop'"):
+        config = resolve_teacher({"model": "owner/model", "fit": "centre_crop"})
+    assert config.fit == "center_crop"
 
 
 def test_remote_code_with_a_pinned_commit_is_accepted() -> None:
@@ -252,10 +258,11 @@ def test_a_model_of_the_hub_that_is_not_pinned_is_told(tmp_path: Path) -> None:
     shutil.copytree(model, repository / "snapshots" / commit)
     script = (
         "import sys\n"
-        "from train.teachers.config import cached_commit, load_teacher, resolve_teacher\n"
+        "from train.teachers.config import resolve_teacher, teacher_commit\n"
+        "from train.teachers.loaders import load_teacher\n"
         "for spec in ('owner/eye', {'model': 'owner/eye', 'revision': sys.argv[2]}, sys.argv[1]):\n"
         "    teacher = load_teacher(resolve_teacher(spec))\n"
-        "    print(teacher.name, cached_commit(teacher.config))\n"
+        "    print(teacher.name, teacher_commit(teacher.config))\n"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}

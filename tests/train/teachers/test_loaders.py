@@ -173,7 +173,7 @@ def test_transformers_teacher_gives_the_patch_features_of_the_library(family, tm
     assert_frozen(teacher)
     torch.testing.assert_close(teacher(x).tokens, features.tokens, rtol=0, atol=0)
 
-    assert teacher.preprocessor.fit == ("zero_pad" if family is sam else "centre_crop")
+    assert teacher.preprocessor.fit == ("zero_pad" if family is sam else "center_crop")
     assert list(teacher.preprocessor.mean) == pytest.approx(processor.image_mean)
     assert list(teacher.preprocessor.std) == pytest.approx(processor.image_std)
 
@@ -354,7 +354,7 @@ def test_bad_pixels_and_outputs_raise(tmp_path: Path) -> None:
         teacher(pixels(24))
     with pytest.raises(ValueError, match=r"got \(3, 32, 32\)"):
         teacher(pixels(32)[0])
-    with pytest.raises(ValueError, match=r"ViTModel gives .*last_hidden_state.* and no 'features'"):
+    with pytest.raises(ValueError, match=r"ViTModel of .*The model gives .*last_hidden_state.* and no 'features'"):
         load_teacher(resolve_teacher({"model": folder, "output": "features"}))
     with pytest.raises(ValueError, match=r"2 dimensions \(1, 24\)"):
         load_teacher(resolve_teacher({"model": folder, "output": "pooler_output"}))

@@ -215,7 +215,7 @@ def test_pixels_of_every_tower(aspect: str, parity_dir: Path) -> None:
     for name in TEACHERS.values():
         row = resolve_teacher({"name": name, "image_size": metadata["teacher_size"]}, released=True)
         given = {field: getattr(row, field) for field in fields}
-        preprocessors[name] = TeacherPreprocessor(**{**given, "fit": given["fit"] or "centre_crop"})
+        preprocessors[name] = TeacherPreprocessor(**{**given, "fit": given["fit"] or "center_crop"})
     collator = MoveKDCollator(
         processor_of(metadata["student_size"], aspect),
         preprocessors,
