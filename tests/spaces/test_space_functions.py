@@ -238,7 +238,7 @@ def test_checkpoints_that_are_of_no_use(modules, checkpoint, tmp_path, monkeypat
 
 
 def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path):
-    """By default those of the demo that its metadata name; one that cannot be loaded is said, and the rest is shown."""
+    """By default those that the metadata name. One that cannot be loaded is said, and the rest is shown."""
     student = modules["student"].load_student(str(checkpoint), None)
     wanted = modules["encoders"].wanted
     monkeypatch.delenv("CLIP_ID", raising=False)
