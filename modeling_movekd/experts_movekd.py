@@ -120,14 +120,8 @@ class LoraExperts(nn.Module):
 
     def apply_gates(self, ranks: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Multiply the ranks of each expert by its gate and by `scaling`.
-
-        Args:
-            ranks (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts * rank)`): Down-projections.
-            gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
-
-        Returns:
-            The gated ranks, and the gates multiplied by `scaling`.
+        Multiply the ranks `(batch_size, sequence_length, num_experts * rank)` of each expert by its gate and by
+        `scaling`. Return the gated ranks, and the gates multiplied by `scaling`.
         """
         gates = (gates * self.scaling).to(ranks.dtype)
         return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
@@ -149,10 +143,6 @@ class LoraExperts(nn.Module):
 
         One product with `[x | ranks | gates]` then gives the output of the layer and its experts. The parameters
         become views of the result, so that no weight is stored twice.
-
-        Returns:
-            `torch.Tensor` of shape `(out_features, in_features + num_experts * rank)`, with `num_experts` more columns
-            for biases.
         """
         parts = [linear.weight, self.weight_b] + ([self.bias_b.t()] if self.bias_b is not None else [])
         folded = torch.cat([part.detach() for part in parts], dim=1)
@@ -164,13 +154,10 @@ class LoraExperts(nn.Module):
 
     def fold_down_projection(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Concatenate `[W; A]`: the weight of `linear` and the down-projections, and likewise their biases.
+        Concatenate `[W; A]`, the weight of `linear` and the down-projections, and concatenate their biases.
 
         One product with a wide input then gives the layer's output and the experts' ranks. The parameters become views
         of the results.
-
-        Returns:
-            Weight `(out_features + num_experts * rank, in_features)` and bias `(out_features + num_experts * rank,)`.
         """
         sizes = [len(linear.weight), len(self.weight_a)]
         weight = torch.cat([linear.weight.detach(), self.weight_a.detach()])
@@ -217,9 +204,6 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
 
         The straight-through form multiplies the one by `1 + p_i - stop_gradient(p_i)`. The value stays 1, and the
         gradient of the task reaches the router.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`.
         """
         if self.dense_routing:
             return probabilities

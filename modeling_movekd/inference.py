@@ -81,13 +81,7 @@ def load_tower(
     """
     Load the vision tower of a whole model or of an encoder in float32, and its image processor.
 
-    Args:
-        checkpoint (`str` or `os.PathLike`): Hub id or folder.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        device (`str` or `torch.device`, *optional*): Defaults to the first GPU, else the CPU.
-
-    Raises:
-        ValueError: If the checkpoint is of another kind of model, or has no image processor.
+    The arguments are those of [`load_checkpoint`].
     """
     config = _read_config(checkpoint, revision)
     settings: dict[str, Any] = {"revision": revision or "main", "dtype": torch.float32}

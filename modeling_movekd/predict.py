@@ -116,14 +116,7 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class BadQuestions:
-    """
-    Questions that cannot be asked, listed in a file.
-
-    Args:
-        path (`Path`): File of JSON lines, which exists only if there are bad questions.
-        total (`int`): Number of lines with questions.
-        max_share (`float`): Largest share of them that may be bad.
-    """
+    """Questions that cannot be asked, listed in a file. At most `max_share` of the `total` questions may be bad."""
 
     def __init__(self, path: Path, total: int, max_share: float) -> None:
         self.path, self.total, self.max_share = path, total, max_share
@@ -131,13 +124,7 @@ class BadQuestions:
         path.unlink(missing_ok=True)
 
     def add(self, reasons: dict[int, str]) -> None:
-        """
-        Args:
-            reasons (`dict[int, str]`): The reason for each bad line, by its number from 1.
-
-        Raises:
-            ValueError: If more questions are bad than may be.
-        """
+        """Add the reasons for bad lines by their number, and refuse too many."""
         self.reasons.update(reasons)
         if self.reasons:
             rows = [{"line": line, "reason": reason} for line, reason in sorted(self.reasons.items())]
@@ -158,12 +145,7 @@ def prepare_questions(
     image_folder: Path,
     new_tokens: int,
 ) -> tuple[list[Question], dict[str, torch.Tensor], dict[int, str]]:
-    """
-    Turn questions into one batch of model inputs.
-
-    Returns:
-        The questions in the batch, their inputs, and for each other question the reason by its line.
-    """
+    """Return the questions that can be asked, their model inputs, and for each other question the reason by line."""
     batch: list[Question] = []
     conversations: list[list[dict[str, Any]]] = []
     bad: dict[int, str] = {}
@@ -204,26 +186,15 @@ def predict(
     **generation: Any,
 ) -> dict[int, str]:
     """
-    Answer the questions of a file.
+    Answer the questions of a file. The arguments are the command's options, besides:
 
     Args:
-        model (`MoveKDForConditionalGeneration`): The model.
-        processor (`ProcessorMixin`): Its processor.
-        questions_path (`Path`): File of questions.
-        answers_path (`Path`): File of answers.
         model_id (`str`): Name of the model in the answers.
-        image_folder (`Path`): Folder of the images.
-        batch_size (`int`, *optional*, defaults to 8): Number of questions answered at once.
-        max_bad_share (`float`, *optional*, defaults to 0.01): Largest share of the questions that may be bad.
-        prompt_suffix (`str`, *optional*, defaults to `""`): Text after each question.
         identity (`str`, *optional*): Identifies the weights, see [`identify`]. Defaults to `model_id`.
         generation: Arguments of `generate`.
 
     Returns:
         The reason for each bad line, by its number from 1.
-
-    Raises:
-        ValueError: If too many questions are bad, or the file of an interrupted run has other settings.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, expected a positive number.")

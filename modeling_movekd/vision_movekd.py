@@ -174,13 +174,8 @@ class MoveKDVisionEncoderLayer(CLIPEncoderLayer):
 
     def cls_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        Compute the attention of the [CLS] query alone, so that the layer itself may run any attention kernel.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The layer's input.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_heads, sequence_length)`.
+        Compute the attention of [CLS], `(batch_size, num_heads, sequence_length)`, from the layer's input. The layer
+        itself may then run any attention kernel.
         """
         attention = self.self_attn
         hidden_states = self.layer_norm1(hidden_states)

@@ -106,17 +106,8 @@ def pixels_to_image(
     smallest_side: int = 1,
 ) -> torch.Tensor:
     """
-    Undo the normalization of pixels, which defaults to CLIP's.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalized pixels.
-        mean (`Sequence[float]`, *optional*): Mean that normalized the pixels.
-        std (`Sequence[float]`, *optional*): Standard deviation that normalized the pixels.
-        smallest_side (`int`, *optional*, defaults to 1): Smaller images are enlarged by a whole factor, pixel by
-            pixel.
-
-    Returns:
-        uint8 `torch.Tensor` of shape `(batch_size, height, width, 3)`.
+    Undo the normalization of pixels `(batch_size, 3, height, width)`, which defaults to CLIP's, and return uint8
+    `(batch_size, height, width, 3)`. Images with a shorter side than `smallest_side` are enlarged by a whole factor.
     """
     scale = torch.tensor(std or OPENAI_CLIP_STD, device=pixel_values.device).view(3, 1, 1)
     shift = torch.tensor(mean or OPENAI_CLIP_MEAN, device=pixel_values.device).view(3, 1, 1)
@@ -138,13 +129,7 @@ def expert_map(
     indices: torch.Tensor, num_experts: int, image: torch.Tensor, opacity: float = 0.55
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Draw the expert of each patch as a color over the image.
-
-    Args:
-        indices (`torch.Tensor` of shape `(batch_size, num_patches)`): Index of each patch's expert.
-        num_experts (`int`): Number of experts.
-        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
-        opacity (`float`, *optional*, defaults to 0.55): Opacity of the colors.
+    Draw the expert of each patch, `indices` of shape `(batch_size, num_patches)`, as a color over the image.
 
     Returns:
         The picture, and each expert's share of the patches `(batch_size, num_experts)`.
@@ -158,16 +143,8 @@ def heat_map(
     values: torch.Tensor, image: torch.Tensor, top: float | None = None, opacity: float = 0.6
 ) -> torch.Tensor:
     """
-    Draw one number per patch as a color over the image, from dark for 0 to light for `top`.
-
-    Args:
-        values (`torch.Tensor` of shape `(batch_size, num_patches)`): Numbers of at least 0.
-        image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
-        top (`float`, *optional*): The lightest value. Defaults to the largest value of each image.
-        opacity (`float`, *optional*, defaults to 0.6): Opacity of the colors.
-
-    Returns:
-        The picture.
+    Draw one number per patch, `values` of shape `(batch_size, num_patches)`, as a color over the image. Dark is 0 and
+    light is `top`, which defaults to the largest value of each image.
     """
     values = values.float()
     largest = values.amax(dim=1, keepdim=True) if top is None else torch.full_like(values[:, :1], top)
@@ -247,8 +224,7 @@ def relational_distance(tokens: torch.Tensor, others: torch.Tensor) -> torch.Ten
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, num_patches, width)`): Features of one encoder.
-        others (`torch.Tensor` of shape `(batch_size, n, other_width)`): Features of the other encoder, resampled if
-            its grid differs.
+        others (`torch.Tensor` of shape `(batch_size, n, other_width)`): Features of the other, on any square grid.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_patches)`, from 0 (same relations) to 2.
@@ -282,12 +258,7 @@ def draw(
         cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`): Attention of [CLS] to the patches.
         expert_indices (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Index of each patch's expert.
         num_experts (`int`): Number of experts.
-        other_tokens (`Mapping[str, torch.Tensor]`, *optional*): Patch features `(batch_size, n, width)` of other
-            encoders for the same images, by name.
-        reference (`torch.Tensor`, *optional*): See [`principal_components`].
-
-    Returns:
-        The [`MoveKDPictures`].
+        other_tokens, reference (*optional*): See [`MoveKDVisionModel.visualize`].
     """
     tokens, size = tokens.float(), image.shape[1:3]
     for name, features in {"the student": tokens, **(other_tokens or {})}.items():

@@ -133,7 +133,7 @@ def test_answers_are_marked() -> None:
     ],
 )
 @pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
-def test_text_after_an_image_is_tokenised_as_if_alone(
+def test_text_after_an_image_is_tokenized_as_if_alone(
     tokenizer: PreTrainedTokenizerFast, space: str, name: str
 ) -> None:
     set_chat_template(tokenizer, name)

@@ -1,4 +1,4 @@
-"""The mixture of LoRA experts: its formula, its initialisation, its gradients, and the values it refuses."""
+"""The mixture of LoRA experts: its formula, its initialization, its gradients, and the values it refuses."""
 
 import copy
 
@@ -69,10 +69,10 @@ def test_half_precision_stays_near(make_tower, pixels, dense_routing):
         assert nn.functional.cosine_similarity(output.last_hidden_state.float(), expected, dim=-1).mean() > 0.99
 
 
-# --- Initialisation ------------------------------------------------------------------------------------------------
+# --- Initialization ------------------------------------------------------------------------------------------------
 
 
-def check_initialisation(tower: MoveKDVisionModel, expert_init: str) -> None:
+def check_initialization(tower: MoveKDVisionModel, expert_init: str) -> None:
     for layer in tower.encoder.layers:
         assert layer.mlp.router.weight.std() > 0 and not layer.mlp.router.bias.any()
         for experts in (layer.mlp.fc1_experts, layer.mlp.fc2_experts):
@@ -89,12 +89,12 @@ def check_initialisation(tower: MoveKDVisionModel, expert_init: str) -> None:
 
 
 @pytest.mark.parametrize("expert_init", ["zero", "kaiming"])
-def test_every_way_of_building_initialises_alike(make_clip, expert_init, tmp_path):
+def test_every_way_of_building_initializes_alike(make_clip, expert_init, tmp_path):
     settings = {"expert_init": expert_init, "expert_bias": True, "lora_rank": 4}
     built = MoveKDVisionModel.from_clip(make_clip(), **settings)
-    check_initialisation(built, expert_init)
-    check_initialisation(MoveKDVisionModel(built.config), expert_init)
-    check_initialisation(MoveKDVisionModel._from_config(built.config), expert_init)
+    check_initialization(built, expert_init)
+    check_initialization(MoveKDVisionModel(built.config), expert_init)
+    check_initialization(MoveKDVisionModel._from_config(built.config), expert_init)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_values_without_a_range_are_refused(mode: str) -> None:
         decode_image(stored(Image.new(mode, (4, 4), 70_000), "TIFF"))
 
 
-def test_palette_with_transparency_and_alpha_show_the_stored_colour() -> None:
+def test_palette_with_transparency_and_alpha_show_the_stored_color() -> None:
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     assert decode_image(stored(image)).getpixel((0, 0)) == (10, 20, 30)
     image = Image.new("P", (4, 4), 1)
@@ -76,7 +76,7 @@ def test_palette_with_transparency_and_alpha_show_the_stored_colour() -> None:
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame(format: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     image = stored(
         frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
     )

@@ -386,8 +386,8 @@ def test_the_keyboard_alone_asks_and_opens_tabs(visit, generate):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_stand_out_from_what_is_behind_them(visit, scheme):
     page = visit(color_scheme=scheme)
-    colour = page.locator("gradio-app").evaluate("element => getComputedStyle(element).backgroundColor")
-    assert (max(map(int, re.findall(r"\d+", colour)[:3])) < 60) == (scheme == "dark")
+    color = page.locator("gradio-app").evaluate("element => getComputedStyle(element).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", color)[:3])) < 60) == (scheme == "dark")
     set_length(page, 6)
     ask(page, QUESTION)
     expect(answers(page)).to_have_count(1)
