@@ -112,11 +112,11 @@ def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint:
 
 @pytest.mark.slow
 def test_the_authors_checkpoint_from_the_hub_and_ours_back(
-    hub: Hub, owner: Client, authors: Path, converted: Path, tmp_path: Path
+    hub: Hub, owner: Client, original: Path, converted: Path, tmp_path: Path
 ) -> None:
-    vision = authors / json.loads((authors / "config.json").read_text())["mm_vision_tower"]
+    vision = original / json.loads((original / "config.json").read_text())["mm_vision_tower"]
     hub.add_folder("org/clip", vision)
-    hub.add_folder("authors/release", authors)
+    hub.add_folder("authors/release", original)
     code = "import hub.convert; hub.convert.main(['authors/release', dest, '--vision-model', 'org/clip'])"
     owner.run(code, dest=str(tmp_path / "converted"))
     push(owner, tmp_path / "converted", "org/converted")
