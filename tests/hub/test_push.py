@@ -74,7 +74,7 @@ exec(snippet)
 import torch
 assert "modeling_movekd" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 pixels = torch.linspace(-1, 1, 3 * {SIZE}**2).view(1, 3, {SIZE}, {SIZE})
-result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), outputs[0].tolist()]
+result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), output[0].tolist()]
 assert len(result[1]) > inputs["input_ids"].shape[1] > model.config.image_seq_length
 """
 
