@@ -6,7 +6,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
+
+from hub.card_facts import EvaluationResult
+from hub.card_licenses import model_license
 
 
 MAX_LENGTH = 300
@@ -104,8 +108,15 @@ STAGE_LABELS = {
     "precision": "mixed precision",
     "dtype": "dtype of the weights",
 }
-
-
+NESTED_STAGE_LABELS = {
+    "knobs": "options of the preset",
+    "hyperparameters": "other options",
+    "language_lora": "LoRA of the language model",
+    "feature_cache": "teachers' features read from a cache",
+    "best": "best checkpoint",
+    "versions": "versions",
+}
+ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "whole model"}
 BASE_MODEL_COLUMNS = {"role": "part", "model": "model", "revision": "revision", "license": "license"}
 TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
 TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "dtype", "license": "license"}
@@ -114,22 +125,33 @@ RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "sp
 RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
 
 
+def sections(
+    facts: Mapping[str, Any], config: Mapping[str, Any], results: Sequence[EvaluationResult], encoder_only: bool
+) -> dict[str, Any]:
+    """The variables of the template that training, configuration and evaluation fill."""
+    stages = stages_of(facts)
+    base_models = [
+        {**entry, "role": ROLES.get(str(entry.get("role"))), "license": model_license(entry) or "not known"}
+        for entry in base_models_of(facts, encoder_only)
+    ]
+    return {
+        "summary": summary(stages, encoder_only),
+        "architecture": architecture(config, encoder_only),
+        "base_models": table(base_models, BASE_MODEL_COLUMNS),
+        "stages": [stage_view(stage) for stage in stages],
+        "results": table([asdict(result) for result in results], RESULT_COLUMNS),
+        "limits": limits(config, encoder_only),
+    }
+
+
 def stage_view(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One stage for the template."""
     rows = known_rows(facts, STAGE_LABELS)
     if isinstance(facts.get("seconds"), int | float) and math.isfinite(facts["seconds"]):
         hours, minutes = divmod(round(facts["seconds"] / 60), 60)
         rows.append(("wall time", f"{hours} h {minutes} min"))
-    for name, label in (
-        ("knobs", "options of the preset"),
-        ("hyperparameters", "other options"),
-        ("language_lora", "LoRA of the language model"),
-        ("feature_cache", "teachers' features read from a cache"),
-        ("best", "best checkpoint"),
-        ("versions", "versions"),
-    ):
-        if listed := pairs(mapping(facts.get(name))):
-            rows.append((label, listed))
+    nested = {label: pairs(mapping(facts.get(name))) for name, label in NESTED_STAGE_LABELS.items()}
+    rows += [(label, listed) for label, listed in nested.items() if listed]
     evaluation = mapping(facts.get("evaluation"))
     return {
         "name": inline(facts["stage"]) if facts.get("stage") else "",
@@ -170,3 +192,8 @@ def stages_of(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def entries_of(stages: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     """The entries of a list, of all stages."""
     return [entry for stage in stages for entry in stage.get(name) or [] if isinstance(entry, Mapping)]
+
+
+def base_models_of(facts: Mapping[str, Any], encoder_only: bool) -> list[Mapping[str, Any]]:
+    models = entries_of([facts], "base_models")
+    return [entry for entry in models if not encoder_only or entry.get("role") != "language_model"]

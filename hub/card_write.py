@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,14 @@ from hub.card_facts import (
     read_optional_json,
     read_training_facts,
 )
-from hub.card_licenses import HUB_LICENSES, check_license, derive_license, model_license
-from hub.card_text import (
-    BASE_MODEL_COLUMNS,
-    RESULT_COLUMNS,
-    architecture,
-    entries_of,
-    inline,
-    limits,
-    mapping,
-    python_string,
-    stage_view,
-    stages_of,
-    summary,
-    table,
-    tower_of,
-)
+from hub.card_licenses import HUB_LICENSES, check_license, derive_license
+from hub.card_text import base_models_of, entries_of, inline, mapping, python_string, sections, stages_of, tower_of
 from modeling_movekd.files import CARD_NAME, new_file
 
 
 MARK = "<!-- Written by hub/card.py"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 ENCODER_TYPES = ("movekd_vision", "clip_vision_model")
-ROLES = {"vision_model": "vision tower", "language_model": "language model", "checkpoint": "whole model"}
 
 
 def write_card(
@@ -112,8 +96,7 @@ def render_card(
     results = read_evaluation(folder) if evaluated and (is_encoder or not encoder_only) else []
     encoder_only = encoder_only or is_encoder
     facts = facts or {}
-    stages, base_models = stages_of(facts), _base_models(facts, encoder_only)
-    license, license_text = _license(license or facts.get("license"), base_models, stages)
+    license, license_text = _license(license or facts.get("license"), facts, encoder_only)
     name = repo_id or folder.resolve().name
     conversion = mapping(facts.get("conversion"))
     if config.get("image_aspect_ratio") == "pad" and conversion.get("pads_images") is False:
@@ -124,25 +107,14 @@ def render_card(
         data,
         template_path=str(TEMPLATE),
         title=inline(name.split("/")[-1], code=False),
-        summary=summary(stages, encoder_only),
         encoder_only=encoder_only,
         source=python_string(name),
         # For the processor too: without it, transformers asks at the terminal whether to run the model's code
         loading=f"revision={python_string(revision or 'main')}" + (", trust_remote_code=True" if remote_code else ""),
         remote_code=remote_code,
-        architecture=architecture(config, encoder_only),
-        base_models=table(
-            [
-                {**entry, "role": ROLES.get(str(entry.get("role"))), "license": model_license(entry) or "not known"}
-                for entry in base_models
-            ],
-            BASE_MODEL_COLUMNS,
-        ),
-        stages=[stage_view(stage) for stage in stages],
-        results=table([asdict(result) for result in results], RESULT_COLUMNS),
         new_weights=_count_new_weights(conversion, encoder_only),
-        limits=limits(config, encoder_only),
         license_text=license_text,
+        **sections(facts, config, results, encoder_only),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
     if card.data.to_dict() != data.to_dict():
@@ -150,23 +122,16 @@ def render_card(
     return card
 
 
-def _base_models(facts: Mapping[str, Any], encoder_only: bool) -> list[Mapping[str, Any]]:
-    models = entries_of([facts], "base_models")
-    return [entry for entry in models if not encoder_only or entry.get("role") != "language_model"]
-
-
-def _license(
-    stated: Any, base_models: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
-) -> tuple[str | None, str]:
+def _license(stated: Any, facts: Mapping[str, Any], encoder_only: bool) -> tuple[str | None, str]:
     """The license's identifier, if there is one, and what the card says of it."""
     if stated is not None:
         license, reason = check_license(stated), "as its owner states"
     else:
-        license, reason = derive_license(base_models)
+        license, reason = derive_license(base_models_of(facts, encoder_only))
     text = f"No license is stated: {reason}. The licenses of the base models apply."
     if license is not None:
         text = f"{inline(license)}, {reason}."
-    if any(entry.get("license") for entry in entries_of(stages, "teachers")):
+    if any(entry.get("license") for entry in entries_of(stages_of(facts), "teachers")):
         text += " The tables of teachers list theirs."
     return license, text
 
@@ -203,7 +168,7 @@ def _metadata(
         model = hub_id(entry.get("model")) or str(entry.get("model")).split("/")[-1]
         if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,95})?", model, re.ASCII):
             tags.append(f"teacher:{model}")
-    bases = [hub_id(entry.get("model")) for entry in _base_models(facts, encoder_only)]
+    bases = [hub_id(entry.get("model")) for entry in base_models_of(facts, encoder_only)]
     bases = list(dict.fromkeys(model for model in bases if model))
     datasets = [hub_id(entry.get("name")) for entry in entries_of(stages, "data")]
     other = license is not None and license not in HUB_LICENSES
@@ -237,17 +202,8 @@ def _eval_result(result: EvaluationResult) -> EvalResult:
     )
 
 
-def check_card(path: Path, online: bool = False) -> None:
-    """
-    Check the front matter of a card.
-
-    Args:
-        path (`Path`): The card.
-        online (`bool`, *optional*, defaults to `False`): Ask the Hub's own validator too (`HF_ENDPOINT`).
-
-    Raises:
-        ValueError: with everything that is wrong with the card.
-    """
+def check_card(path: Path) -> None:
+    """Check the front matter of a card. The error lists everything that is wrong."""
     content = Path(path).read_text(encoding="utf-8")
     if not REGEX_YAML_BLOCK.search(content):
         raise ValueError(f"{path} does not begin with metadata between two lines of ---.")
@@ -274,5 +230,3 @@ def check_card(path: Path, online: bool = False) -> None:
         problems.append("the metadata changes when it is saved again")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
-    if online:
-        card.validate()

@@ -29,8 +29,15 @@ from modeling_movekd.vision_movekd import load_strictly
 
 # Our names, and those of OpenAI's layout, which open_clip uses
 OPENAI_NAMES = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding.": "conv1.",
+    "pre_layrnorm.": "ln_pre.",
+    "post_layernorm.": "ln_post.",
+    "encoder.layers.": "transformer.resblocks.",
     "layer_norm1.": "ln_1.",
     "layer_norm2.": "ln_2.",
+    "self_attn.q_proj.": "attn.in_proj_",
     "self_attn.out_proj.": "attn.out_proj.",
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
@@ -73,28 +80,16 @@ def plain_clip(tower: MoveKDVisionModel) -> CLIPVisionModel:
 
 def openai_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A plain CLIP tower's weights in OpenAI's layout, with query, key and value in one tensor."""
-    rest = dict(state_dict)
-    width = rest["embeddings.class_embedding"].shape[0]
-    converted = {
-        "class_embedding": rest.pop("embeddings.class_embedding"),
-        "positional_embedding": rest.pop("embeddings.position_embedding.weight"),
-        "conv1.weight": rest.pop("embeddings.patch_embedding.weight"),
-        "proj": torch.eye(width, dtype=rest["pre_layrnorm.weight"].dtype),
-    }
-    for ours, theirs in {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}.items():
-        for kind in ("weight", "bias"):
-            converted[f"{theirs}.{kind}"] = rest.pop(f"{ours}.{kind}")
-    layer = 0
-    while f"encoder.layers.{layer}.layer_norm1.weight" in rest:
-        ours, theirs = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        for kind in ("weight", "bias"):
-            parts = [rest.pop(f"{ours}self_attn.{part}_proj.{kind}") for part in "qkv"]
-            converted[f"{theirs}attn.in_proj_{kind}"] = torch.cat(parts)
-            for name, their_name in OPENAI_NAMES.items():
-                converted[theirs + their_name + kind] = rest.pop(ours + name + kind)
-        layer += 1
-    if rest:
-        raise ValueError(f"OpenAI's CLIP layout has no weights for {sorted(rest)}.")
+    width = state_dict["embeddings.class_embedding"].shape[0]
+    converted = {"proj": torch.eye(width, dtype=state_dict["pre_layrnorm.weight"].dtype)}
+    for key, tensor in state_dict.items():
+        if ".k_proj." in key or ".v_proj." in key:
+            continue
+        if ".q_proj." in key:
+            tensor = torch.cat([state_dict[key.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        for ours, openai in OPENAI_NAMES.items():
+            key = key.replace(ours, openai)
+        converted[key] = tensor
     return converted
 
 

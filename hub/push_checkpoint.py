@@ -70,25 +70,23 @@ def push(
             that have arrived are not sent again.
     """
     settings = SpaceSettings() if space is True else space or None
-    _check_arguments(repo_id, create_pr, revision, tag, settings)
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Give a checkpoint that training or `save_pretrained` wrote.")
+    _check_arguments(folder, repo_id, create_pr, revision, tag, settings)
     token = token or get_token()
     tag_name = f"v{modeling_movekd.__version__}" if tag is True else tag or None
     with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as temporary:
+        stage, space_stage = Path(temporary) / "checkpoint", Path(temporary) / "space"
         checkpoint_files(folder, token)  # before any of its files is read
         if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
             folder = export(folder, Path(temporary) / "encoder", "encoder")
-        stage, left = _stage(folder, Path(temporary) / "checkpoint", token, max_shard_size)
+        left = _stage(folder, stage, token, max_shard_size)
         _write_card(folder, stage, encoder_only, repo_id, tag_name or revision)
         loaded = validate(stage)
         print(f"Loaded in a process of its own: {loaded['model']}, {loaded['parameters']:,} parameters.")
         _show(stage, left, repo_id)
-        staged_space = None
         if settings is not None:
-            staged_space, left = _stage_space(settings, Path(temporary) / "space", token)
-            _show(staged_space, left, f"spaces/{settings.repo_id or repo_id}")
+            left = _stage_space(settings, space_stage, token)
+            _show(space_stage, left, f"spaces/{settings.repo_id or repo_id}")
         if dry_run:
             print("Dry run: nothing was sent.")
             return None
@@ -100,15 +98,20 @@ def push(
             repo_id = create_repository(api, repo_id, private)
             commit = publish(api, repo_id, stage, message, create_pr, revision, tag_name)
         print(f"Published and read back: {commit.pr_url or commit.commit_url}")
-        if settings is not None and staged_space is not None:
+        if settings is not None:
             with explained(settings.repo_id or repo_id, token):
-                url = publish_space(api, settings, staged_space, private, repo_id, commit.oid)
+                url = publish_space(api, settings, space_stage, private, repo_id, commit.oid)
             print(f"Published the Space: {url}")
     return commit.pr_url or commit.commit_url
 
 
 def _check_arguments(
-    repo_id: str, create_pr: bool, revision: str | None, tag: bool | str | None, space: SpaceSettings | None
+    folder: Path,
+    repo_id: str,
+    create_pr: bool,
+    revision: str | None,
+    tag: bool | str | None,
+    space: SpaceSettings | None,
 ) -> None:
     try:
         validate_repo_id(repo_id)
@@ -119,10 +122,12 @@ def _check_arguments(
             f"A pull request goes to main and is not merged yet, so there can be no tag ({tag}), other branch "
             f"({revision}) or Space. Leave them out, or push without a pull request."
         )
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Give a checkpoint that training or `save_pretrained` wrote.")
 
 
-def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) -> tuple[Path, list[str]]:
-    """Link the files to publish into a folder, and split large weights. Returns the names of the other files too."""
+def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) -> list[str]:
+    """Link the files to publish into a folder, and split large weights. Returns the names of the other files."""
     chosen, left = checkpoint_files(folder, token)
     stage.mkdir()
     weights = weight_files(folder)
@@ -138,7 +143,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
         files = WeightFiles(weights)
         write_weights([renamed(files, key, key) for key in files.tensors], stage, max_shard_size)
         copy_evaluation(folder, stage)
-    return stage, left
+    return left
 
 
 def _without_paths(content: Any) -> Any:
@@ -160,14 +165,14 @@ def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, rev
     check_card(card)
 
 
-def _stage_space(settings: SpaceSettings, stage: Path, token: str | None) -> tuple[Path, list[str]]:
+def _stage_space(settings: SpaceSettings, stage: Path, token: str | None) -> list[str]:
     if not settings.folder.is_dir():
         raise ValueError(f"{settings.folder} is no folder. Give the folder of a Space.")
     chosen, left = space_files(settings.folder, token)
     for name in chosen:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).symlink_to((settings.folder / name).resolve())
-    return stage, left
+    return left
 
 
 def _show(stage: Path, left: list[str], repo_id: str) -> None:

@@ -8,16 +8,11 @@ from hub.convert_original_keys import is_packed, key_from_original, key_to_origi
 
 
 def state_dict_from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A state dict of the authors' under our keys; the distillation adapters' begin with `distiller.`.
-
-    Raises:
-        ValueError: if experts of a layer are missing from their sequence, naming the key and the indices found.
-    """
+    """An original state dict under our keys. The keys of the adapters begin with `distiller.`."""
     converted: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    for their_key, tensor in state_dict.items():
-        key, expert = key_from_original(their_key)
+    for original_key, tensor in state_dict.items():
+        key, expert = key_from_original(original_key)
         if expert is None:
             converted[key] = tensor
         else:

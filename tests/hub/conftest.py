@@ -19,46 +19,46 @@ TOWER = "model.vision_tower.vision_tower."
 
 
 @pytest.fixture(scope="session")
-def authors(parity_dir: Path) -> Path:
+def original(parity_dir: Path) -> Path:
     """The authors' checkpoint after stage 2."""
     return parity_dir / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def converted(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It converted, its tower cut to the layers in use."""
-    return convert(authors, tmp_path_factory.mktemp("converted") / "cut")
+    return convert(original, tmp_path_factory.mktemp("converted") / "cut")
 
 
 @pytest.fixture(scope="session")
-def converted_whole(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_whole(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It converted with all layers of the tower."""
-    return convert(authors, tmp_path_factory.mktemp("converted") / "whole", keep_all_layers=True)
+    return convert(original, tmp_path_factory.mktemp("converted") / "whole", keep_all_layers=True)
 
 
 @pytest.fixture
-def copy(authors: Path, tmp_path: Path) -> Path:
+def copy(original: Path, tmp_path: Path) -> Path:
     """A copy of the authors' checkpoint to spoil."""
     folder = tmp_path / "source"
     folder.mkdir()
-    for path in authors.iterdir():
+    for path in original.iterdir():
         if path.name in ("config.json", "generation_config.json", "model.safetensors") or "token" in path.name:
             shutil.copyfile(path, folder / path.name)
-    vision = json.loads((authors / "config.json").read_text())["mm_vision_tower"]
-    shutil.copytree(authors / vision, folder / vision)
+    vision = json.loads((original / "config.json").read_text())["mm_vision_tower"]
+    shutil.copytree(original / vision, folder / vision)
     return folder
 
 
 @pytest.fixture(scope="session")
-def base_models(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def base_models(original: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """
     Folders of CLIP and of the language model under the checkpoint. Stage 1 changes neither, and the state at its end
     is the only place they are kept in.
     """
     folder = tmp_path_factory.mktemp("base")
-    state = load_file(authors / "stage1_state.safetensors")
+    state = load_file(original / "stage1_state.safetensors")
     vision = folder / "vision"
-    shutil.copytree(authors / json.loads((authors / "config.json").read_text())["mm_vision_tower"], vision)
+    shutil.copytree(original / json.loads((original / "config.json").read_text())["mm_vision_tower"], vision)
     tower = {key.removeprefix(TOWER): value for key, value in state.items() if key.startswith(TOWER)}
     tower = {key: value for key, value in tower.items() if ".moe_" not in key and ".router." not in key}
     save_file(
@@ -69,8 +69,8 @@ def base_models(authors: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     language = folder / "language"
     language.mkdir()
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        shutil.copyfile(authors / name, language / name)
-    config = json.loads((authors / "config.json").read_text())
+        shutil.copyfile(original / name, language / name)
+    config = json.loads((original / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith(("mm_", "moe", "kd"))}
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (language / "config.json").write_text(json.dumps(config))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from hub import push_checkpoint
 from hub.card import main
@@ -272,11 +273,11 @@ def test_the_hubs_own_validator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = write_card(checkpoint(tmp_path / "student", facts_of_a_lab(), results=results), repo_id="a/b")
     with serve() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        check_card(path, online=True)
+        ModelCard.load(path).validate()
         path.write_text(path.read_text().replace("base_model_relation: finetune", "base_model_relation: grown"))
         check_card(path)
         with pytest.raises(ValueError, match="base_model_relation"):
-            check_card(path, online=True)
+            ModelCard.load(path).validate()
 
 
 def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

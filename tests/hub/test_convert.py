@@ -13,8 +13,8 @@ from modeling_movekd import MoveKDForConditionalGeneration
 from tests.helpers.conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
 
 
-def test_nothing_of_the_source_is_lost(authors: Path, converted: Path, converted_whole: Path) -> None:
-    theirs = load_file(authors / "model.safetensors")
+def test_nothing_of_the_source_is_lost(original: Path, converted: Path, converted_whole: Path) -> None:
+    theirs = load_file(original / "model.safetensors")
     for folder in (converted, converted_whole):
         facts = json.loads((folder / "conversion.json").read_text())
         kept = sum(value.numel() for value in weights_of(folder).values())
@@ -41,10 +41,10 @@ def test_images_that_are_cut_to_squares_are_so_again_in_the_authors_layout(copy:
     assert json.loads((back / "config.json").read_text())["image_aspect_ratio"] == "square"
 
 
-def test_back_to_the_authors_layout(authors: Path, converted_whole: Path, tmp_path: Path) -> None:
+def test_back_to_the_authors_layout(original: Path, converted_whole: Path, tmp_path: Path) -> None:
     back = convert(converted_whole, tmp_path / "back", to="original")
-    assert_equal_weights(weights_of(back), load_file(authors / "model.safetensors"))
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (back, authors))
+    assert_equal_weights(weights_of(back), load_file(original / "model.safetensors"))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (back, original))
     said_of_the_run = json.loads((converted_whole / "conversion.json").read_text())["dropped_config"]
     compared = theirs.keys() - (said_of_the_run.keys() - {"architectures", "kd"})
     compared -= {"tokenizer_model_max_length", "tokenizer_padding_side"}  # in the tokenizer's own file
@@ -52,9 +52,9 @@ def test_back_to_the_authors_layout(authors: Path, converted_whole: Path, tmp_pa
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         assert (back / name).exists()
         if name.endswith("json"):
-            assert json.loads((back / name).read_text()) == json.loads((authors / name).read_text())
+            assert json.loads((back / name).read_text()) == json.loads((original / name).read_text())
     again = convert(
-        back, tmp_path / "again", keep_all_layers=True, vision_model=str(authors / theirs["mm_vision_tower"])
+        back, tmp_path / "again", keep_all_layers=True, vision_model=str(original / theirs["mm_vision_tower"])
     )
     assert_equal_weights(weights_of(again), weights_of(converted_whole))
     assert_equal_weights(

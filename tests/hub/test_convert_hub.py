@@ -34,12 +34,12 @@ def downloads(hub: Hub, repo_id: str) -> set[str]:
 
 
 def test_convert_by_id(
-    hub: Hub, process: Client, authors: Path, base_models: tuple[Path, Path], converted: Path, tmp_path: Path
+    hub: Hub, process: Client, original: Path, base_models: tuple[Path, Path], converted: Path, tmp_path: Path
 ) -> None:
-    source = named(authors, tmp_path / "source", mm_vision_tower="openai/tiny")
+    source = named(original, tmp_path / "source", mm_vision_tower="openai/tiny")
     for name in ("expected", "stage1_state", "stage1_step", "stage2_step"):
         (source / f"{name}.safetensors").unlink()
-    shutil.rmtree(source / json.loads((authors / "config.json").read_text())["mm_vision_tower"])
+    shutil.rmtree(source / json.loads((original / "config.json").read_text())["mm_vision_tower"])
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.bin"):
         torch.save({"weight": torch.zeros(1)}, source / name)
     (source / "evil.py").write_text("raise SystemExit")
@@ -62,14 +62,14 @@ def test_convert_by_id(
 
 
 def test_stage_1_by_id(
-    hub: Hub, process: Client, authors: Path, base_models: tuple[Path, Path], tmp_path: Path
+    hub: Hub, process: Client, original: Path, base_models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     names = {"mm_vision_tower": "base/clip", "_name_or_path": "base/language"}
-    hub.add_folder("authors/stage1", named(authors / "stage1", tmp_path / "source", **names))
+    hub.add_folder("authors/stage1", named(original / "stage1", tmp_path / "source", **names))
     hub.add_folder("base/clip", base_models[0])
     hub.add_folder("base/language", base_models[1])
     process.run("convert('authors/stage1', dest, keep_all_layers=True)", dest=str(tmp_path / "dest"))
-    state = load_file(authors / "stage1_state.safetensors")
+    state = load_file(original / "stage1_state.safetensors")
     actual = load_file(tmp_path / "dest" / "model.safetensors")
     facts = json.loads((tmp_path / "dest" / "conversion.json").read_text())
     assert (facts["vision_model"], facts["language_model"]) == ("base/clip", "base/language")
@@ -78,8 +78,10 @@ def test_stage_1_by_id(
     assert torch.equal(actual["model.multi_modal_projector.linear_1.bias"], state["model.mm_projector.0.bias"])
 
 
-def test_what_is_not_there(hub: Hub, process: Client, authors: Path, tmp_path: Path) -> None:
-    source = named(authors / "stage1", tmp_path / "source", mm_vision_tower="base/absent", _name_or_path="base/absent")
+def test_what_is_not_there(hub: Hub, process: Client, original: Path, tmp_path: Path) -> None:
+    source = named(
+        original / "stage1", tmp_path / "source", mm_vision_tower="base/absent", _name_or_path="base/absent"
+    )
     hub.add_folder("authors/alone", source)
     for source_id, message in (("nobody/nothing", "nobody/nothing"), ("authors/alone", "--language-model")):
         with pytest.raises(ClientError, match=f"(?s)SystemExit: convert.py: .*{message}"):

@@ -24,8 +24,8 @@ Golden = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def expected(authors: Path) -> Golden:
-    return read_case(authors / "expected.safetensors")
+def expected(original: Path) -> Golden:
+    return read_case(original / "expected.safetensors")
 
 
 @pytest.fixture(scope="module", params=["converted", "converted_whole"])
@@ -38,9 +38,9 @@ def model(folder: Path) -> MoveKDForConditionalGeneration:
     return MoveKDForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def test_configuration(authors: Path, folder: Path) -> None:
-    theirs = json.loads((authors / "config.json").read_text())
-    clip = json.loads((authors / theirs["mm_vision_tower"] / "config.json").read_text())
+def test_configuration(original: Path, folder: Path) -> None:
+    theirs = json.loads((original / "config.json").read_text())
+    clip = json.loads((original / theirs["mm_vision_tower"] / "config.json").read_text())
     config = MoveKDConfig.from_pretrained(folder)
     text, vision, moe = config.text_config, config.vision_config, theirs["moe"]
     same = ("attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size")
@@ -83,11 +83,11 @@ def test_configuration(authors: Path, folder: Path) -> None:
     }
 
 
-def test_processor(authors: Path, folder: Path, expected: Golden) -> None:
+def test_processor(original: Path, folder: Path, expected: Golden) -> None:
     tensors, metadata = expected
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    config = json.loads((authors / "config.json").read_text())
-    clip = json.loads((authors / config["mm_vision_tower"] / "preprocessor_config.json").read_text())
+    config = json.loads((original / "config.json").read_text())
+    clip = json.loads((original / config["mm_vision_tower"] / "preprocessor_config.json").read_text())
     images = processor.image_processor
     assert images.do_pad
     assert (list(images.image_mean), list(images.image_std)) == (clip["image_mean"], clip["image_std"])
@@ -184,8 +184,8 @@ def full_size(reference: dict[str, torch.Tensor], layers: int, cut: bool) -> Mov
 
 
 @pytest.fixture(scope="module")
-def reference(authors: Path) -> dict[str, Any]:
-    return json.loads((authors / "reference_keys_7b.json").read_text())
+def reference(original: Path) -> dict[str, Any]:
+    return json.loads((original / "reference_keys_7b.json").read_text())
 
 
 def test_every_key_of_7b(reference: dict[str, Any]) -> None:

@@ -185,8 +185,8 @@ def test_refused(copy: Path, tmp_path: Path, spoil: Callable[[Path], None], mess
     assert not (tmp_path / "sprung").exists()
 
 
-def test_code_in_stage_1_files(authors: Path, base_models: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(authors / "stage1", tmp_path / "stage1")
+def test_code_in_stage_1_files(original: Path, base_models: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(original / "stage1", tmp_path / "stage1")
     torch.save({"model.mm_projector.0.weight": Trap(tmp_path / "sprung")}, tmp_path / "stage1" / "mm_projector.bin")
     vision, language = map(str, base_models)
     with pytest.raises(ValueError, match="more than tensors"):
@@ -205,16 +205,16 @@ def test_links_into_the_hubs_cache_are_followed(copy: Path, converted: Path, tmp
     assert json.loads((dest / "conversion.json").read_text())["revision"] == "abc"
 
 
-def test_other_arguments_refused(authors: Path, converted: Path, tmp_path: Path) -> None:
+def test_other_arguments_refused(original: Path, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     for arguments, settings, message in (
-        ((authors, tmp_path / "full"), {}, "exists already"),
+        ((original, tmp_path / "full"), {}, "exists already"),
         ((converted, tmp_path / "dest"), {}, "already"),
-        ((authors, tmp_path / "dest"), {"to": "onnx"}, "'movekd' or 'original'"),
-        ((authors, tmp_path / "dest"), {"experts": {"num_experts": 2}}, "experts of its own"),
-        ((authors, tmp_path / "dest"), {"chat_template": "own"}, "'own'"),
-        ((authors, tmp_path / "dest"), {"pad_vocabulary_to": 0}, "`pad_vocabulary_to` is 0"),
+        ((original, tmp_path / "dest"), {"to": "onnx"}, "'movekd' or 'original'"),
+        ((original, tmp_path / "dest"), {"experts": {"num_experts": 2}}, "experts of its own"),
+        ((original, tmp_path / "dest"), {"chat_template": "own"}, "'own'"),
+        ((original, tmp_path / "dest"), {"pad_vocabulary_to": 0}, "`pad_vocabulary_to` is 0"),
         (
             (converted, tmp_path / "dest"),
             {"to": "original", "experts": {"num_experts": 2}, "keep_all_layers": True},

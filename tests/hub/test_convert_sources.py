@@ -27,7 +27,7 @@ from tests.helpers.conversions import assert_equal_weights, edit_json, weights_o
 
 
 def test_original_llava_without_a_tower(
-    authors: Path, base_models: tuple[Path, Path], copy: Path, tmp_path: Path
+    original: Path, base_models: tuple[Path, Path], copy: Path, tmp_path: Path
 ) -> None:
     """As LLaVA-1.5 is published: language model and projector. The tower is CLIP's, the experts are new."""
     weights = load_file(copy / "model.safetensors")

@@ -145,7 +145,7 @@ def test_the_code_in_the_card_runs(folders, tmp_path, monkeypatch, form):
     names = {}
     exec(text.split("```python")[1].split("```")[0].replace("somebody/student", str(dest)), names)
     if form == "llava":
-        assert names["outputs"].shape[1] > names["inputs"]["input_ids"].shape[1]
+        assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
     else:
         assert names["features"].shape == (1, 1 + (SIZE // 4) ** 2, 32)
 

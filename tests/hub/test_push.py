@@ -74,7 +74,7 @@ exec(snippet)
 import torch
 assert "modeling_movekd" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 pixels = torch.linspace(-1, 1, 3 * {SIZE}**2).view(1, 3, {SIZE}, {SIZE})
-result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), outputs[0].tolist()]
+result = [model.model.vision_tower(pixels).last_hidden_state.sum().item(), output[0].tolist()]
 assert len(result[1]) > inputs["input_ids"].shape[1] > model.config.image_seq_length
 """
 
@@ -112,11 +112,11 @@ def test_nothing_is_sent_twice(hub: Hub, owner: Client, pushed: str, checkpoint:
 
 @pytest.mark.slow
 def test_the_authors_checkpoint_from_the_hub_and_ours_back(
-    hub: Hub, owner: Client, authors: Path, converted: Path, tmp_path: Path
+    hub: Hub, owner: Client, original: Path, converted: Path, tmp_path: Path
 ) -> None:
-    vision = authors / json.loads((authors / "config.json").read_text())["mm_vision_tower"]
+    vision = original / json.loads((original / "config.json").read_text())["mm_vision_tower"]
     hub.add_folder("org/clip", vision)
-    hub.add_folder("authors/release", authors)
+    hub.add_folder("authors/release", original)
     code = "import hub.convert; hub.convert.main(['authors/release', dest, '--vision-model', 'org/clip'])"
     owner.run(code, dest=str(tmp_path / "converted"))
     push(owner, tmp_path / "converted", "org/converted")

@@ -117,14 +117,16 @@ def test_code_of_a_foreign_auto_map_never_runs(copy: Path) -> None:
 
 def test_folders_of_this_machine_are_not_published(copy: Path, tmp_path: Path) -> None:
     edit(copy, "config.json", "text_config", "_name_or_path", value="/home/somebody/vicuna")
-    stage, _ = push_checkpoint._stage(copy, tmp_path / "stage", None, 10**9)
+    stage = tmp_path / "stage"
+    push_checkpoint._stage(copy, stage, None, 10**9)
     assert json.loads((stage / "config.json").read_text())["text_config"]["_name_or_path"] == "vicuna"
 
 
 def test_an_evaluation_is_published_with_the_fingerprint_of_the_shards(copy: Path, tmp_path: Path) -> None:
     evaluation = {"results": [RESULT], "weights": weights_fingerprint(copy)}
     (copy / "evaluation.json").write_text(json.dumps(evaluation))
-    stage, _ = push_checkpoint._stage(copy, tmp_path / "stage", None, 50_000)
+    stage = tmp_path / "stage"
+    push_checkpoint._stage(copy, stage, None, 50_000)
     assert len(list(stage.glob("model-*.safetensors"))) > 1
     assert read_evaluation(stage) == read_evaluation(copy) == [EvaluationResult(**RESULT)]
     assert json.loads((copy / "evaluation.json").read_text()) == evaluation, "the checkpoint's own stays"
