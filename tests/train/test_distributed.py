@@ -72,11 +72,11 @@ def write(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.T
     """Writes the configuration of one of `RUNS`."""
     root = tmp_path_factory.mktemp("runs")
     Dataset.from_list(llava_rows(40, text_only=TEXT_ONLY)).save_to_disk(root / "mixed")
-    datasets = {"colours": dataset_folder, "mixed": str(root / "mixed")}
+    datasets = {"colors": dataset_folder, "mixed": str(root / "mixed")}
 
     def make(name: str, kind: str, **overrides: Any) -> Path:
         settings = DESCENT | RUNS[name] | overrides
-        dataset = datasets[settings.pop("dataset", "colours")]
+        dataset = datasets[settings.pop("dataset", "colors")]
         return write_settings(root / kind / name, parts, dataset, **settings)
 
     return make

@@ -37,7 +37,7 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
     for name, text in (("clip", "license: mit"), ("language", "license: llama2")):
         shutil.copytree(parts[name], folder / name)
         (folder / name / "README.md").write_text(f"---\n{text}\n---\nA model.\n")
-    Dataset.from_list(llava_rows(20)).save_to_disk(folder / "colours")
+    Dataset.from_list(llava_rows(20)).save_to_disk(folder / "colors")
     rows = [{"conversations": row["conversations"]} for row in llava_rows(12, text_only=tuple(range(12)))]
     rows[3] = {"conversations": "broken"}
     (folder / "more.json").write_text(json.dumps(rows))
@@ -55,7 +55,7 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
         "hub_token": TOKEN,
         "hub_model_id": "somebody/student",
     }
-    names: Any = [{"name": str(folder / "colours"), "weight": 3}, {"name": str(folder / "more.json"), "weight": 1}]
+    names: Any = [{"name": str(folder / "colors"), "weight": 3}, {"name": str(folder / "more.json"), "weight": 1}]
     parts_of_first = {"vision_model": str(folder / "clip"), "language_model": str(folder / "language")}
     stage_run.train(
         DataArguments(names, validation_share=0.3, max_bad_row_share=0.1),
@@ -66,7 +66,7 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
         recipe=str(folder / "recipes" / "small.yaml"),
     )
     stage_run.train(
-        DataArguments([str(folder / "colours")]),
+        DataArguments([str(folder / "colors")]),
         MoveKDSFTConfig(str(folder / "second"), save_strategy="steps", save_steps=1, **settings),
         ModelArguments(str(folder / "first")),
     )
@@ -98,7 +98,7 @@ def test_first_stage(stages: tuple[Path, Path]) -> None:
     }
     assert {name: facts[name] for name in expected} == expected
     none = {"subset": None, "split": "train", "revision": None}
-    assert facts["data"] == [{"name": "colours", "weight": 3} | none, {"name": "more.json", "weight": 1} | none]
+    assert facts["data"] == [{"name": "colors", "weight": 3} | none, {"name": "more.json", "weight": 1} | none]
     assert facts["base_models"] == [
         {"role": "vision_model", "model": "clip", "revision": None, "license": "mit"},
         {"role": "language_model", "model": "language", "revision": None, "license": "llama2"},
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_which_the_licence_alone_is_known_is_the_base_model(
 ) -> None:
     (tmp_path / "training_facts.json").write_text('{"license": "cc-by-nc-4.0"}')
     args = MoveKDSFTConfig(str(tmp_path / "next"), distill=False, bf16=False)
-    known = run_facts(DataArguments(["colours"]), args, ModelArguments(str(tmp_path)), []).known
+    known = run_facts(DataArguments(["colors"]), args, ModelArguments(str(tmp_path)), []).known
     assert known["license"] == "cc-by-nc-4.0" and known["earlier_stages"] == []
     assert [(model["role"], model["model"]) for model in known["base_models"]] == [("checkpoint", tmp_path.name)]
 
