@@ -1,4 +1,4 @@
-"""What a run notes for its model card: everything a reader needs, nothing of the machine it ran on."""
+"""The facts of a run for its model card: everything a reader needs, and nothing about the machine."""
 
 import getpass
 import json
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
-    """Two stages of two steps: a mixture with a bad row and an evaluation; then on from its folder."""
+    """Two stages of two steps: the first on a mixture with a bad row and an evaluation, the second continues it."""
     for name, text in (("clip", "license: mit"), ("language", "license: llama2")):
         shutil.copytree(parts[name], folder / name)
         (folder / name / "README.md").write_text(f"---\n{text}\n---\nA model.\n")
@@ -143,7 +143,7 @@ def test_card_of_every_save(stages: tuple[Path, Path]) -> None:
         card = ModelCard.load(folder / "README.md")
         assert is_generated(folder / "README.md") and "generated_from_trainer" not in card.content
         assert card.data.license == "llama2" and {"teacher:clip", "teacher:vit"} < set(card.data.tags)
-        # Local folders are no ids of the Hub
+        # Local folders are not Hub ids
         assert card.data.base_model is None and card.data.datasets is None
         assert 'from_pretrained("somebody/student", revision="main", trust_remote_code=True)' in card.text
     assert re.findall(r"### Stage (.*)", card.text) == ["1: `pretrain`", "2: `finetune`"]
@@ -180,7 +180,7 @@ def test_a_card_of_the_users_stays(stages: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_facts_are_of_the_student_that_is_there(arguments) -> None:
-    """Also of a trainer put together by hand, whose arguments nobody has compared."""
+    """Also if the trainer was built by hand, and its arguments were not compared with the student."""
     data_args, args, model_args = arguments()
 
     def ask_for_others(*parts: Any) -> None:
@@ -209,7 +209,7 @@ def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     teacher = teacher_facts(resolve_teacher({"model": "owner/model", "loader": "transformers"}))
     assert (teacher["model"], teacher["revision"], teacher["license"]) == ("owner/model", COMMIT, "apache-2.0")
     assert teacher_facts(resolve_teacher("clip"))["revision"].startswith("ce19dc912ca5")
-    # Of timm's names the repository behind them, and a revision within a name
+    # The repository behind a timm name, and a revision within a name
     refs = tmp_path / "models--timm--resnet18.a1_in1k" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(COMMIT[::-1])
