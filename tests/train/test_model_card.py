@@ -127,7 +127,7 @@ def test_second_stage_carries_the_first_along(stages: tuple[Path, Path]) -> None
     assert again.seconds_before == facts_of(Path(checkpoint))["seconds"] > 0
 
 
-def test_a_checkpoint_of_which_the_licence_alone_is_known_is_the_base_model(
+def test_a_checkpoint_of_which_the_license_alone_is_known_is_the_base_model(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "training_facts.json").write_text('{"license": "cc-by-nc-4.0"}')
@@ -191,7 +191,7 @@ def test_facts_are_of_the_student_that_is_there(arguments) -> None:
     assert (facts["hyperparameters"]["image_aspect_ratio"], facts["knobs"]["cut_tower"]) == ("pad", True)
 
 
-def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commits_and_licenses_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)
@@ -218,7 +218,7 @@ def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     assert teacher_facts(resolve_teacher("hf-hub:owner/model@v2"))["revision"] == COMMIT[::-1]
 
 
-def test_licence_by_flag(tmp_path: Path) -> None:
+def test_license_by_flag(tmp_path: Path) -> None:
     assert MoveKDSFTConfig(str(tmp_path), distill=False, bf16=False, license="Apache-2.0").license == "apache-2.0"
     with pytest.raises(ValueError, match="`license` is 'mine: yes\\\\n---'"):
         MoveKDSFTConfig(str(tmp_path), distill=False, bf16=False, license="mine: yes\n---")

@@ -27,7 +27,7 @@ def hub(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iter
     with serve() as hub:
         for name in ("clip", "language", "vit"):
             hub.add_folder(f"org/{name}", Path(parts[name]), **readers)
-        hub.add_folder("org/colours", folder, "datasets", **readers)
+        hub.add_folder("org/colors", folder, "datasets", **readers)
         vit = hub.repository("org/vit")
         vit.refs["refs/tags/v1"] = first = vit.refs["refs/heads/main"]
         weights = load_file(Path(parts["vit"]) / "model.safetensors")
@@ -51,7 +51,7 @@ def settings(folder: Path, **overrides) -> Path:
     saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
     saving |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 1e-2}
     publishing = {"push_to_hub": True, "hub_private_repo": True, "hub_token": OWNER_TOKEN}
-    return write_settings(folder, names, "org/colours", teachers=teachers, **saving, **publishing, **overrides)
+    return write_settings(folder, names, "org/colors", teachers=teachers, **saving, **publishing, **overrides)
 
 
 CONTINUED = """

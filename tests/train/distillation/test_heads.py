@@ -167,7 +167,7 @@ def test_resampling_between_any_sizes_keeps_places(grid: tuple[int, int], target
 
 @pytest.mark.parametrize("normalization", ["none", "standardize", "whiten"])
 @pytest.mark.parametrize("matching", ["learned", "resample"])
-def test_adapters_take_normalised_and_resampled_features_too(normalization: str, matching: str) -> None:
+def test_adapters_take_normalized_and_resampled_features_too(normalization: str, matching: str) -> None:
     distiller = make_distiller("paper", feature_normalization=normalization, grid_matching=matching)
     output = distiller(make_student(), make_features())
     output.loss.sum().backward()
