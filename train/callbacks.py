@@ -1,7 +1,6 @@
 """Callbacks of the trainer: a check that every trainable weight gets a gradient, and pictures of the tower."""
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from itertools import islice
@@ -23,6 +22,7 @@ from modeling_movekd.experts_movekd import LoraExperts
 from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
+from train.distributed import fsdp_is_asked_for
 from train.forward import split_crops
 from train.teachers.cached import Teacher
 
@@ -43,7 +43,7 @@ def check_pictures(args: MoveKDSFTConfig) -> None:
             "from 1, or 0 for no pictures, and at least one image."
         )
     plugin = args.deepspeed_plugin
-    sharded = "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else None
+    sharded = "FSDP" if fsdp_is_asked_for() else None
     if plugin is not None and plugin.hf_ds_config.is_zero3():
         sharded = "ZeRO-3"
     if args.visualize_steps and sharded:

@@ -12,6 +12,11 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
+def fsdp_is_asked_for() -> bool:
+    """Whether `accelerate launch` was started with FSDP. Known before a process group exists."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def check_launch(args: TrainingArguments) -> None:
     """Refuse launches in which each process would train by itself, and ZeRO-3 that would save no weights."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,9 +67,8 @@ def prepare_fsdp(accelerator: Accelerator) -> None:
     Check FSDP's settings, and keep float32 where accelerate's mixed precision would round more than DDP does: in the
     losses that the model returns, and in the sums of the gradients. Call it before the model is wrapped.
     """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if accelerator.distributed_type != DistributedType.FSDP:
-        if asked:
+        if fsdp_is_asked_for():
             raise ValueError(
                 f"FSDP was asked for, but {accelerator.distributed_type.value} would run, since accelerate has no "
                 "FSDP on CPUs. Leave `--use_cpu` out, or launch with train/accelerate/ddp_cpu.yaml."

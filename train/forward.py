@@ -45,11 +45,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
     The losses are computed inside this forward, because DDP, ZeRO and FSDP2 only see what the wrapped model's forward
     runs. The tower also runs on blank images, so that all processes make the same calls whatever their batches hold.
 
-    Args:
-        model (`PreTrainedModel`): The student, with TRL's fused forward.
-        balance_form (`str`): Form of [`~train.distillation.losses.balance_loss`].
-        distill_tiles (`str`, *optional*, defaults to `"base"`): `"base"` distills whole images, `"all"` also the tiles
-            of `anyres`.
+    `balance_form` and `distill_tiles` are the options of [`MoveKDSFTConfig`].
     """
     fused_forward = model.forward
 
@@ -93,8 +89,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
             distillation = self.distiller(tokens[distilled], teacher_features)
             kd = kd + distillation.loss * weights
-            teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features])
-            teacher_losses = teacher_losses.detach() * weights
+            teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features]) * weights
         balance = expert_tokens = None
         if vision.router_probabilities:
             balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights

@@ -8,7 +8,6 @@ and checks that they are the same.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, set_seed
 
 from modeling_movekd.files import new_file
 from train.config import MoveKDSFTConfig
+from train.distributed import fsdp_is_asked_for
 
 
 LANGUAGE_LORA_NAME = "language_lora.safetensors"
@@ -91,8 +91,8 @@ def _quantize(layers: list[LoraLinear], args: MoveKDSFTConfig) -> None:
             "`load_in_4bit` needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or "
             "set `load_in_4bit: false`."
         ) from error
-    # FSDP would shard packed weights, and DeepSpeed does not save them. No process group exists yet to ask.
-    if args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    # FSDP would shard packed weights, and DeepSpeed does not save them
+    if args.deepspeed_plugin is not None or fsdp_is_asked_for():
         raise ValueError(
             "`load_in_4bit` is true, but DeepSpeed and FSDP cannot handle packed 4-bit weights. Start the run with "
             "DDP, or set `load_in_4bit: false`."

@@ -1,6 +1,5 @@
 """The facts of a run for its model card, without anything private about the machine."""
 
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -87,14 +86,14 @@ def run_facts(
     if source is None:
         roles = {"vision_model": args.vision_model, "language_model": args.language_model}
         known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
-    elif (earlier := read_training_facts(Path(source))) is not None:
-        # Facts may hold a license alone, without base models
-        known["base_models"] = earlier.pop("base_models") or [base_model_facts("checkpoint", source)]
-        stages = earlier.pop("earlier_stages")
-        known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
-        known["license"] = args.license or earlier.get("license")
     else:
         known["base_models"] = [base_model_facts("checkpoint", source)]
+        if (earlier := read_training_facts(Path(source))) is not None:
+            # Facts may hold a license alone, without base models
+            known["base_models"] = earlier.pop("base_models") or known["base_models"]
+            stages = earlier.pop("earlier_stages")
+            known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
+            known["license"] = args.license or earlier.get("license")
     return RunFacts(known, _seconds_before(args))
 
 
@@ -163,10 +162,10 @@ def noted_license(source: str) -> str | None:
             pass  # a card that cannot be parsed
     if found is None and (folder / "config.json").is_file():
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "config.json")
             found = config.get("license") or (config.get("pretrained_cfg") or {}).get("license")
         except (ValueError, AttributeError):
-            pass
+            pass  # somebody else's file
     return found if isinstance(found, str) else None
 
 

@@ -1,4 +1,4 @@
-"""Small distillers of every preset, and features of teachers for them."""
+"""Small distillers of every preset, and teacher features for them."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def make_distiller(preset: str = "paper", teachers: dict[str, Any] = TEACHERS, *
 def make_features(
     batch_size: int = 4, seed: int = 1, teachers: dict[str, Any] = TEACHERS
 ) -> dict[str, TeacherFeatures]:
-    """Correlated channels far from zero, one of them ten times as large as the others."""
+    """Features with correlated channels far from zero, one of them ten times as large as the others."""
     mixing, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     features = {}
     for name, (width, grid) in teachers.items():

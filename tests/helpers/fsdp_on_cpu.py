@@ -1,9 +1,8 @@
 """
-FSDP2 on processors, which accelerate has for accelerators alone: told to use the CPU it runs DDP and says nothing.
+FSDP2 on CPUs, for tests. On CPUs accelerate itself runs DDP in place of FSDP, without a message.
 
-Started by `accelerate launch` in the place of `tests/helpers/launched.py`, with the same arguments. Only for tests:
-the class that decides is changed in these processes; what is shipped calls accelerate as it is. The facts of a run
-hold, beside those of `launched.py`, what was really spread over the processes.
+Started by `accelerate launch` with the same arguments as `tests/helpers/launched.py`. It replaces accelerate's class
+that chooses the backend, in these processes only. The record of a run also says what was sharded.
 """
 
 import sys
@@ -28,7 +27,7 @@ from tests.helpers.launched import RecordingTrainer  # noqa: E402
 
 
 class CpuAcceleratorState(AcceleratorState):
-    """Takes FSDP where it is asked for, also on the CPU."""
+    """Chooses FSDP if it is asked for, also on CPUs."""
 
     def __init__(self, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -40,7 +39,7 @@ class CpuAcceleratorState(AcceleratorState):
 
 
 class FsdpRecordingTrainer(RecordingTrainer):
-    """Notes what was spread while it trained."""
+    """Records what was sharded."""
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.wrapped = model

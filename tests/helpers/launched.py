@@ -1,13 +1,13 @@
 """
-Training runs in processes of their own, and what really ran there.
+Training runs in processes of their own, which record what ran.
 
-Started by `accelerate launch`, this file does what `train/sft.py` does, for one configuration after the other, and
-every process writes the facts of every run to `facts-{rank}.json` in its output folder:
+Started by `accelerate launch`, this file trains like `train/sft.py` with each configuration in turn. Every process
+writes the record of each run to `facts-{rank}.json` in the output folder:
 
     accelerate launch ... tests/helpers/launched.py [--die_after STEP | --raise_after STEP] one.yaml two.yaml
 
-Once all processes have written that step's checkpoint of the last run, the first one ends by SIGKILL (`--die_after`),
-or the last one by an error (`--raise_after`).
+After all processes have written that step's checkpoint in the last run, the first process ends with SIGKILL
+(`--die_after`), or the last process raises an error (`--raise_after`).
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from train.trainer import MoveKDTrainer  # noqa: E402
 
 
 class RecordingTrainer(MoveKDTrainer):
-    """Notes what model is really called, and the images of every micro-batch of this process."""
+    """Records which model class is called, and the images of every micro-batch of this process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ class RecordingTrainer(MoveKDTrainer):
             "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             "distributed_type": self.accelerator.distributed_type.value,
             "zero_stage": self.deepspeed.zero_optimization_stage() if self.deepspeed is not None else None,
-            # What ZeRO-3 has spread has no elements of its own between two steps
+            # Between steps, parameters that ZeRO-3 has partitioned are empty
             "empty_parameters": sum(not parameter.numel() for parameter in self.model.parameters()),
             "called": [name for name, _ in self.called],
             "find_unused_parameters": [value for _, value in self.called],
@@ -76,7 +76,7 @@ class RecordingTrainer(MoveKDTrainer):
 
 
 class EndAfterSave(TrainerCallback):
-    """Ends one process once every process has written the checkpoint of a step."""
+    """Ends one process after every process has written the checkpoint of a step."""
 
     def __init__(self, flag: str, step: int) -> None:
         self.flag, self.step = flag, step
@@ -93,7 +93,7 @@ class EndAfterSave(TrainerCallback):
 
 
 def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, *callbacks: TrainerCallback):
-    """`train.run.train` that notes what runs; returns its trainer."""
+    """Run `train.run.train` with a recording trainer, and return the trainer."""
 
     def build(*arguments: Any, **kwargs: Any) -> RecordingTrainer:
         trainer = RecordingTrainer(*arguments, **kwargs)
@@ -113,13 +113,13 @@ def launch(
     script: Path, *arguments: str | Path, launcher: Sequence[str | Path] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """
-    Run a script by `accelerate launch` with the launcher's flags, or without any in a single process by plain Python.
-    After `timeout` seconds everything is ended and the test fails.
+    Run a script by `accelerate launch` with the launcher's flags, or by plain Python if `launcher` is `None`. After
+    `timeout` seconds all processes are ended and the test fails.
     """
     by_accelerate = [] if launcher is None else ["-m", "accelerate.commands.launch", *launcher]
     command = [str(part) for part in (sys.executable, *by_accelerate, script, *arguments)]
     environment = {
-        # What an earlier run in this process may have left behind must not reach the next one
+        # An earlier run in this process may have left these variables
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "FSDP_"))
@@ -131,14 +131,14 @@ def launch(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher passes it on to its processes, which have sessions of their own
+        process.terminate()  # the launcher passes the signal on to its processes
         process.communicate(timeout=60)
         raise
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def write_settings(folder: Path, parts: dict[str, str], dataset: str, **overrides: Any) -> Path:
-    """A configuration file for a small run from these parts, whose output goes into `folder`; keywords override."""
+    """Write the configuration of a small run with output in `folder`; keywords override it."""
     settings = {
         "dataset_name": dataset,
         "vision_model": parts["clip"],
@@ -166,7 +166,7 @@ def write_settings(folder: Path, parts: dict[str, str], dataset: str, **override
 
 
 def run(config: Path, *callbacks: TrainerCallback) -> RecordingTrainer:
-    """The run of a configuration file in this process; its facts are in its output folder."""
+    """Train with a configuration file in this process, and write the record to the output folder."""
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     trainer = record(*parser.parse_args_and_config(["--config", str(config)]), *callbacks)
     facts = Path(trainer.args.output_dir) / f"facts-{trainer.args.process_index}.json"
@@ -182,8 +182,7 @@ def main(arguments: Sequence[str]) -> None:
         trainer = run(Path(config), *(callbacks if index == len(arguments) - 1 else []))
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    # Gloo's threads outlive the group, which FSDP2's tensors hold, and a process was once seen to abort while its
-    # interpreter ended; all that a test reads is written by now
+    # Exit at once: gloo's threads outlive the process group, and have aborted the interpreter's shutdown
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

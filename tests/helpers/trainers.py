@@ -1,4 +1,4 @@
-"""A trainer put together as `train.stage_run.train` does, with a place to interfere before it is built."""
+"""Builds a trainer as `train.run.train` does, with a hook to change its parts first."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     prepare: Callable[..., Any] = lambda model, teachers, distiller: None,
 ) -> MoveKDTrainer:
-    """`prepare` may change model, teachers and distiller; the trainer has not trained yet."""
+    """Build a trainer that has not trained. `prepare` may change model, teachers and distiller before."""
     model, processor = build_student(args, model_args)
     teachers = build_teachers(args)
     distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)

@@ -1,4 +1,4 @@
-"""Tiny parts of a run, saved as the folders a user would name, and rows of generated pictures to train on."""
+"""Tiny models of a run, saved as folders, and rows of generated images to train on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ TOKENIZER = Path(__file__).parents[1] / "fixtures" / "parity" / "conversation" /
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a CLIP (4 x 4 patches), a ViT teacher (6 x 6), and a language model with its tokenizer."""
+    """Folders of a CLIP (4 x 4 patches), a ViT teacher (6 x 6 patches), and a language model with its tokenizer."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -53,15 +53,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """48 rows with pictures, saved by `save_to_disk`."""
-    folder = str(tmp_path_factory.mktemp("data") / "colours")
+    """48 rows with images, saved by `save_to_disk`."""
+    folder = str(tmp_path_factory.mktemp("data") / "colors")
     Dataset.from_list(llava_rows(48)).save_to_disk(folder)
     return folder
 
 
 @pytest.fixture
 def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any:
-    """Makes the three argument objects of `train.stage_run.train`, small and on the processor; keywords override."""
+    """Makes the three arguments of `train.run.train`, for a small run on CPUs; keywords override them."""
 
     def make(**overrides: Any) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
         data = {"dataset_name": overrides.pop("dataset_name", dataset_folder)}
@@ -99,7 +99,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def cached(arguments, mixed: str, tmp_path: Path) -> Callable[..., tuple[Any, ...]]:
-    """Writes a cache and gives the arguments of a run that reads it."""
+    """Writes a cache and makes the arguments of a run that reads it."""
 
     def make(cache_dtype: str = "float16", rows_per_shard: int = 5, **overrides: Any) -> tuple[Any, ...]:
         settings = {"dataset_name": mixed, "max_length": None, "feature_cache": str(tmp_path / "cache")} | overrides

@@ -1,4 +1,4 @@
-"""The demo under ZeRO-2 and ZeRO-3, killed and resumed; what a checkpoint of it holds; what is refused."""
+"""The demo under ZeRO-2 and ZeRO-3: killed and resumed runs, their checkpoints, and refused settings."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ RECIPES = ROOT / "train" / "recipes"
 
 
 def launcher(stage: int) -> tuple[str | Path, ...]:
-    """The shipped configuration on two processes; stage 3 in its bfloat16, stage 2 in float32."""
+    """The shipped configuration on two processes, stage 3 in bfloat16 and stage 2 in float32."""
     flags = ("--config_file", ACCELERATE / f"zero{stage}.yaml", "--num_processes", "2", "--main_process_port", "0")
     return (*flags, "--mixed_precision", "no") if stage == 2 else flags
 
@@ -55,7 +55,7 @@ def write(tmp_path_factory: pytest.TempPathFactory):
 
 
 def logged(checkpoint: Path) -> list[dict[str, float]]:
-    """What was logged after the second step, without the clock's part, and TRL's count of tokens since the start."""
+    """The log after the second step, without times and without TRL's count of tokens since the start."""
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     left_out = ("images_per_second", "num_tokens")
     return [{name: e[name] for name in e if name not in left_out} for e in history if e["step"] > 2]
@@ -98,7 +98,7 @@ def test_killed_and_resumed_is_the_same_run(write, stage: int, tmp_path: Path) -
     for name in ("model.safetensors", "distiller.safetensors"):
         assert_equal(last, expected, name)
     assert len(logged(last)) == 2 and logged(last) == logged(expected)
-    # A distiller lost on the way would have started again as the first stage left it
+    # A distiller that was not restored would have the weights of the first stage
     first, middle, end = (load_file(folder / "distiller.safetensors") for folder in (pretrain, copy, last))
     heads = [key for key in first if ".head." in key]
     assert heads and not any(
@@ -110,7 +110,7 @@ def test_killed_and_resumed_is_the_same_run(write, stage: int, tmp_path: Path) -
     assert load_as_stranger(last, tmp_path) == ["MoveKDForConditionalGeneration", []]
     if stage == 2:
         path = copy / "global_step2" / "mp_rank_00_model_states.pt"
-        state = torch.load(path, weights_only=False)  # holds DeepSpeed's own classes; this test wrote the file
+        state = torch.load(path, weights_only=False)  # holds DeepSpeed's classes; this test wrote the file
         state["module"] = {key: value for key, value in state["module"].items() if "distiller" not in key}
         torch.save(state, path)
         lost = launch(SFT, *flags, copy, launcher=launcher(stage))
@@ -118,7 +118,7 @@ def test_killed_and_resumed_is_the_same_run(write, stage: int, tmp_path: Path) -
 
 
 def test_one_process_where_several_were_asked_for_is_refused(write, tmp_path: Path) -> None:
-    """accelerate ignores the backend of any configuration under `--cpu`."""
+    """Under `--cpu` accelerate ignores the configuration's backend."""
     flags = ("--config_file", ACCELERATE / "zero2.yaml", "--cpu", "--mixed_precision", "no")
     result = launch(SFT, "--config", write("alone", "pretrain", max_steps=1), launcher=flags)
     assert result.returncode != 0 and "asks for several processes, but one was started" in result.stdout
@@ -126,7 +126,7 @@ def test_one_process_where_several_were_asked_for_is_refused(write, tmp_path: Pa
 
 
 def plugin(**options: Any) -> SimpleNamespace:
-    """Arguments of a process that trains by itself, with a configuration of DeepSpeed."""
+    """Arguments of a single process with a DeepSpeed configuration."""
     deepspeed = HfDeepSpeedConfig({"zero_optimization": options})
     return SimpleNamespace(world_size=1, deepspeed_plugin=SimpleNamespace(hf_ds_config=deepspeed))
 
@@ -145,7 +145,7 @@ def test_weights_that_are_spread_are_not_saved(tmp_path: Path) -> None:
     weights = model.state_dict() | {"pre_layrnorm.bias": torch.empty(0)}
     with pytest.raises(ValueError, match=r"1 weights are spread over processes.*pre_layrnorm\.bias.*save_model"):
         model.save_pretrained(tmp_path / "given", state_dict=weights)
-    model.pre_layrnorm.bias.data = torch.empty(0)  # as ZeRO-3 leaves it between two steps
+    model.pre_layrnorm.bias.data = torch.empty(0)  # as ZeRO-3 leaves parameters between steps
     with pytest.raises(ValueError, match=r"1 weights are spread over processes.*pre_layrnorm\.bias.*save_model"):
         model.save_pretrained(tmp_path / "own")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Two processes give what one gives: losses, gradient norms, weights, whatever the batches hold."""
+"""Two processes train like one: equal losses, gradient norms and weights, for all kinds of batches."""
 
 import json
 import socket
@@ -16,29 +16,29 @@ from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 
 
-# A CPU is no choice of DeepSpeed's configuration, but of the script's `use_cpu`
+# DeepSpeed's configuration cannot choose the CPU; the script's `use_cpu` does
 ZERO2_CPU = (
     *("--config_file", ROOT / "train" / "accelerate" / "zero2.yaml", "--num_processes", "2"),
     *("--mixed_precision", "no", "--main_process_port", "0"),
 )
-# Plain gradient descent: the weights follow the size of every gradient, which Adam would divide away
+# Plain gradient descent, since Adam would hide the scale of the gradients
 DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 MIXED = {"train_sampling_strategy": "sequential", "max_steps": 5}
 RUNS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper, no checkpointing": {"activation_checkpointing": False, "lambda_kd": 5.0, "lambda_balance": 1.0},
-    # Every process has to give every gradient here, also one that has text alone
+    # Every process must have every gradient, also with a batch of text alone
     "paper, mixed": {"dataset": "mixed", "ddp_find_unused_parameters": False, **MIXED},
     "student_heads, mixed": {"dataset": "mixed", "distillation_preset": "student_heads", **MIXED},
     "released, mixed, pretrain": {
         **{"dataset": "mixed", "distillation_preset": "released", "stage": "pretrain", **MIXED},
-        # Without this one, by definition not a sum over the images of a batch
+        # Not the released form, which is no sum over the images of a batch
         "teacher_weighting": "cls_similarity",
     },
     "grouped": {"dataset": "mixed", "group_by_modality_length": True, "activation_checkpointing": False},
 }
-# Images of each process in the five steps of `MIXED`, four rows each: one process alone has text without images in the
-# first and the third step, both in the fourth
+# Images of each process in the five steps of `MIXED`, with four rows each. In the first and third step one process has
+# text alone, in the fourth both have
 TEXT_ONLY = (4, 5, 6, 7, 9, 14, *range(16, 20), *range(24, 32), 33)
 IMAGES = [[4, 3, 0, 0, 3], [0, 3, 4, 0, 4]]
 
@@ -49,7 +49,7 @@ def facts(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 def steps(folder: Path) -> list[dict[str, float]]:
     entries = [entry for entry in facts(folder)["log_history"] if "text" in entry]
-    # The last two are TRL's own, a mean over the micro-batches whatever their number of tokens
+    # The last two are TRL's, which averages micro-batches without regard to their numbers of tokens
     left_out = ("images_per_second", "entropy", "mean_token_accuracy")
     return [{name: value for name, value in entry.items() if name not in left_out} for entry in entries]
 
@@ -72,11 +72,11 @@ def write(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.T
     """Writes the configuration of one of `RUNS`."""
     root = tmp_path_factory.mktemp("runs")
     Dataset.from_list(llava_rows(40, text_only=TEXT_ONLY)).save_to_disk(root / "mixed")
-    datasets = {"colours": dataset_folder, "mixed": str(root / "mixed")}
+    datasets = {"colors": dataset_folder, "mixed": str(root / "mixed")}
 
     def make(name: str, kind: str, **overrides: Any) -> Path:
         settings = DESCENT | RUNS[name] | overrides
-        dataset = datasets[settings.pop("dataset", "colours")]
+        dataset = datasets[settings.pop("dataset", "colors")]
         return write_settings(root / kind / name, parts, dataset, **settings)
 
     return make
@@ -84,7 +84,7 @@ def write(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def two_processes(write) -> dict[str, Path]:
-    """Output folders of all runs, made by one launch of two processes."""
+    """Output folders of all runs, from one launch of two processes."""
     configs = {name: write(name, "two") for name in RUNS}
     result = launch(SCRIPT, *configs.values(), launcher=DDP_CPU)
     assert result.returncode == 0, result.stdout[-6000:]
@@ -121,11 +121,11 @@ def test_one_process_gives_the_same(two_processes, write, name: str, layout: tup
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_gives_the_same(two_processes, write, stage: int, tmp_path: Path) -> None:
-    """Also with rows accumulated, with text alone on one process, and with LoRA, clipped."""
+    """Also with accumulation, with text alone on one process, and with LoRA and clipping."""
     pytest.importorskip("deepspeed")
     launcher = ZERO2_CPU
     if stage == 3:
-        # By default parameters as small as those of a test are not spread
+        # By default ZeRO-3 does not partition parameters as small as a test's
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
         settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
         settings |= {"train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
@@ -157,7 +157,7 @@ def test_zero_gives_the_same(two_processes, write, stage: int, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_nodes_give_the_same_and_end_together(two_processes, write) -> None:
-    """Two launches on one machine, which meet over its loopback, as those of two machines would."""
+    """Two launches that meet over the loopback, as those of two machines would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

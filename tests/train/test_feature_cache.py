@@ -1,4 +1,4 @@
-"""The feature cache gives a run what live teachers give it, and refuses whatever it does not belong to."""
+"""A run with a feature cache equals a run with live teachers; a cache of other data is refused."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_features_that_cannot_be_kept_raise(value: float, dtype: str, message: s
 
 
 def run(settings: tuple[Any, ...]) -> tuple[MoveKDTrainer, list[dict[str, TeacherFeatures]]]:
-    """A run of `train.stage_run.train`, and the features that the distiller got in each of its forwards."""
+    """Runs `train.run.train`, and records the features that each forward of the distiller got."""
     got: list[dict[str, TeacherFeatures]] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -109,7 +109,7 @@ def test_training_gives_the_same_losses(
     assert len(live_features) == len(cached_features) == 6
     for one, other in zip(live_features, cached_features, strict=True):
         for name, measured in errors.items():
-            # The same images in the same order: a wrong one would be off by as much as it is large
+            # The same images in the same order: another image would be off by its own size
             assert (one[name].tokens - other[name].tokens).abs().max() <= measured["largest_error"] * 1.001 + 1e-9
             assert measured["largest_error"] < 0.02 * one[name].tokens.abs().max()
     tolerance = {"float16": 5e-4, "int8": 1e-2}[cache_dtype]
@@ -158,7 +158,7 @@ def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
         rows = [dataset[index] for index in batch]
         pixels, features = live(rows), read(rows)
         assert "teacher_pixel_values" not in features and "cached_features" not in pixels
-        # Which no trainer casts to another precision on its way to the device
+        # No trainer casts the features on the way to the device
         cached_values = [value for each in features["cached_features"].values() for value in each.values()]
         assert cached_values and not any(value.is_floating_point() for value in cached_values)
         for name, teacher in teachers.items():
@@ -352,7 +352,7 @@ def test_the_size_is_said_first_and_a_full_disk_refused(
     settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="GB are needed in .*cache, 1e-06 GB are free"):
         write(settings)
-    # 18 images, the blank one among them, of 6 x 6 x 24 values of two bytes
+    # 18 images including the blank image, of 6 x 6 x 24 values of two bytes
     assert f"vit: 18 images of 0.00173 MB, {18 * 36 * 24 * 2 / 1e9:.4g} GB" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 

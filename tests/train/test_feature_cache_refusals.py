@@ -141,7 +141,7 @@ def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
     row = load_conversations(mixed)[6]
     collator([row])
     content = bytearray(row["images"][0]["bytes"])
-    other = bytes(content) + b"\0"  # which no decoder looks at
+    other = bytes(content) + b"\0"  # no decoder reads the last byte
     with pytest.raises(ValueError, match="features are of another image"):
         collator([row | {"images": [{"bytes": other, "path": None}]}])
 

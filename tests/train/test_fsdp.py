@@ -1,4 +1,4 @@
-"""FSDP2 on two processes gives what DDP gives, whatever the batches hold; resumes after a kill; saves whole models."""
+"""FSDP2 on two processes: equal to DDP for all kinds of batches, resumed after a kill, saved as whole models."""
 
 import json
 from collections.abc import Callable
@@ -31,11 +31,11 @@ LAUNCHERS = {
     state: ("--config_file", ROOT / "train" / "accelerate" / name, *FLAGS)
     for state, name in (("full", "fsdp2.yaml"), ("sharded", "fsdp2_sharded.yaml"))
 }
-# Of five steps on two processes, four rows each: one process alone has text without images in the first and the third
-# step, both in the fourth
+# Five steps on two processes, with four rows each. In the first and third step one process has text alone, in the
+# fourth both have
 TEXT_ONLY = (4, 5, 6, 7, 9, 14, *range(16, 20), *range(24, 32), 33)
 IMAGES = [[4, 3, 0, 0, 3], [0, 3, 4, 0, 4]]
-# Plain gradient descent: the weights follow the size of every gradient, which Adam would divide away
+# Plain gradient descent, since Adam would hide the scale of the gradients
 SETTINGS: dict[str, Any] = {
     **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9},
     **{"train_sampling_strategy": "sequential", "max_steps": 5},
@@ -43,15 +43,15 @@ SETTINGS: dict[str, Any] = {
 RUNS: dict[str, dict[str, Any]] = {
     "own head": {"activation_checkpointing": False},
     "tied head": {"language": "tied", "max_steps": 3},
-    # No gradient passes through the language model of a process that has text alone, unless something sees to it
+    # A process with text alone gives the frozen language model no gradient, unless the forward takes care of it
     "pretrain": {"stage": "pretrain", "distillation_preset": "student_heads"},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2},
     "LoRA": {"language_lora_rank": 4, "max_steps": 3},
     "bfloat16": {"bf16": True, "max_steps": 1},
 }
-# In bfloat16 DDP casts by operation, FSDP2 whole layers; what comes out of either is float32
+# In bfloat16 DDP casts operations and FSDP2 whole layers; the outputs of both are float32
 SUMS = ("loss", "text", "kd", "balance", "grad_norm")
-# The others take the same way; they are run where minutes do not matter
+# The other runs take the same path, and are slow tests
 QUICK = ("own head",)
 SLOW = tuple(name for name in RUNS if name not in QUICK)
 
@@ -67,7 +67,7 @@ def steps(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_sharded(folder: Path, state: str = "full") -> None:
-    """What ran was FSDP2 on both processes, around every layer, with no parameter left whole."""
+    """FSDP2 ran on both processes, around every layer, with every parameter sharded."""
     for rank in range(2):
         found = facts(folder, rank)
         assert (found["world_size"], found["backend"]) == (2, "gloo")
@@ -115,7 +115,7 @@ def write(root: Path, parts: dict[str, str]):
 
 @pytest.fixture(scope="module")
 def folders(root: Path, write) -> Callable[[str], tuple[Path, Path]]:
-    """The folders of a run by FSDP2 and by DDP; all runs of a kind share a launch of two processes."""
+    """The folders of a run with FSDP2 and with DDP. Runs of a kind share a launch of two processes."""
 
     @cache
     def launch_all(names: tuple[str, ...]) -> None:
@@ -133,7 +133,7 @@ def folders(root: Path, write) -> Callable[[str], tuple[Path, Path]]:
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_gives_what_ddp_gives(folders, name: str) -> None:
-    """Losses, gradient norms and weights; the head's too, whose gradient TRL alone would not sum over processes."""
+    """Losses, gradient norms and weights, also of the head, whose gradient TRL would not sum over the processes."""
     folder, other = folders(name)
     assert_sharded(folder)
     assert facts(other)["called"] == ["DistributedDataParallel"]
@@ -142,7 +142,7 @@ def test_gives_what_ddp_gives(folders, name: str) -> None:
     if name == "bfloat16":
         logs, weights = {"rel": 2e-4}, {"rtol": 0.0, "atol": 2e-3}
     for one, two in zip(steps(folder), steps(other), strict=True):
-        if name == "bfloat16":  # single tokens go to another expert, and to CLIP the student is all but equal
+        if name == "bfloat16":  # single tokens go to other experts, and the student's loss to CLIP is nearly zero
             one, two = ({key: step[key] for key in SUMS} for step in (one, two))
         assert one == pytest.approx(two, **logs)
     assert_same_weights(folder, other, **weights)
@@ -210,7 +210,7 @@ def test_settings_that_would_fail_silently_are_refused(
 
 
 def write_demo(recipe: str, folder: Path, dataset: Path, **settings: Any) -> Path:
-    """The settings of the demo, on a processor, for fewer and smaller steps."""
+    """The settings of the demo on CPUs, with fewer and smaller steps."""
     content = yaml.safe_load((ROOT / "train" / "recipes" / f"demo_{recipe}.yaml").read_text(encoding="utf-8"))
     content |= {"dataset_name": str(dataset), "output_dir": str(folder), "use_cpu": True, "disable_tqdm": True}
     content |= {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1} | settings
@@ -227,7 +227,7 @@ def write_demo(recipe: str, folder: Path, dataset: Path, **settings: Any) -> Pat
     ids=["full", "sharded", "sharded LoRA"],
 )
 def test_the_demo_resumes_after_a_kill(state: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Both stages in one launch, the second of them twice, which loses a process the second time; another resumes."""
+    """One launch runs stage 1, stage 2, and stage 2 again until a process is killed. Another launch resumes it."""
     launcher = LAUNCHERS[state]
     for split in ("pretrain", "finetune"):
         scenes(split, 48).save_to_disk(tmp_path / "data" / split)

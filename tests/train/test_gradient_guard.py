@@ -1,4 +1,4 @@
-"""Silent failures of training: each is provoked and has to raise."""
+"""Failures of training that would be silent: each is provoked and must raise."""
 
 import json
 import sqlite3
@@ -51,7 +51,7 @@ def test_parameter_without_gradient(train) -> None:
 
 
 def test_gradient_of_zero_throughout(train) -> None:
-    # CLIP takes the whole share, so the adapter of the other teacher is in the loss but never moves
+    # CLIP has all the weight, so that the other teacher's adapter is in the loss but gets no gradient
     with pytest.raises(ValueError, match="exactly zero in each of the first 10 steps.*distiller.vit.channels.weight"):
         train(clip_share=1.0, max_steps=STEPS_WATCHED)
     train(clip_share=1.0, max_steps=STEPS_WATCHED - 1)
@@ -59,7 +59,7 @@ def test_gradient_of_zero_throughout(train) -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_steps_of_text_alone_are_not_watched(train, tmp_path: Path, preset: str) -> None:
-    """Also where black images are distilled in them, which the projector has no part in."""
+    """Also if these steps distill black images, which do not reach the projector."""
     rows = llava_rows(4 * (11 + STEPS_WATCHED), text_only=tuple(range(44)))
     Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
     data = {"dataset_name": str(tmp_path / "rows"), "train_sampling_strategy": "sequential", "max_length": None}
@@ -87,7 +87,7 @@ def test_expert_without_tokens_is_excused(train) -> None:
         for router in (module for module in model.modules() if isinstance(module, ExpertRouter)):
             router.bias.data = torch.tensor([100.0, 0.0, 0.0])
 
-    # Saturated routers have no gradient either, so only the experts are left to train
+    # Saturated routers have no gradient either
     with pytest.raises(ValueError) as error:
         train(change, max_steps=STEPS_WATCHED, lambda_balance=0.0)
     assert "router" in str(error.value) and "expert 1]" not in str(error.value)

@@ -1,4 +1,4 @@
-"""LoRA of the language model: what trains, what is published, and what a resumed run has to be given."""
+"""LoRA of the language model: what trains, what is published, and what a resumed run needs."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def batch_of(trainer: MoveKDTrainer) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """By the class's own forward, which training has wrapped."""
+    """Calls the forward of the class, which training has wrapped."""
     return MoveKDForConditionalGeneration.forward(model.eval(), **batch).logits
 
 
@@ -57,7 +57,7 @@ def is_language(name: str) -> bool:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch):
-    """`stage_run.train` that keeps the weights before the first step: `trainer.before`."""
+    """Runs `stage_run.train`, and keeps the weights before the first step in `trainer.before`."""
 
     class Remembering(MoveKDTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ def train(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_lora_and_all_but_the_language_model_train(train, arguments, load_in_4bit: bool, capsys) -> None:
-    # Long enough for the guard to look at every gradient
+    # Long enough for the guard to check every gradient
     trainer = train(*arguments(**LORA, max_steps=STEPS_WATCHED, load_in_4bit=load_in_4bit))
     after = dict(trainer.model.named_parameters())
     changed = {name for name, value in after.items() if not torch.equal(value, trainer.before[name])}
@@ -110,7 +110,7 @@ def test_published_model_is_the_live_one(arguments, load_in_4bit: bool) -> None:
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     torch.testing.assert_close(logits(model, batch), live, rtol=0, atol=1e-5)
-    # LoRA does something, and saving changed nothing about the live model
+    # LoRA has an effect, and saving does not change the live model
     with torch.no_grad():
         for layer in language_lora_layers(trainer.model).values():
             layer.set_scale("default", 0.0)
@@ -118,7 +118,7 @@ def test_published_model_is_the_live_one(arguments, load_in_4bit: bool) -> None:
 
 
 def test_merging_other_weights_than_the_live_ones(arguments) -> None:
-    """Where the weights are spread over processes, gathered ones are merged."""
+    """If the weights are sharded, gathered weights are merged."""
     trainer = stage_run.train(*arguments(**LORA, max_steps=1))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     gathered = {name: 2 * value if is_lora(name) else value for name, value in before.items()}
@@ -206,7 +206,7 @@ FILES = ("model.safetensors", "distiller.safetensors", LANGUAGE_LORA_NAME)
 
 @pytest.fixture(scope="module")
 def runs(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.TempPathFactory):
-    """Gives the settings of a run, and the output of four steps in one go, made once for each precision."""
+    """The settings of a run, and the output of four steps without interruption, once for each precision."""
     root, made = tmp_path_factory.mktemp("lora"), {}
 
     def write(folder: Path, load_in_4bit: bool = False, **overrides: Any) -> Path:
@@ -224,7 +224,7 @@ def runs(parts: dict[str, str], dataset_folder: str, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def resume(runs, tmp_path: Path):
-    """Resumes from a copy of the second step's checkpoint, after a change to it; gives the output."""
+    """Changes a copy of the second step's checkpoint, resumes from it, and returns the output."""
     write, straight = runs
 
     def resume(change=lambda checkpoint: None, load_in_4bit: bool = False, **overrides: Any) -> Path:
@@ -258,7 +258,7 @@ def test_resumed_is_the_same_run(runs, resume, load_in_4bit: bool) -> None:
 
 
 def test_tied_head_biases_and_mixed_precision(runs, parts: dict[str, str], tmp_path: Path, load_in_4bit: bool) -> None:
-    """As in many small language models; in bfloat16, with adapters in float32."""
+    """Tied embeddings, as in many small language models, in bfloat16 with adapters in float32."""
     config = LlamaConfig.from_pretrained(parts["language"], tie_word_embeddings=True, attention_bias=True)
     language = shutil.copytree(parts["language"], tmp_path / "language")
     model = LlamaForCausalLM(config)
@@ -363,7 +363,7 @@ def test_best_model_is_loaded_with_its_adapters(runs, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRA, DDP", "4 bits, DDP", "LoRA, ZeRO-2"])
 def test_two_processes(runs, tmp_path: Path, kind: str) -> None:
-    """They give what one process gives with twice the batch, and resume."""
+    """Two processes train like one with twice the batch, and resume."""
     load_in_4bit, launcher, called = "4 bits" in kind, DDP_CPU, "DistributedDataParallel"
     if load_in_4bit:
         pytest.importorskip("bitsandbytes")

@@ -1,4 +1,4 @@
-"""What a run notes for its model card: everything a reader needs, nothing of the machine it ran on."""
+"""The facts of a run for its model card: everything a reader needs, and nothing about the machine."""
 
 import getpass
 import json
@@ -33,11 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
-    """Two stages of two steps: a mixture with a bad row and an evaluation; then on from its folder."""
+    """Two stages of two steps: the first on a mixture with a bad row and an evaluation, the second continues it."""
     for name, text in (("clip", "license: mit"), ("language", "license: llama2")):
         shutil.copytree(parts[name], folder / name)
         (folder / name / "README.md").write_text(f"---\n{text}\n---\nA model.\n")
-    Dataset.from_list(llava_rows(20)).save_to_disk(folder / "colours")
+    Dataset.from_list(llava_rows(20)).save_to_disk(folder / "colors")
     rows = [{"conversations": row["conversations"]} for row in llava_rows(12, text_only=tuple(range(12)))]
     rows[3] = {"conversations": "broken"}
     (folder / "more.json").write_text(json.dumps(rows))
@@ -55,7 +55,7 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
         "hub_token": TOKEN,
         "hub_model_id": "somebody/student",
     }
-    names: Any = [{"name": str(folder / "colours"), "weight": 3}, {"name": str(folder / "more.json"), "weight": 1}]
+    names: Any = [{"name": str(folder / "colors"), "weight": 3}, {"name": str(folder / "more.json"), "weight": 1}]
     parts_of_first = {"vision_model": str(folder / "clip"), "language_model": str(folder / "language")}
     stage_run.train(
         DataArguments(names, validation_share=0.3, max_bad_row_share=0.1),
@@ -66,7 +66,7 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
         recipe=str(folder / "recipes" / "small.yaml"),
     )
     stage_run.train(
-        DataArguments([str(folder / "colours")]),
+        DataArguments([str(folder / "colors")]),
         MoveKDSFTConfig(str(folder / "second"), save_strategy="steps", save_steps=1, **settings),
         ModelArguments(str(folder / "first")),
     )
@@ -98,7 +98,7 @@ def test_first_stage(stages: tuple[Path, Path]) -> None:
     }
     assert {name: facts[name] for name in expected} == expected
     none = {"subset": None, "split": "train", "revision": None}
-    assert facts["data"] == [{"name": "colours", "weight": 3} | none, {"name": "more.json", "weight": 1} | none]
+    assert facts["data"] == [{"name": "colors", "weight": 3} | none, {"name": "more.json", "weight": 1} | none]
     assert facts["base_models"] == [
         {"role": "vision_model", "model": "clip", "revision": None, "license": "mit"},
         {"role": "language_model", "model": "language", "revision": None, "license": "llama2"},
@@ -127,12 +127,12 @@ def test_second_stage_carries_the_first_along(stages: tuple[Path, Path]) -> None
     assert again.seconds_before == facts_of(Path(checkpoint))["seconds"] > 0
 
 
-def test_a_checkpoint_of_which_the_licence_alone_is_known_is_the_base_model(
+def test_a_checkpoint_of_which_the_license_alone_is_known_is_the_base_model(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "training_facts.json").write_text('{"license": "cc-by-nc-4.0"}')
     args = MoveKDSFTConfig(str(tmp_path / "next"), distill=False, bf16=False)
-    known = run_facts(DataArguments(["colours"]), args, ModelArguments(str(tmp_path)), []).known
+    known = run_facts(DataArguments(["colors"]), args, ModelArguments(str(tmp_path)), []).known
     assert known["license"] == "cc-by-nc-4.0" and known["earlier_stages"] == []
     assert [(model["role"], model["model"]) for model in known["base_models"]] == [("checkpoint", tmp_path.name)]
 
@@ -143,7 +143,7 @@ def test_card_of_every_save(stages: tuple[Path, Path]) -> None:
         card = ModelCard.load(folder / "README.md")
         assert is_generated(folder / "README.md") and "generated_from_trainer" not in card.content
         assert card.data.license == "llama2" and {"teacher:clip", "teacher:vit"} < set(card.data.tags)
-        # Local folders are no ids of the Hub
+        # Local folders are not Hub ids
         assert card.data.base_model is None and card.data.datasets is None
         assert 'from_pretrained("somebody/student", revision="main", trust_remote_code=True)' in card.text
     assert re.findall(r"### Stage (.*)", card.text) == ["1: `pretrain`", "2: `finetune`"]
@@ -180,7 +180,7 @@ def test_a_card_of_the_users_stays(stages: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_facts_are_of_the_student_that_is_there(arguments) -> None:
-    """Also of a trainer put together by hand, whose arguments nobody has compared."""
+    """Also if the trainer was built by hand, and its arguments were not compared with the student."""
     data_args, args, model_args = arguments()
 
     def ask_for_others(*parts: Any) -> None:
@@ -191,7 +191,7 @@ def test_facts_are_of_the_student_that_is_there(arguments) -> None:
     assert (facts["hyperparameters"]["image_aspect_ratio"], facts["knobs"]["cut_tower"]) == ("pad", True)
 
 
-def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commits_and_licenses_from_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     teacher = teacher_facts(resolve_teacher({"model": "owner/model", "loader": "transformers"}))
     assert (teacher["model"], teacher["revision"], teacher["license"]) == ("owner/model", COMMIT, "apache-2.0")
     assert teacher_facts(resolve_teacher("clip"))["revision"].startswith("ce19dc912ca5")
-    # Of timm's names the repository behind them, and a revision within a name
+    # The repository behind a timm name, and a revision within a name
     refs = tmp_path / "models--timm--resnet18.a1_in1k" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(COMMIT[::-1])
@@ -218,7 +218,7 @@ def test_commits_and_licences_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     assert teacher_facts(resolve_teacher("hf-hub:owner/model@v2"))["revision"] == COMMIT[::-1]
 
 
-def test_licence_by_flag(tmp_path: Path) -> None:
+def test_license_by_flag(tmp_path: Path) -> None:
     assert MoveKDSFTConfig(str(tmp_path), distill=False, bf16=False, license="Apache-2.0").license == "apache-2.0"
     with pytest.raises(ValueError, match="`license` is 'mine: yes\\\\n---'"):
         MoveKDSFTConfig(str(tmp_path), distill=False, bf16=False, license="mine: yes\n---")

@@ -1,6 +1,6 @@
 """
-Nothing in a step waits for the device: tower, distiller and losses run forward and backward on the meta device, whose
-tensors have shapes and no values, so that `.item()`, `.cpu()`, a branch on a value or a shape made of values raise.
+No step waits for the device. Tower, distiller and losses run forward and backward on the meta device, whose tensors
+have no values, so that `.item()`, `.cpu()`, and a branch or a shape that depends on a value raise.
 """
 
 import pytest
@@ -44,7 +44,7 @@ def test_tower_and_balance_loss(settings, balance_form, checkpointing):
         tower = MoveKDVisionModel(MoveKDVisionConfig(**CONFIG, **settings)).train()
         pixels = torch.randn(4, 3, 24, 24)
     if checkpointing:
-        # The state of the random numbers is no value of a tensor on the device, and meta has none
+        # The state of the random numbers is not a tensor on the device, and meta has none
         tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     outputs = tower(pixels, output_router_probabilities=True, output_expert_indices=True, cls_attention_layer=-1)
     balance = balance_loss(outputs.router_probabilities, outputs.expert_indices, balance_form)
@@ -65,7 +65,7 @@ def test_folded_tower(settings):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_distiller(preset):
-    """Tensors without values that pass for the CPU's, as the meta device has no autocast: reading one raises."""
+    """Tensors without values that look like the CPU's, since meta has no autocast. Reading a value raises."""
     distiller = make_distiller(preset)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         with pytest.raises(DataDependentOutputException):

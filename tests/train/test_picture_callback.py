@@ -1,4 +1,4 @@
-"""Pictures during training: of what is trained on, in files and in the trackers, and without changing the training."""
+"""Pictures during training: they show the training images, are files and logged, and do not change training."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def test_pictures_are_of_what_is_trained_on_and_change_nothing(
     plain = stage_run.train(*arguments(output_dir=str(tmp_path / "plain"), **common))
     settings = {"visualize_steps": 2, "visualize_images": 3, "report_to": ["tensorboard"]}
     drawn = stage_run.train(*arguments(output_dir=str(tmp_path / "drawn"), **settings, **common))
-    # Nothing of the training changes, dropout included
+    # Training does not change, dropout included
     assert history(plain) == history(drawn) and len(history(plain)) >= 4
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "drawn")]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
@@ -77,7 +77,7 @@ def test_pictures_are_of_what_is_trained_on_and_change_nothing(
     for number in (1, 2, 3):
         assert np.array_equal(before[f"{number:02d}-image"], after[f"{number:02d}-image"]), "the same images each time"
 
-    # The last pictures are those of the saved student, for the first images of the data as a reader would see them
+    # The last pictures show what the saved student makes of the first images of the data
     model, processor = load_checkpoint(tmp_path / "drawn", fold=False)
     rows = Dataset.load_from_disk(dataset_folder)
     images = [row["image"].convert("RGB") for row in rows.select(range(3))]
@@ -94,12 +94,12 @@ def test_pictures_are_of_what_is_trained_on_and_change_nothing(
         close_to(of_image["cls-attention"], shown.cls_attention[index].numpy())
         close_to(of_image["distance-clip"], shown.others["clip"].distance[index].numpy())
     assert distances.mean() > 0.01, "the student has moved away from CLIP"
-    # Before the first step the student is CLIP: at no distance, and of the same colours
+    # Before the first step the student is CLIP: the distance is zero and the colors are equal
     dark = before["01-distance-clip"].astype(int) - (0.4 * before["01-image"]).astype(int)
     assert np.abs(dark - dark[0, 0]).max() <= 2
     close_to(before["01-components-clip"], before["01-components"])
 
-    # TensorBoard shows what lies in the folder
+    # TensorBoard has the same pictures as the folder
     (events,) = (tmp_path / "drawn").rglob("events.out.tfevents*")
     log = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
     assert sorted(log.Tags()["images"]) == sorted(
@@ -115,7 +115,7 @@ def test_pictures_are_of_what_is_trained_on_and_change_nothing(
 
 @pytest.mark.parametrize("form", ["anyres", "tiles", "released"])
 def test_the_whole_image_is_drawn(arguments, mixed, form: str) -> None:
-    """Rows with no, one or several images; of tiles the first; no blank image of a text-only row."""
+    """Rows with no, one or several images: the first tile is drawn, and no blank image of a text-only row."""
     settings = {
         "anyres": {"image_aspect_ratio": "anyres"},
         "tiles": {"image_aspect_ratio": "anyres", "distill_tiles": "all"},
@@ -153,7 +153,7 @@ def test_the_whole_image_is_drawn(arguments, mixed, form: str) -> None:
 
 
 def test_an_image_that_cannot_be_read_is_passed_over(arguments, tmp_path) -> None:
-    """The black image that stands in its place is not drawn."""
+    """The black image in place of an unreadable image is not drawn."""
     rows = llava_rows(8)
     for index, row in enumerate(rows):
         file = io.BytesIO()
@@ -206,7 +206,7 @@ def test_evaluation_images_come_first_and_a_resumed_run_draws_on(arguments, data
     assert (folder / "pictures" / "step-0" / "kept").is_file()
     assert not (folder / "pictures" / "step-4" / "old").exists()
     resumed = pictures_of(folder / "pictures" / "step-4")
-    assert all(np.array_equal(straight[name], resumed[name]) for name in straight), "colours included"
+    assert all(np.array_equal(straight[name], resumed[name]) for name in straight), "colors included"
 
 
 def test_refusals(arguments, tmp_path, monkeypatch) -> None:
@@ -234,7 +234,7 @@ def test_refusals(arguments, tmp_path, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2"])
 def test_one_of_two_processes_draws(backend: str, parts, dataset_folder, tmp_path, monkeypatch) -> None:
-    """The same weights as without pictures, and the pictures in Trackio too."""
+    """The weights are those of a run without pictures, and Trackio has the pictures."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     flags = {"ddp": DDP_CPU, "zero2": ZERO2_CPU}[backend]
     drawing = {"visualize_steps": 2, "visualize_images": 2, "report_to": ["trackio"], "project": "movekd"}

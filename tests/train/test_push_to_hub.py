@@ -1,4 +1,4 @@
-"""A run that takes everything from the Hub by name, and publishes what it trained."""
+"""A run that loads everything from the Hub, and publishes the trained student."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from train.config import MoveKDSFTConfig
 
 @pytest.fixture(scope="module")
 def hub(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """Private repositories that the reader may read: CLIP, a language model, a ViT with a tag, and pictures."""
+    """Private repositories that the reader may read: CLIP, a language model, a ViT with a tag, and images."""
     folder = tmp_path_factory.mktemp("data")
     for split, seed in (("train", 0), ("test", 1)):
         Dataset.from_list(llava_rows(12, seed=seed)).to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -27,7 +27,7 @@ def hub(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iter
     with serve() as hub:
         for name in ("clip", "language", "vit"):
             hub.add_folder(f"org/{name}", Path(parts[name]), **readers)
-        hub.add_folder("org/colours", folder, "datasets", **readers)
+        hub.add_folder("org/colors", folder, "datasets", **readers)
         vit = hub.repository("org/vit")
         vit.refs["refs/tags/v1"] = first = vit.refs["refs/heads/main"]
         weights = load_file(Path(parts["vit"]) / "model.safetensors")
@@ -39,7 +39,7 @@ def hub(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def reader(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """May read what is there, but publish nothing."""
+    """A process with a token that may read but not publish."""
     with client(hub, tmp_path_factory.mktemp("home"), READER_TOKEN) as process:
         process.run("from train import sft")
         yield process
@@ -51,7 +51,7 @@ def settings(folder: Path, **overrides) -> Path:
     saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
     saving |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 1e-2}
     publishing = {"push_to_hub": True, "hub_private_repo": True, "hub_token": OWNER_TOKEN}
-    return write_settings(folder, names, "org/colours", teachers=teachers, **saving, **publishing, **overrides)
+    return write_settings(folder, names, "org/colors", teachers=teachers, **saving, **publishing, **overrides)
 
 
 CONTINUED = """
@@ -89,10 +89,10 @@ def test_a_run_from_the_hub_publishes_last_and_best(hub: Hub, reader: Client, tm
         assert json.loads(files["training_facts.json"])["steps"] == (2 if branch == "main" else int(best[-1]))
         assert not [name for name in files if "/" in name or name.endswith((".pt", ".pth", ".bin"))]
         assert f'from_pretrained("org/student", revision="{branch}"'.encode() in files["README.md"]
-    # The repository, its commit, the branch and that branch's commit: nothing was sent while the run went on
+    # The repository, its commit, the branch and the branch's commit: nothing was sent during the run
     assert len(repository.commits) == 3 and set(repository.refs) == {"refs/heads/main", "refs/heads/best"}
 
-    # A second stage takes student and adapters from there
+    # A second stage loads student and adapters from the Hub
     repository.readers.add("reader")
     reader.run(CONTINUED, config=str(config), folder=str(output))
 

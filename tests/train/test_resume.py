@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was not, bit for bit; and what a checkpoint of it holds."""
+"""A run that was killed and resumed equals an uninterrupted run, bit for bit; and what its checkpoints hold."""
 
 import json
 import shutil
@@ -18,13 +18,13 @@ from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 
 
-# All that is random takes part: the order of the rows and the dropout of the experts
+# With all randomness: the order of the rows and the dropout of the experts
 SETTINGS = {"lora_dropout": 0.05, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "max_steps": 4}
 FILES = ("model.safetensors", "distiller.safetensors", "optimizer.pt", "scheduler.pt")
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """What was logged after the second step, without the clock's part, and TRL's count of tokens since the start."""
+    """The log after the second step, without times and without TRL's count of tokens since the start."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     left_out = ("images_per_second", "num_tokens")
     return [
@@ -41,7 +41,7 @@ def read(path: Path) -> Any:
 
 
 def differences(one: Any, two: Any, name: str = "") -> Iterator[str]:
-    """The names of what is not equal in two nested states, bit for bit."""
+    """The names of the entries that differ between two nested states."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in one.keys() | two.keys():
             yield from differences(one.get(key), two.get(key), f"{name}/{key}")
@@ -55,7 +55,7 @@ def differences(one: Any, two: Any, name: str = "") -> Iterator[str]:
 
 
 def assert_same(folder: Path, other: Path, processes: int) -> None:
-    """The last checkpoints are equal: student, distiller, optimizer, schedule, generators, and what was logged."""
+    """The last checkpoints are equal: student, distiller, optimizer, scheduler, random states and log."""
     folder, other = folder / "checkpoint-4", other / "checkpoint-4"
     generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in (*FILES, *generators):
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path, parts: dict[str, str], dataset_folder: str) -> Path:
-    """The output of four steps in one go, in one process."""
+    """The output of four steps without interruption, in one process."""
     run(write_settings(folder / "straight", parts, dataset_folder, **SETTINGS))
     return folder / "straight"
 
@@ -91,7 +91,7 @@ def killed(folder: Path, parts: dict[str, str], dataset_folder: str) -> Path:
 
 @pytest.fixture
 def resume(killed: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path):
-    """Resumes a copy of the killed run in this process, after a change to its checkpoint; gives the output."""
+    """Changes the checkpoint in a copy of the killed run, resumes in this process, and returns the output."""
 
     def resume(change=lambda checkpoint: None) -> Path:
         output = tmp_path / "resumed"
@@ -129,9 +129,9 @@ def test_another_distiller_is_another_run(straight: Path, resume) -> None:
 
 
 def test_two_processes(folder: Path, parts: dict[str, str]) -> None:
-    """One launch trains straight, then loses a process in a second run, which ends the job. Another one resumes it."""
+    """One launch trains without interruption, and then again until a process is killed. Another launch resumes it."""
     Dataset.from_list(llava_rows(24, text_only=(1, 5, 6, 7, 8, 13, 14, 15, 16, 22))).save_to_disk(folder / "mixed")
-    # Three steps are an epoch: the last one is in the second
+    # An epoch has three steps, so that the fourth is in the second epoch
     settings = SETTINGS | {"distillation_preset": "student_heads", "group_by_modality_length": True}
     straight, killed = folder / "straight-2", folder / "killed-2"
     configs = [write_settings(output, parts, str(folder / "mixed"), **settings) for output in (straight, killed)]

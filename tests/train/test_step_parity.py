@@ -1,4 +1,4 @@
-"""Stage 1 and one training step from it and from the authors' checkpoint, against what their code computes."""
+"""Stage 1, and a training step from it and from the original checkpoint, against the original code."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ ADAPTER_TOLERANCE = 3e-4
 
 @pytest.fixture(scope="module")
 def stage1(authors: Path, base_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of stage 1 and the base models in one."""
+    """A folder with the files of stage 1 and the base models."""
     vision, language = map(str, base_models)
     dest = tmp_path_factory.mktemp("stage1") / "converted"
     return convert(authors / "stage1", dest, vision_model=vision, language_model=language, keep_all_layers=True)
@@ -58,7 +58,7 @@ def with_prefix_added(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str
 
 
 class GivenFeatures(nn.Module):
-    """A teacher's features as the golden numbers have them, in its place: its weights are not among them."""
+    """Stands in for a teacher with the golden features, since the golden numbers do not have its weights."""
 
     def __init__(self, name: str, raw: torch.Tensor) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class GivenFeatures(nn.Module):
 
 
 class Step:
-    """A trainer at the state of the golden step, and its batch."""
+    """A trainer in the state of the golden step, with its batch."""
 
     def __init__(self, authors: Path, stage1: Path, vision_model: Path, stage: str, output_dir: Path) -> None:
         self.tensors, metadata = read_case(authors / "stage1_step.safetensors")
         model = MoveKDForConditionalGeneration.from_pretrained(stage1)
-        # The row for <image> takes its small part of the softmax, and their vocabulary has none
+        # The row for <image> takes a small part of the softmax, and the original vocabulary has no such row
         model.lm_head.weight = nn.Parameter(model.lm_head.weight[: model.config.original_vocab_size].detach().clone())
         inputs, order = model_inputs(
             self.tensors, model.config, self.tensors["expanded_attention_mask"], self.tensors["expanded_labels"]
@@ -117,7 +117,7 @@ class Step:
             data_collator=build_collator(args, processor, teachers),
             processing_class=processor,
         )
-        self.trainer.model.eval()  # as the golden step: no dropout
+        self.trainer.model.eval()  # no dropout, as in the golden step
         self.args, self.order = args, order
         self.inputs = inputs | {
             "image_weights": torch.ones(len(order)),
@@ -128,7 +128,7 @@ class Step:
         return self.trainer.compute_loss(self.trainer.model, dict(self.inputs))
 
     def terms(self) -> dict[str, float]:
-        """Of the last loss, as they are logged, with their weights as the authors name them."""
+        """The logged terms of the last loss with their weights, under the original names."""
         logged = {name: values[-1] for name, values in self.trainer._metrics["eval"].items()}
         return {
             "lm_loss": logged["text"],
@@ -169,7 +169,7 @@ def test_training_step(authors: Path, step: Step, stage: str) -> None:
             gradients[name] = gradients[name][:rows]
     adapters = {key: value for key, value in golden.items() if key.startswith("distiller.")}
     assert adapters
-    # A bias of the keys shifts all scores of a query alike: its gradient is zero but for rounding
+    # A bias of the keys shifts all scores of a query alike, so that its gradient is zero up to rounding
     noise = 1e-6 * max(value.abs().max().item() for value in golden.values())
     silent = {key for key in golden if key.endswith("k_proj.bias")}
     assert all(max(golden[key].abs().max(), gradients[key].abs().max()) < noise for key in silent)
@@ -204,7 +204,7 @@ def test_trainable_parameters(authors: Path, step: Step, stage: str) -> None:
     trains = {name for name, value in step.trainer.model.named_parameters() if value.requires_grad}
     gradients, _ = read_case(authors / f"{stage}_step.safetensors")
     reached = {key_from_original(key)[0] for key in with_prefix(gradients, "grad.")}
-    # Theirs train parameters too that nothing reaches, behind the layer in use
+    # The original code also trains parameters behind the used layer, which no loss reaches
     assert trains == reached
     if stage == "stage1":
         assert reached < {key_from_original(key)[0] for key in golden["trainable"]}

@@ -1,4 +1,4 @@
-"""Training: every parameter that should change does and no other, and every term is in the loss and in the log."""
+"""Training: exactly the parameters of the stage change, and every term is in the loss and in the log."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from train.trainer import MoveKDTrainer
 
 
 class Snapshot(TrainerCallback):
-    """Keeps a copy of all weights as they are when training begins."""
+    """Keeps a copy of all weights before training."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -59,12 +59,12 @@ def test_each_stage_trains_its_parameters(arguments, stage: str, preset: str) ->
     if stage == "finetune":
         expected = names
     if preset == "released":
-        # The whole tower is there; of the layer not in use trains what the balance loss reaches: its router and before
+        # The tower is not cut. Of the unused layer, the balance loss trains the router and what is in front of it
         behind = {
             name for name in names if ".layers.2.mlp" in name and "vision_tower" in name or "post_layernorm" in name
         }
         expected = {name for name in expected if name not in behind or "router" in name}
-    # The picture's colour needs few words: the other rows of the embedding stay, the parameter as a whole does not
+    # The captions use few words: most rows of the embedding stay, but the parameter as a whole changes
     assert snapshot.changed(trainer.model) == expected
     for name, teacher in trainer.teachers.items():
         assert all(torch.equal(value, teachers_before[name][key]) for key, value in teacher.state_dict().items())
@@ -94,7 +94,7 @@ def test_a_language_model_without_a_head_is_refused(arguments, parts: dict[str, 
 
 
 def test_a_language_model_with_experts(arguments, parts: dict[str, str], tmp_path: Path) -> None:
-    """Its own balance loss is refused; without it the model trains."""
+    """The language model's own balance loss is refused; without it the model trains."""
     tokenizer = AutoTokenizer.from_pretrained(parts["language"])
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
@@ -129,7 +129,7 @@ def test_text_loss_is_the_models_own(arguments) -> None:
     trainer = train(*settings, callbacks=[Spy()])
     model, _ = build_student(*settings[1:])
     batch = {name: batches[0][name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
-    # The loader shuffles anew for each pass, so the mean over the data is compared at a learning rate of zero
+    # The loader shuffles each pass, so compare the mean over the data at a learning rate of zero
     losses = []
     for rows in trainer.get_train_dataloader():
         rows = {name: rows[name] for name in batch}
@@ -235,7 +235,7 @@ def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path,
 
 
 def test_continuing_asks_nothing(arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code beside a checkpoint is the repository's own; transformers would ask whether to run it, and wait."""
+    """transformers would ask at the terminal whether to run the code beside a checkpoint, and wait."""
     for part in build_student(*arguments()[1:]):
         part.save_pretrained(tmp_path / "saved")
     asked: list[str] = []
@@ -290,7 +290,7 @@ def test_rows_without_and_with_several_images(arguments, tmp_path: Path, preset:
     trainer = train(*settings)
     history = entries(trainer)
     text_only = [entry for entry in history if "kd" not in entry]
-    # One of the six batches has no picture: nothing is distilled there, except that `released` distils black ones
+    # Batches without images distill nothing, except that `released` distills black images
     assert len(text_only) == (0 if preset == "released" else 2)
     assert all(entry["loss"] == pytest.approx(entry["text"], rel=1e-5) for entry in text_only)
 

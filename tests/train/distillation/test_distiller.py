@@ -79,13 +79,13 @@ def test_unit_heads_amplify_nothing() -> None:
     with torch.no_grad():
         head.weight.mul_(5)
     torch.testing.assert_close(distiller(student, features).loss, before.loss)
-    # What a unit head gives of faint tokens is as faint; a head with a hidden layer could make up for it
+    # A unit head's output for faint tokens is as faint; an MLP could amplify it
     faint = 0.01 * student
     spread = distiller["eva"](faint, features["eva"].tokens)[0].var(dim=(0, 1)).sqrt()
     assert (spread <= faint.flatten(0, 1).T.cov().trace().sqrt()).all()
     distiller(student, features).loss.sum().backward()
     assert all(value.grad.any() for value in distiller.parameters())
-    # The gradient turns directions and does not lengthen them
+    # The gradient turns the weight rows, and does not lengthen them
     lengthening = (head.weight.grad * head.weight).sum(dim=1).abs().max()
     assert lengthening < 1e-4 * head.weight.grad.norm() * head.weight.norm()
 
@@ -132,10 +132,10 @@ def test_gradient_reaches_every_parameter_and_no_teacher(preset: str) -> None:
 
 @pytest.mark.parametrize(("preset", "flows"), [("paper", False), ("released", True)])
 def test_gradient_through_teacher_weights(preset: str, flows: bool) -> None:
-    """The adapters' gradient with the weights held fixed is the whole gradient of the paper's form alone."""
+    """The paper's teacher weights are detached; in the original code they pass a gradient to the adapters."""
     distiller, student, features = make_distiller(preset), make_student(), make_features()
     parameter = distiller["eva"].channels.weight
-    # Small scores: in a saturated softmax no gradient would flow in any form
+    # Small scores, since a saturated softmax has no gradient
     features["clip"] = features["clip"]._replace(cls=0.01 * features["clip"].cls)
     output = distiller(student, features)
     (whole,) = torch.autograd.grad(output.loss.sum(), parameter)
@@ -151,7 +151,7 @@ def test_gradient_through_teacher_weights(preset: str, flows: bool) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_form_runs_without_waiting_for_the_device(preset: str) -> None:
-    """A forward that looked at a value could not be captured as one graph."""
+    """A forward that read a value could not be captured as one graph."""
     distiller, student, features = make_distiller(preset), make_student(), make_features()
     compiled = torch.compile(distiller, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(student, features).loss, distiller(student, features).loss)
@@ -162,7 +162,7 @@ def test_every_form_runs_without_waiting_for_the_device(preset: str) -> None:
 def test_large_features_pass_in_parts_with_the_same_result(
     preset: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In parts, of which some may be empty, and computed again in the backward."""
+    """The batch passes in parts, some of them empty, and is recomputed in the backward."""
     found = []
     for largest in (2**19, 0):
         monkeypatch.setattr("train.distillation.distiller.LARGE_FEATURES", largest)
@@ -337,7 +337,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         distiller.save(path, {key: value for key, value in state.items() if key != "eva.tokens.bias"})
     with pytest.raises(ValueError, match="eva.tokens.bias.*spread over processes"):
         distiller.save(path, state | {"eva.tokens.bias": torch.empty(0)})
-    # And where it fails after the new file was written: a folder is in its place
+    # Also if the rename fails, since a folder has the file's name
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OSError):
         distiller.save(tmp_path / "folder.safetensors")
@@ -346,7 +346,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_weights_are_those_of_the_functions() -> None:
-    """The options reach the functions: any other form gives other weights here."""
+    """The options reach the loss functions: each form gives other weights."""
     features, student = make_features(), make_student()
     for form in ("cls_similarity", "released", "equal"):
         distiller = make_distiller("paper", teacher_weighting=form, clip_share=0.3)

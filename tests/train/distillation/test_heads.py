@@ -1,4 +1,4 @@
-"""The fixed targets: their grid, their statistics, and the heads and adapters over them."""
+"""The targets: their grid, their statistics, and the heads and adapters on them."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def test_targets_have_the_moments_asked_for(normalization: str, teacher: str) ->
     if normalization == "whiten":
         torch.testing.assert_close(covariance, torch.eye(8).double(), rtol=0, atol=1e-3)
     elif teacher == "eva":
-        # Four cells of a channel share its variance
+        # The four cells of a channel share its variance
         torch.testing.assert_close(
             covariance.diagonal().unflatten(0, (4, 10)).mean(dim=0), torch.ones(10).double(), rtol=0, atol=1e-2
         )
@@ -87,7 +87,7 @@ def test_a_student_that_contains_its_teacher_has_no_loss() -> None:
 
 def test_constant_channels_become_zero() -> None:
     features = make_features(16, seed=7)
-    # But for the last bit, which is not to become a feature
+    # Constant up to the last bit, which must not become a feature
     features["eva"].tokens[..., 3] = 1234.567
     features["eva"].tokens[::2, :, 3] += 1e-4
     distiller = make_distiller("student_heads", feature_normalization="standardize")
@@ -150,7 +150,7 @@ def test_resampling_puts_cells_together_where_the_grid_divides() -> None:
 
 @pytest.mark.parametrize(("grid", "target"), [((5, 7), (3, 4)), ((3, 4), (5, 7)), ((3, 9), (6, 4)), ((1, 1), (2, 3))])
 def test_resampling_between_any_sizes_keeps_places(grid: tuple[int, int], target: tuple[int, int]) -> None:
-    """A horizontal and a vertical ramp stay what they are, away from the borders' half cells."""
+    """A horizontal and a vertical ramp do not change, except at the borders."""
     positions = [(torch.arange(size) + 0.5) / size for size in grid]
     ramps = torch.stack(torch.meshgrid(*positions, indexing="ij"), dim=-1)
     constant = torch.full((*grid, 1), 2.0)
@@ -167,7 +167,7 @@ def test_resampling_between_any_sizes_keeps_places(grid: tuple[int, int], target
 
 @pytest.mark.parametrize("normalization", ["none", "standardize", "whiten"])
 @pytest.mark.parametrize("matching", ["learned", "resample"])
-def test_adapters_take_normalised_and_resampled_features_too(normalization: str, matching: str) -> None:
+def test_adapters_take_normalized_and_resampled_features_too(normalization: str, matching: str) -> None:
     distiller = make_distiller("paper", feature_normalization=normalization, grid_matching=matching)
     output = distiller(make_student(), make_features())
     output.loss.sum().backward()

@@ -1,4 +1,4 @@
-"""The loss functions against their formulas, written out image by image."""
+"""The loss functions against their formulas, image by image."""
 
 import math
 
@@ -24,7 +24,7 @@ def seed() -> None:
 
 
 def attention_and_logits(scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A CLS attention row over CLS and patches, cut to the patches, and the patches' q . k / sqrt(d) it came from."""
+    """The CLS attention to the patches, and the scores q . k / sqrt(d) that give it."""
     logits = scale * torch.randn(BATCH, HEADS, 1 + PATCHES)
     return logits.softmax(dim=-1)[..., 1:], logits[..., 1:]
 
@@ -86,7 +86,7 @@ def test_only_released_teacher_weights_carry_gradient() -> None:
 
 def test_released_teacher_weights_are_flattened_where_the_batch_mean_is_dominated() -> None:
     cls = torch.ones(2, WIDTH)
-    # Scores: the first image is all for eva, the second undecided, so that the batch mean is 0.75 or nearly 1
+    # In the first image eva has all the score, in the second half, so that the batch mean is 0.75 or nearly 1
     tokens = {"clip": torch.zeros(2, 1, WIDTH), "eva": torch.zeros(2, 1, WIDTH), "sam": torch.zeros(2, 1, WIDTH)}
     tokens["eva"][0] = 2.0
     mixed = teacher_weights(cls, tokens, "released", clip_share=0.8)
@@ -230,7 +230,7 @@ def test_bfloat16_inputs_give_float32_losses() -> None:
     for rounded_value, exact in pairs:
         assert rounded_value.dtype == torch.float32
         assert (rounded_value - exact).abs().max() < 0.02 * exact.abs().max()
-    # Rounded inputs are all that is lost: no sum runs in half precision, under autocast either
+    # Only the inputs are rounded: no sum runs in half precision, also under autocast
     exact_scores = teacher_scores(cls.bfloat16().float(), {name: value.float() for name, value in rounded.items()})
     for name in tokens:
         torch.testing.assert_close(scores[name], exact_scores[name], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Preset `released` against golden numbers of the authors' code: distillation and balance losses, with gradients."""
+"""Preset `released` against golden numbers of the original code: distillation and balance losses, with gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 
 NAMES = {"CLIP": "clip", "SAM": "sam", "EVA": "eva02", "Pix2Struct": "pix2struct", "ConvNeXt": "convnext"}
 OPTIONS = ("head_side", "feature_normalization", "grid_matching")
-# Through the teacher weights gradients of the adapters partly cancel
+# Gradients of the adapters through the teacher weights partly cancel
 ADAPTER_TOLERANCE = 3e-4
 
 
@@ -31,7 +31,7 @@ def square(count: int) -> tuple[int, int]:
 def features_of(
     tensors: dict[str, torch.Tensor], teachers: list[str], clip: str, attention: torch.Tensor
 ) -> dict[str, TeacherFeatures]:
-    """The teachers' features; those with a grid come as maps, the others as tokens."""
+    """The teachers' features, from maps if they have a grid, and from tokens otherwise."""
     features = {}
     for teacher in teachers:
         if teacher == "CLIP":
@@ -89,7 +89,7 @@ def test_distillation_loss(parity_dir: Path) -> None:
             assert_values(targets[name], expected, f"{path.name} {teacher} adapted")
             errors = (student.detach() - targets[name]).square().mean(dim=-1)
             assert_values(errors, tensors["per_token_mse"][..., index], f"{path.name} {teacher} error")
-        # One tensor, one scale: the scores are sums that partly cancel
+        # A tolerance for the whole tensor, since the scores are sums that partly cancel
         assert_values(torch.stack(list(scores.values()), dim=1), tensors["teacher_score"], f"{path.name} score")
 
         output = distiller(student, features)
@@ -115,7 +115,7 @@ def test_token_weights(parity_dir: Path) -> None:
 
 
 def test_distillation_loss_of_a_training_step(parity_dir: Path) -> None:
-    """The same inside a step of the whole model, where nothing but this loss reaches the adapters."""
+    """The same in a step of the whole model, where only this loss reaches the adapters."""
     tensors, metadata = read_case(parity_dir / "checkpoint" / "stage1_step.safetensors")
     state = load_file(parity_dir / "checkpoint" / "stage1_state.safetensors")
     parameters = {key: value for key, value in state.items() if "_adapter_" in key}
