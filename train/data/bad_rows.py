@@ -1,4 +1,4 @@
-"""The rows that a run cannot use: counted over all processes, listed in a file, and too many of them stop it."""
+"""Rows that a run cannot use: they are counted over all processes and listed in a file, and too many stop the run."""
 
 import json
 import logging
@@ -9,6 +9,8 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from modeling_movekd.files import new_file
+
 
 logger = logging.getLogger(__name__)
 
@@ -16,25 +18,22 @@ BAD_ROWS_NAME = "bad_rows.jsonl"
 
 
 class BadRows:
-    """Every row that could not be used, with the reason, and the limits on their number.
+    """
+    The rows that cannot be used, each with its reason, and the limits on their number.
 
-    Rows are found when a data set is read (malformed ones) and when a batch is made (images that cannot be decoded).
-    Each counts once, however often it comes up, except that a stream may know a row by no more than its place in a
-    shard (see `train.data.conversations.convert_row`).
+    Malformed rows are found when a data set is read, undecodable images when a batch is made. Each row counts once,
+    except that a stream may know a row only by its position in a shard.
 
     Args:
-        folder: where `bad_rows.jsonl` is written, one `{"row", "reason"}` per line; nowhere if `None`.
-        max_share: largest share of `total` that may be bad, between 0 and 1.
-        max_rows: largest number that may be bad, besides the share.
-        writes: whether this process writes the file; one of a run should.
-        resume: begin with the rows that the file of an earlier part of the run lists; otherwise that file is removed.
+        folder (`str`, *optional*): Where `bad_rows.jsonl` is written, one `{"row", "reason"}` per line.
+        max_share (`float`, defaults to 0.01): Largest share of `total` that may be bad.
+        max_rows (`int`, *optional*): Largest number of bad rows, in addition to the share.
+        writes (`bool`, defaults to `True`): Whether this process writes the file.
+        resume (`bool`, defaults to `False`): Start with the rows that the file lists, instead of removing the file.
 
     Attributes:
-        total: rows that the share is of; whoever reads a data set adds to it.
-        reasons: by row, why it cannot be used.
-
-    Raises:
-        ValueError: for limits that are none.
+        total: Number of rows that the share refers to. Whoever reads a data set adds to it.
+        reasons: By row, why it cannot be used.
     """
 
     def __init__(
@@ -46,9 +45,9 @@ class BadRows:
         resume: bool = False,
     ) -> None:
         if not 0 <= max_share <= 1:
-            raise ValueError(f"max_bad_row_share is a share between 0 and 1, got {max_share}.")
+            raise ValueError(f"max_bad_row_share is {max_share}. Set it to a share between 0 and 1.")
         if max_rows is not None and max_rows < 0:
-            raise ValueError(f"max_bad_rows is a number of rows, got {max_rows}.")
+            raise ValueError(f"max_bad_rows is {max_rows}. Set it to 0 or more rows.")
         self.path = None if folder is None else Path(folder) / BAD_ROWS_NAME
         self.max_share, self.max_rows, self.writes = max_share, max_rows, writes
         self.total = 0
@@ -60,22 +59,18 @@ class BadRows:
             self.path.unlink(missing_ok=True)
 
     def add(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Note rows and reasons, warn of the new ones, list them, and stop if they are too many.
-
-        Raises:
-            ValueError: over a limit; the message names the numbers, the first rows and the file.
-        """
-        self._note(rows)
+        """Record rows with their reasons, warn of the new ones, and raise a `ValueError` if there are too many."""
+        self._record(rows)
         self._check()
 
     def add_from_all(self, rows: list[tuple[str, str]]) -> None:
-        """As `add`, with the rows that each process of a run has found. A collective: every process calls it."""
-        self._note(gather_object(rows))
-        # A process that stops ends the others, and the list must be there by then
+        """As `add`, with the rows of every process. All processes must call it together."""
+        self._record(gather_object(rows))
+        # A process that raises ends the others, and the file must be written by then
         PartialState().wait_for_everyone()
         self._check()
 
-    def _note(self, rows: Iterable[tuple[str, str]]) -> None:
+    def _record(self, rows: Iterable[tuple[str, str]]) -> None:
         new = {row: reason for row, reason in rows if row not in self.reasons}
         if not new:
             return
@@ -89,26 +84,26 @@ class BadRows:
         over_share = count > self.max_share * self.total
         if not over_share and (self.max_rows is None or count <= self.max_rows):
             return
-        limit, knob = (f"{self.max_share:.2%}", "max_bad_row_share") if over_share else (self.max_rows, "max_bad_rows")
+        limit, option = (
+            (f"{self.max_share:.2%}", "max_bad_row_share") if over_share else (self.max_rows, "max_bad_rows")
+        )
         listed = "" if self.path is None else f" All are listed in {self.path}."
         raise ValueError(
             f"{count} of {self.total} rows cannot be used ({count / max(self.total, 1):.2%}). First: "
-            f"{_first(self.reasons)}{listed} At most {limit} may be skipped: repair the data or raise {knob}."
+            f"{_first(self.reasons)}{listed} At most {limit} may be skipped: repair the data or raise {option}."
         )
 
     def _write(self) -> None:
         if self.path is None or not self.writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with new_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for row, reason in self.reasons.items():
                 file.write(json.dumps({"row": row, "reason": reason}) + "\n")
-        temporary.replace(self.path)
 
 
 def _first(reasons: dict[str, str]) -> str:
     shown = "; ".join(f"{row}: {reason}" for row, reason in list(reasons.items())[:5])
     shown += f"; and {len(reasons) - 5} more." if len(reasons) > 5 else "."
-    # Half a character, as broken JSON may hold, cannot be written to a terminal or a log
+    # Broken JSON may hold half a character, which no terminal or log can print
     return shown.encode("utf-8", "backslashreplace").decode()

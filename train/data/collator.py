@@ -1,4 +1,4 @@
-"""Rows of the training data into a batch: ids, labels, the student's pixels, and the teachers' of the same crop."""
+"""Collates rows to a batch: ids, labels, the student's pixels, and the teachers' pixels or cached features."""
 
 import logging
 import math
@@ -25,26 +25,26 @@ IGNORE_INDEX = -100
 GEOMETRIES = ("shared", "per_teacher")
 LABEL_RULES = ("answers", "released")
 DISTILL_TILES = ("base", "all")
-# What stands between a question and its answer in `vicuna_v1`.
+# Between a question and its answer in `vicuna_v1`
 ANSWER_SEPARATOR = " ASSISTANT: "
 
 
 def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max_length: int | None) -> list[bool]:
-    """Which tokens of a `vicuna_v1` conversation are trained on, by the bookkeeping of the authors' code.
+    """
+    The trained tokens of a `vicuna_v1` conversation under the rule of the original code.
 
-    Each round is tokenised apart and its length added up. The result is the answers with their end tokens where the
-    sum agrees with the number of tokens, and nothing at all where it does not: an empty turn, an end token or the
-    answer's heading inside a text, or a vocabulary in which a round starts with another number of tokens when it
-    stands alone.
+    The original code tokenizes each round separately and adds up the lengths. If the sum equals the number of tokens,
+    the answers and their end tokens are trained on, else nothing. The sum differs after an empty turn, if a text
+    contains the end token or the heading of an answer, or if the tokenizer splits a separate round differently.
 
     Args:
-        text: rendered conversation, one placeholder per image.
-        input_ids: its ids, one per image, not yet cut to `max_length`.
-        tokenizer: the tokenizer that made them.
-        max_length: limit from which on a disagreement is forgiven.
+        text (`str`): Rendered conversation, with one placeholder per image.
+        input_ids (`Sequence[int]`): Its ids, one per image, before truncation to `max_length`.
+        tokenizer: The tokenizer of the ids.
+        max_length (`int`, *optional*): From this length on, a different sum is ignored.
 
     Returns:
-        One boolean per id.
+        A boolean per id.
     """
     rounds = text.split(tokenizer.eos_token) if tokenizer.eos_token else [text]
     mask = [False] * len(input_ids)
@@ -53,10 +53,10 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
         parts = round_text.split(ANSWER_SEPARATOR)
         if len(parts) != 2:
             break
-        # A round after the first has no prefix of its own in the whole text, unless the tokenizer is a legacy one.
+        # In the whole text a round after the first has no prefix, unless the tokenizer is a legacy one
         surplus = 1 if number > 0 and not getattr(tokenizer, "legacy", True) else 0
         round_length = len(tokenizer(round_text).input_ids) - surplus
-        # Without the first token, counted by `position`, and the space before the answer, which is the answer's.
+        # Without the first token, counted by `position`, and the space that belongs to the answer
         question_length = len(tokenizer(parts[0] + ANSWER_SEPARATOR).input_ids) - 2 - surplus
         for index in range(position + question_length, min(position + round_length, len(mask))):
             mask[index] = True
@@ -68,21 +68,22 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
 
 
 def cut_tiles(image: Image.Image, grids: Sequence[Sequence[int]], tile_size: int) -> list[Image.Image]:
-    """The tiles that `LlavaNextImageProcessor` cuts an image into, with the pixels they had before its resize.
+    """
+    Cut an image into tiles as `LlavaNextImageProcessor` does, but at the image's own resolution.
 
-    The same grid, the same place in it and the same black margins, but no tile has fewer pixels than that part of the
-    image has. An image that is smaller than its grid is enlarged as the student's, so that the tiles are the same.
+    Grid, position and black margins are the same. The tiles of a large image keep its pixels; a small image is
+    enlarged to the student's tiles.
 
     Args:
-        image: RGB image.
-        grids: (height, width) in pixels of the grids to choose from, `image_grid_pinpoints`.
-        tile_size: side of a tile in those pixels.
+        image (`PIL.Image.Image`): RGB image.
+        grids (`Sequence`): `(height, width)` in pixels of the possible grids, `image_grid_pinpoints`.
+        tile_size (`int`): Side of a tile in these pixels.
 
     Returns:
-        Square tiles, row by row: one less than `image_size_to_num_patches` says, which counts the whole image too.
+        Square tiles, row by row, without the whole image that `image_size_to_num_patches` counts too.
     """
     height, width = select_best_resolution((image.height, image.width), [list(grid) for grid in grids])
-    # Only its shape is looked at
+    # transformers reads only the shape
     shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))
     new_height, new_width = get_patch_output_size(shape, (height, width), ChannelDimension.LAST)
     shrinking = max(image.height / new_height, image.width / new_width, 1.0)
@@ -99,47 +100,41 @@ def cut_tiles(image: Image.Image, grids: Sequence[Sequence[int]], tile_size: int
 
 @dataclass
 class MoveKDCollator:
-    """Collates rows of `messages` and `images`; picklable, so that loader workers decode, cut and resize.
+    """
+    Collates rows of `messages` and `images`. Can be pickled, so that loader workers decode, crop and resize.
 
-    Every teacher gets the crop that the student's image processor makes of the image, before its resize: the image
-    padded to a centred square where that processor pads, whole for anyres, the central square otherwise. So the
-    patches of all towers lie over the same pixels. With `distill_tiles="all"` so does every tile of anyres.
+    Under the geometry `"shared"` every teacher gets the crop of the student's image processor before its resize, so
+    that the patches of all towers cover the same pixels: the image padded to a square, the whole image for anyres, or
+    the center square.
 
     Args:
-        processor: LLaVA processor with a chat template that marks answers by `{% generation %}`.
-        teacher_preprocessors: by teacher name.
-        max_length: longest row in tokens, image tokens included. Longer text is cut on the right.
-        geometry: `"shared"`, or `"per_teacher"`, the authors' way: each teacher cuts the original image itself, after
-            padding it to a square of the teacher's own mean colour where the student's image processor pads.
-        labels: `"answers"`, or `"released"`: the authors' bookkeeping, see `released_label_mask` (for `vicuna_v1`;
-            under a template without its answer headings both are the same).
-        distill_text_only_rows: give every text-only row a black image with weight 1, which no text refers to (the
-            authors' way).
-        apply_orientation: turn images as their EXIF orientation says, see `decode_image`.
-        distill_tiles: `"base"`, or `"all"` for anyres: the teachers also get each tile that the student gets.
-        pad_to_multiple_of: pad the batch to a multiple of this many tokens.
-        feature_cache: where the teachers' features are read, in place of making their pixels.
+        processor (`ProcessorMixin`): LLaVA processor whose chat template marks answers by `{% generation %}`.
+        teacher_preprocessors (`Mapping[str, TeacherPreprocessor]`, *optional*): By teacher.
+        max_length (`int`, *optional*): Longest row in tokens, image tokens included. Longer text is truncated.
+        geometry (`str`, defaults to `"shared"`): `"shared"`, or `"per_teacher"` as in the original code: each teacher
+            cuts the image itself, padded to a square of the teacher's mean color if the student pads.
+        labels (`str`, defaults to `"answers"`): `"answers"`, or `"released"` for [`released_label_mask`].
+        distill_text_only_rows (`bool`, defaults to `False`): Give each text-only row a black image with weight 1, as
+            in the original code. No text refers to it.
+        apply_orientation (`bool`, defaults to `True`): Turn images as their EXIF orientation says.
+        distill_tiles (`str`, defaults to `"base"`): `"base"`, or `"all"`: with anyres the teachers also get each tile.
+        pad_to_multiple_of (`int`, *optional*): Pad the batch to a multiple of this many tokens.
+        feature_cache (`FeatureCache`, *optional*): Read the teachers' features instead of making their pixels.
 
     Returns (of a call):
-        `input_ids`, `attention_mask`, `labels`: int64 [batch, length], padded on the right; labels are -100 outside
-            the answers and at image tokens.
-        `pixel_values`: float32 [num_images, 3, S, S] ([num_images, crops, 3, S, S] and `image_sizes` int64
-            [num_images, 2] for anyres). Every batch has at least one image: after the images of the text come the
-            black ones, `num_blank_images` (int) of them, which no text refers to.
-        `teacher_pixel_values`: by teacher name, float32 [num_images, 3, S, S]; [num_crops, 3, S, S] for all tiles, the
-            whole image and then its tiles row by row, one image after the other, without padding.
-        `cached_features`: with a feature cache instead, by teacher name what `FeatureCache.read` gives.
-        `image_weights`: float32 [num_images], 1 where an image counts in the losses on images, 0 for the black image
-            that a batch without any other gets, so that all processes run the vision path.
-        `bad_rows`: list of (row, reason), the rows of the batch that cannot be used: an image cannot be decoded, the
-            image tokens go beyond `max_length`, or the row comes with a `problem`. The row keeps its place, with a
-            stand-in of two tokens or so in which no label is set, and has no images. Whoever takes the batch must
-            count them (`train.data.bad_rows`).
-        `image_rows`: int64 [num_images], the position in the batch of the row each image belongs to.
-
-    Raises:
-        ValueError: for an unknown choice, a template without generation markers, or a row whose placeholders or image
-            tokens are not as many as its images ask for.
+        `input_ids`, `attention_mask`, `labels`: int64 `(batch_size, length)`, padded on the right. Labels are -100
+            outside the answers.
+        `pixel_values`: float32 `(num_images, 3, size, size)`; for anyres `(num_images, num_crops, 3, size, size)`,
+            with `image_sizes`, int64 `(num_images, 2)`. The images of the text come first, then `num_blank_images`
+            black images. Every batch has an image, so that all processes run the vision path.
+        `teacher_pixel_values`: By teacher, float32 `(num_images, 3, size, size)`. With all tiles the first dimension
+            counts crops: of each image the whole image, then its tiles row by row.
+        `cached_features`: With a feature cache instead, by teacher the result of `FeatureCache.read`.
+        `image_weights`: float32 `(num_images,)`, 0 for the black image of a batch without any other image, else 1.
+        `bad_rows`: List of (row, reason) for the rows that cannot be used: an image cannot be decoded, the image
+            tokens exceed `max_length`, or the row has a `problem`. Such a row is replaced by a short text without
+            labels. The caller records the list in [`~train.data.bad_rows.BadRows`].
+        `image_rows`: int64 `(num_images,)`, the position in the batch of each image's row.
     """
 
     processor: ProcessorMixin
@@ -169,13 +164,13 @@ class MoveKDCollator:
         if self.distill_tiles == "all" and (self.geometry != "shared" or self.feature_cache is not None):
             raise ValueError(
                 f"`distill_tiles` is 'all', with the geometry {self.geometry!r} and "
-                f"{'a' if self.feature_cache is not None else 'no'} feature cache: tiles are crops that all towers "
-                "share, and no cache holds them. Use 'shared' and run the teachers, or set `distill_tiles: base`."
+                f"{'a' if self.feature_cache is not None else 'no'} feature cache. Use the geometry 'shared' and run "
+                "the teachers, or set `distill_tiles: base`."
             )
         if "generation" not in (self.processor.chat_template or ""):
             raise ValueError(
-                "The processor's chat template has no {% generation %} markers, so no token would be trained on: put "
-                "one in with modeling_movekd.chat_templates.set_chat_template."
+                "The processor's chat template has no {% generation %} markers, so no token would be trained on. Set "
+                "a template with modeling_movekd.chat_templates.set_chat_template."
             )
         if self.feature_cache is not None:
             self.feature_cache.check_geometry(self.teacher_geometry)
@@ -211,8 +206,7 @@ class MoveKDCollator:
                 "pad_to_multiple_of": self.pad_to_multiple_of,
             },
         )
-        # Not as tensors at once: the library goes through each token's offsets in Python, which costs as much as all
-        # the rest if they are tensors
+        # Tensors are made afterwards: transformers loops over each token's offsets, which is slow on tensors
         encoded = encoded.convert_to_tensors("pt")
         image_rows = [position for position, of_row in enumerate(images) for _ in of_row]
         is_image = encoded["input_ids"] == self.processor.image_token_id
@@ -251,7 +245,7 @@ class MoveKDCollator:
     def _pixels(
         self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], black_rows: list[int]
     ) -> dict[str, Any]:
-        """What the towers get: the images of the text, then a black one for each of `black_rows`, but at least one."""
+        """Pixels of the images of the text, then of a black image for each of `black_rows`; at least one image."""
         pixels = encoded
         blank_rows = black_rows or ([] if images else [0])
         if blank_rows:
@@ -300,7 +294,7 @@ class MoveKDCollator:
     def _with_images(
         self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
     ) -> list[dict[str, Any]]:
-        """The messages with each image at its placeholder, in order."""
+        """Put the images in place of their placeholders."""
         remaining = list(images)
         placeholders = 0
         filled = []
@@ -317,27 +311,27 @@ class MoveKDCollator:
             filled.append({"role": message["role"], "content": parts})
         if placeholders != len(images):
             raise ValueError(
-                f"Row {number} has {placeholders} image placeholders and {len(images)} images: read the rows with "
-                "train.data.datasets.load_conversations, which skips and reports such rows."
+                f"Row {number} has {placeholders} image placeholders and {len(images)} images. Read the rows with "
+                "train.data.datasets.load_conversations, which skips such rows."
             )
         return filled
 
     def _check_image_tokens(
         self, encoded: Mapping[str, Any], is_image: torch.Tensor, image_rows: list[int], numbers: list[int]
     ) -> None:
-        """Each row has the image tokens that the processor makes of the row's images."""
+        """Check that each row has as many image tokens as the processor makes of its images."""
         expected = [0] * len(numbers)
         for index, position in enumerate(image_rows):
             expected[position] += self.processor.replace_image_token(encoded, index).count(self.processor.image_token)
         for found, wanted, number in zip(is_image.sum(dim=1).tolist(), expected, numbers, strict=True):
             if found != wanted:
                 raise ValueError(
-                    f"Row {number} has {found} image tokens, its images ask for {wanted}: the chat template lost or "
-                    "added an image. Use one of modeling_movekd.chat_templates."
+                    f"Row {number} has {found} image tokens instead of {wanted}: the chat template lost or added an "
+                    "image. Use a template of modeling_movekd.chat_templates."
                 )
 
     def _too_long(self, is_image: torch.Tensor) -> dict[int, str]:
-        """By position, the rows that `max_length` would cut into the images of."""
+        """The rows whose image tokens exceed `max_length`, by position."""
         problems = {}
         for position, of_row in enumerate(is_image):
             columns = of_row.nonzero()
@@ -354,13 +348,13 @@ class MoveKDCollator:
         trained = torch.zeros_like(is_image)
         for position, text in enumerate(texts):
             short_ids = tokenizer(text).input_ids
-            # The authors cut a text-only row before they count, a row with images after.
+            # The original code truncates a text-only row before it counts, and a row with images after
             if self.processor.image_token_id not in short_ids:
                 short_ids = short_ids[: self.max_length]
             mask = released_label_mask(text, short_ids, tokenizer, self.max_length)
             if not any(mask):
                 logger.warning("No token of the row %r is trained on under the released label rule.", text[-80:])
-            # Images are runs of tokens in the batch and one token here; neither is trained on.
+            # An image is many tokens in the batch and one token here; neither is trained on
             words = [
                 keep for keep, token in zip(mask, short_ids, strict=True) if token != self.processor.image_token_id
             ]

@@ -1,4 +1,4 @@
-"""One row of LLaVA's `conversations` or of TRL's `messages` or `prompt`/`completion` as messages and images."""
+"""Converts a row of LLaVA (`conversations`) or TRL (`messages`, `prompt` and `completion`) to messages and images."""
 
 import zlib
 from collections.abc import Mapping
@@ -26,13 +26,12 @@ FEATURES = Features(
         "problem": Value("string"),
     }
 )
-# Stands in for a row that cannot be used: nothing of it is trained on, but the batch keeps its number of rows, and a
-# look at the first row of a stream finds messages.
+# The messages of a bad row. No token of it is trained on, but the batch keeps its number of rows
 STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
 
 
 class _BadRow(Exception):
-    """A row that cannot be used; its text is the reason, with the field."""
+    """The row cannot be used; the message is the reason."""
 
 
 def convert_row(
@@ -44,20 +43,21 @@ def convert_row(
     sharded: bool = False,
     version: int | None = None,
 ) -> dict[str, Any]:
-    """One source row in the form of `FEATURES`; a bad row gets its `problem`, stand-in messages and no images.
+    """
+    Convert a row to the columns of `FEATURES`. A bad row gets its `problem`, stand-in messages and no images.
 
     Args:
-        row: mapping of LLaVA's or TRL's fields, with a field `line` alone a line of JSON Lines.
-        index: position in the data set.
-        folder: absolute path of the folder that image paths start from.
-        name: what to call the data set in a report.
-        offset: `row_index` of its first row.
-        sharded: whether `index` is a position in one shard of several. A report then names the row by its `id` or by
-            a checksum of its text as well.
-        version: for whoever caches the result: of this code.
+        row (`Mapping`): Fields of LLaVA or TRL, or only `line` with a line of JSON Lines.
+        index (`int`): Position in the data set.
+        folder (`str`, *optional*): Absolute path of the image folder.
+        name (`str`, *optional*): Name of the data set in reports.
+        offset (`int`, defaults to 0): `row_index` of the first row.
+        sharded (`bool`, defaults to `False`): Whether `index` is a position in one of several shards. Reports then
+            also name the row by its `id` or a checksum of its text.
+        version (`int`, *optional*): Version of this code, for the caller's cache of the results.
 
     Raises:
-        ValueError: if an image path leads out of the folder, or there is none that it could start from.
+        ValueError: if an image path leads out of the folder, or is relative and there is no folder.
     """
     source = f"{name} row {index}".strip()
     if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
@@ -106,7 +106,7 @@ def _images(row: Mapping[str, Any], source: str, folder: str | None) -> list[Any
 def _image(image: Any, field: str, source: str, folder: str | None) -> Any:
     if isinstance(image, Mapping):
         if image.get("bytes") is not None:
-            # The path would be a mere name here, but datasets prefers a file of that name to the bytes.
+            # datasets would prefer a file with the name of `path` to the bytes
             return {"bytes": image["bytes"], "path": None}
         if not image.get("path"):
             raise _BadRow(f"{field} is an image with neither bytes nor path")
@@ -138,7 +138,7 @@ def _check_text(text: str, field: str) -> None:
 
 
 def _turn(role: str, text: str, num_images: int) -> dict[str, Any]:
-    """One message, its images in front of its text (LLaVA's multimodal step)."""
+    """A message with its images in front of its text, as in the original code."""
     content: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(num_images)]
     if num_images:
         text = text.replace(IMAGE_TOKEN, "").strip()
@@ -148,7 +148,7 @@ def _turn(role: str, text: str, num_images: int) -> dict[str, Any]:
 
 
 def _placeholders(counts: list[int], num_images: int) -> list[int]:
-    """How many images each turn shows: its placeholders, or one where that alone fits (the authors' rule)."""
+    """Images of each turn: its placeholders, or at most one per turn if only that fits (the original rule)."""
     if sum(counts) == num_images:
         return counts
     single = [min(count, 1) for count in counts]
@@ -171,7 +171,7 @@ def _from_llava(conversations: Any, num_images: int) -> tuple[list[dict[str, Any
         if not isinstance(turn.get("value"), str):
             raise _BadRow(f"{field} is without a text in 'value'")
         _check_text(turn["value"], f"{field}['value']")
-    # Counted before anything is dropped, as the authors' sampler does.
+    # The original sampler counts words before anything is dropped
     length = sum(len(turn["value"].split()) for turn in conversations)
     turns = conversations[1:] if conversations[0]["from"] == "gpt" else conversations
     shown = _placeholders([turn["value"].count(IMAGE_TOKEN) for turn in turns], num_images)
@@ -188,7 +188,7 @@ def _from_trl(row: Mapping[str, Any], num_images: int) -> tuple[list[dict[str, A
             [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         )
         if any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in prompt):
-            raise _BadRow("answers inside 'prompt', which would be trained on: give such rows as 'messages'")
+            raise _BadRow("answers inside 'prompt' would be trained on: write the row as 'messages'")
         messages = [*prompt, *completion]
     else:
         raise _BadRow("neither 'conversations' nor 'messages' nor 'prompt' and 'completion'")
@@ -200,7 +200,7 @@ def _from_trl(row: Mapping[str, Any], num_images: int) -> tuple[list[dict[str, A
         parsed = parsed[1:]
     counts = [count for _, _, count in parsed]
     if num_images and not any(counts):
-        # TRL's rule for messages of plain strings: the images belong to the first question.
+        # TRL's rule for messages of plain strings: the images belong to the first question
         first_user = next((number for number, (role, _, _) in enumerate(parsed) if role == "user"), None)
         counts = [num_images if number == first_user else 0 for number in range(len(parsed))]
     shown = _placeholders(counts, num_images)
@@ -208,7 +208,7 @@ def _from_trl(row: Mapping[str, Any], num_images: int) -> tuple[list[dict[str, A
 
 
 def _parse_message(message: Any, field: str) -> tuple[str, str, int]:
-    """Role, text and number of image placeholders of one TRL message."""
+    """Role, text and number of image placeholders of a TRL message."""
     if not isinstance(message, Mapping) or message.get("role") not in list(ROLES.values()):
         raise _BadRow(f"{field} is without a role among {sorted(ROLES.values())}")
     content = message.get("content")
@@ -232,7 +232,7 @@ def _parse_message(message: Any, field: str) -> tuple[str, str, int]:
 
 
 def _check_roles(messages: list[dict[str, Any]]) -> None:
-    """Questions and answers take turns, the last word is an answer, a system message comes first or not at all."""
+    """Check that questions and answers alternate and end with an answer; a system message may come first."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles and roles[0] == "system" else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):

@@ -1,4 +1,4 @@
-"""Training data of every source in one form of row; mixtures, streams, and rows held back for validation."""
+"""Loads training and validation rows: data sets, mixtures and streams, all converted to the same columns."""
 
 import json
 import os
@@ -27,15 +27,16 @@ CHUNK = 10_000
 
 @dataclass
 class DataSource:
-    """One data set of a mixture.
+    """
+    A data set of a mixture.
 
     Args:
-        name: LLaVA file (`.json`, `.jsonl`), `.parquet` file or folder of them, folder written by
-            `Dataset.save_to_disk`, or data set id of the Hub.
-        weight: share of the mixture, relative to the other weights. Give one for every data set, or for none.
-        image_folder: folder that its image paths start from.
-        subset: configuration of a Hub data set that has several.
-        split: split to train on.
+        name (`str`): LLaVA file (`.json`, `.jsonl`), `.parquet` file or folder of them, folder written by
+            `Dataset.save_to_disk`, or id of a data set on the Hub.
+        weight (`float`, *optional*): Share of the mixture, relative to the other weights.
+        image_folder (`str`, *optional*): Folder that relative image paths start from.
+        subset (`str`, *optional*): Configuration of a data set on the Hub.
+        split (`str`, *optional*): Split to train on.
     """
 
     name: str
@@ -46,11 +47,7 @@ class DataSource:
 
 
 def data_sources(data_args: DataArguments) -> list[DataSource]:
-    """The data sets that `dataset_name` names, in order.
-
-    Raises:
-        ValueError: for an unknown or missing key, or weights that are not positive or not given throughout.
-    """
+    """The data sets of `dataset_name`, in order."""
     names: Any = data_args.dataset_name
     sources = []
     for name in [names] if isinstance(names, str | os.PathLike | Mapping) else names:
@@ -58,7 +55,7 @@ def data_sources(data_args: DataArguments) -> list[DataSource]:
         allowed = list(DataSource.__dataclass_fields__)
         if "name" not in keys or not set(keys) <= set(allowed):
             raise ValueError(
-                f"A data set of dataset_name has the keys {list(keys)}: 'name' must, {allowed} may be there."
+                f"A data set of dataset_name has the keys {list(keys)}. Give 'name', and any of {allowed}."
             )
         source = DataSource(**keys)
         source.image_folder = source.image_folder or data_args.image_folder
@@ -68,7 +65,7 @@ def data_sources(data_args: DataArguments) -> list[DataSource]:
     if (weights and len(weights) < len(sources)) or any(weight <= 0 for weight in weights):
         shown = [source.weight for source in sources]
         raise ValueError(
-            f"The weights of dataset_name are {shown}: give every data set a positive one, or none of them."
+            f"The weights of dataset_name are {shown}. Give every data set a positive weight, or none of them."
         )
     return sources
 
@@ -80,33 +77,30 @@ def load_train_and_validation(
     evaluate: bool = False,
     num_proc: int | None = None,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
-    """The rows to train on and those to evaluate on, of all data sets of the mixture.
+    """
+    Load the rows to train on and the rows to evaluate on.
 
-    Without weights the data sets are put one behind the other. With weights each next row is drawn from a data set by
-    its weight, in the order of that data set, until one (`first_exhausted`) or all of them (`all_exhausted`, the
-    shorter ones repeated) are used up. A stream of training rows has no end, so that no process runs out of rows
-    before the others: where it is used up it begins again, in the same order, with weights each data set by itself.
-    The order depends on the seed alone. A row is held back for validation by a checksum of its place in its data set
-    (in a stream: of its content) and the seed, whatever else is in the mixture.
+    Without weights the data sets are concatenated. With weights each next row is drawn from a data set by its weight,
+    in the order of that data set, until one data set (`first_exhausted`) or all of them (`all_exhausted`, the shorter
+    ones repeated) are used up. A training stream starts again at its end, each data set of a weighted mixture by
+    itself, so that no process runs out of rows before the others. Whether a row is held back for validation depends
+    on the seed and on a checksum of its position in its data set (in a stream: of its content), not on the mixture.
 
     Args:
-        data_args: what to load.
-        bad_rows: counts the rows that cannot be used.
-        seed: seed of mixture, split, and of the order of a stream.
-        evaluate: whether the run evaluates.
-        num_proc: processes that convert the rows of Parquet and saved data sets.
+        data_args (`DataArguments`): What to load.
+        bad_rows (`BadRows`): Counts the rows that cannot be used.
+        seed (`int`, defaults to 0): Seed of mixture, validation split and order of a stream.
+        evaluate (`bool`, defaults to `False`): Whether the run evaluates.
+        num_proc (`int`, *optional*): Processes that convert the rows of Parquet files and saved data sets.
 
     Returns:
-        Rows as of [`load_conversations`]; in a stream of training rows also bad ones with their `problem`, which the
-        collator passes on. `None` instead of the second without `evaluate`.
-
-    Raises:
-        ValueError: as [`load_conversations`], for a split that leaves either side empty, or rows held back for an
-            evaluation that does not take place.
+        The training rows, and the validation rows or `None`, both as from [`load_conversations`].
     """
     share = data_args.validation_share
     if share and not evaluate:
-        raise ValueError(f"validation_share {share} holds rows back, but eval_strategy is 'no': set one or the other.")
+        raise ValueError(
+            f"validation_share is {share}, but eval_strategy is 'no'. Set eval_strategy, or no validation_share."
+        )
     sources = data_sources(data_args)
     train, validation = [], []
     for number, source in enumerate(sources):
@@ -121,7 +115,7 @@ def load_train_and_validation(
     weights = [source.weight for source in sources if source.weight is not None]
     if len(train) > 1 and weights:
         mixture = interleave_datasets(
-            # A stream's mixture would else end with its shortest part, and begin the others again at the same rows
+            # A repeated mixture would end with its shortest data set, and start all of them again
             [_endless(rows, data_args.shuffle_buffer_size, seed) for rows in train] if data_args.streaming else train,
             probabilities=[weight / sum(weights) for weight in weights],
             seed=seed,
@@ -135,7 +129,7 @@ def load_train_and_validation(
         return mixture, None
     held_back = concatenate_datasets(validation)
     if data_args.streaming:
-        # In one piece: pieces are dealt to the processes, which would then evaluate different numbers of batches
+        # A single shard, since processes with different shards would evaluate different numbers of batches
         held_back = IterableDataset.from_generator(_rows_of, features=FEATURES, gen_kwargs={"stream": held_back})
     return mixture, held_back
 
@@ -171,10 +165,9 @@ def _report_name(source: Any, split: str, subset: str | None) -> str:
 
 
 def _endless(stream: IterableDataset, buffer_size: int, seed: int) -> IterableDataset:
-    """The stream shuffled, and begun again at its end."""
     if buffer_size > 1:
         stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
-    # In front of the repetition the buffer would mix the passes, and a short run see rows twice and others never
+    # Shuffle before repeating: the buffer must not mix two passes, which would show some rows twice and others never
     return stream.repeat(None)
 
 
@@ -193,39 +186,38 @@ def load_conversations(
     bad_rows: BadRows | None = None,
     name: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Read a data set and give its usable rows as messages and undecoded images. No image file is opened.
+    """
+    Read a data set and convert its rows to messages and undecoded images. No image file is opened.
 
-    Every turn with an `<image>` is treated as the authors do: the placeholders are removed, the text is stripped, and
-    the images stand in front. A leading answer is dropped. Rows whose placeholders and images disagree, and malformed
-    ones, are skipped, counted and reported by place and reason.
+    As in the original code, images are put in front of the text of their turn, the placeholders are removed, and a
+    leading answer is dropped. Malformed rows, and rows whose placeholders and images disagree, are skipped and
+    reported.
 
     Args:
-        source: a LLaVA file (`.json`, `.jsonl`), a `.parquet` file or a folder of them, a folder written by
-            `Dataset.save_to_disk`, a data set id of the Hub, a `datasets.Dataset`, or a list of rows. Rows are LLaVA's
-            (`conversations`, and `image` as path, picture or list of either) or TRL's (`messages` or
-            `prompt`/`completion`, and `images`).
-        image_folder: folder that relative image paths start from (default: the folder of a LLaVA file). No path may
-            lead out of it. That is a check of the path as written, which is what the data decides: links that the
-            folder's owner has put into it are followed, as image folders are often made of them.
-        split: split of a Hub data set, Parquet folder or saved `DatasetDict`; others have `train` alone.
-        max_bad_row_share: the largest share of rows that may be skipped, between 0 and 1. Not used with `bad_rows`.
-        num_proc: processes that convert the rows of a `datasets.Dataset`.
-        subset: configuration of a Hub data set that has several.
-        streaming: read rows when they are asked for; bad ones are then passed on with their `problem`.
-        bad_rows: counts the bad rows, over several calls and over a run. Its `total` grows by the rows read here.
-        name: what a report calls the data set, different for every call with one `bad_rows`; by default its file,
-            folder or id, with subset and split.
+        source: LLaVA file (`.json`, `.jsonl`), `.parquet` file or folder of them, folder written by
+            `Dataset.save_to_disk`, id of a data set on the Hub, `datasets.Dataset`, or list of rows. Rows have the
+            fields of LLaVA (`conversations`, and `image` as path, picture or list of them) or TRL (`messages`, or
+            `prompt` and `completion`, and `images`).
+        image_folder (`str`, *optional*, defaults to the folder of a LLaVA file): Folder that relative image paths
+            start from. A path that leads out of it as written raises; links inside the folder are followed.
+        split (`str`, defaults to `"train"`): Split of a data set that has splits.
+        max_bad_row_share (`float`, defaults to 0.01): Largest share of bad rows, if `bad_rows` is not given.
+        num_proc (`int`, *optional*): Processes that convert the rows of a `datasets.Dataset`.
+        subset (`str`, *optional*): Configuration of a data set on the Hub.
+        streaming (`bool`, defaults to `False`): Read rows on demand. Bad rows are then passed on with their `problem`.
+        bad_rows (`BadRows`, *optional*): Counts the bad rows of several calls. Its `total` grows by the rows read.
+        name (`str`, *optional*): Name in reports, different for every call with the same `bad_rows`. By default the
+            file, folder or id, with subset and split.
 
     Returns:
-        `Dataset`, or `IterableDataset` if `streaming`, with the columns `messages` (role, and content as a list of
-        image and text parts), `images` (a list of `{"bytes", "path"}`, empty for a text-only row), `row_index` (unique
-        over all calls with one `bad_rows`, for one data set the position in it; in a stream the position in its
-        shard), `source` (what to call the row in a report) and `modality_length` (words of all turns as written,
-        negative for a text-only row; what `ModalityLengthGroupedSampler` takes). A stream also has `problem`.
+        `Dataset`, or `IterableDataset` if `streaming`, with the columns `messages`, `images` (list of
+        `{"bytes", "path"}`), `row_index` (unique over all calls with the same `bad_rows`; in a stream the position in
+        its shard), `source` (name of the row in reports) and `modality_length` (words of all turns, negative for a
+        text-only row, for `ModalityLengthGroupedSampler`). A stream also has `problem`.
 
     Raises:
-        ValueError: if too many of the rows are bad, no row is left, the source cannot be read or has no such split, or
-            an image path leads out of the image folder.
+        ValueError: if too many rows are bad, no row is left, the source cannot be read, or an image path leads out of
+            the image folder.
     """
     bad_rows = BadRows(max_share=max_bad_row_share) if bad_rows is None else bad_rows
     path = Path(source) if isinstance(source, str | os.PathLike) else None
@@ -239,7 +231,6 @@ def load_conversations(
     place: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
         names = rows.column_names or list(next(iter(rows), {}))
-        # Streamed from several shards, a row's number is its place in its shard
         place["sharded"] = rows.num_shards > 1
         stream = (rows.decode(False) if rows.features else rows).map(
             convert_row, with_indices=True, fn_kwargs=place, remove_columns=names, features=FEATURES
@@ -248,7 +239,7 @@ def load_conversations(
             raise ValueError(f"{name or 'The data set'} has no row.")
         return stream
     if isinstance(rows, Dataset):
-        # The conversion is cached under the name of its function; another version of the file is another function
+        # datasets caches the result by the arguments, so the code is one of them
         place["version"] = zlib.crc32(Path(conversations.__file__).read_bytes())
         converted = undecoded_images(rows).map(
             convert_row,
@@ -262,7 +253,7 @@ def load_conversations(
     else:
         if not rows:
             raise ValueError(f"{name or 'The data set'} has no row.")
-        # In chunks, so that the rows are not held in three forms at a time
+        # In chunks, which limits the memory for intermediate forms
         chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
         converted = concatenate_datasets(
             [Dataset.from_list([convert_row(rows[i], i, **place) for i in chunk], FEATURES) for chunk in chunks]
@@ -273,13 +264,10 @@ def load_conversations(
 
 
 def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tuple[Any, Any]:
-    """Two parts of a data set: about `1 - share` of the rows, and the others.
+    """
+    Split a data set in about `1 - share` of the rows, and the others.
 
-    On which side a row comes depends on the seed and on its `row_index`, counted from `first_index`, or, in a stream,
-    on its content alone.
-
-    Raises:
-        ValueError: if either part is empty (in a stream this is not known).
+    The side of a row depends on the seed and its `row_index`, counted from `first_index`; in a stream on its content.
     """
     if isinstance(rows, IterableDataset):
         sides = {"share": share, "seed": seed}
@@ -289,7 +277,8 @@ def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tupl
     held_back = [_checksum_share(str(index - first_index).encode(), seed) < share for index in rows["row_index"][:]]
     if all(held_back) or not any(held_back):
         raise ValueError(
-            f"validation_share {share} of {len(rows)} rows holds back {sum(held_back)}: both parts need rows."
+            f"validation_share {share} of {len(rows)} rows holds back {sum(held_back)}. "
+            "Choose a share that leaves rows in both parts."
         )
     return tuple(rows.select([i for i, held in enumerate(held_back) if held is side]) for side in (False, True))
 

@@ -1,4 +1,4 @@
-"""The order of LLaVA's training rows: batches of one modality and of similar length, even over the processes."""
+"""The order of LLaVA's training rows: batches of one modality and of similar length, balanced over the processes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 
 def _split_evenly(indices: list[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """Deal indices, sorted by falling length, into chunks of one size whose total lengths are close."""
+    """Deal indices, longest row first, into chunks of equal size and similar total length."""
     if len(indices) % num_chunks != 0:
         return [indices[start::num_chunks] for start in range(num_chunks)]
     chunk_size = len(indices) // num_chunks
@@ -21,16 +21,22 @@ def _split_evenly(indices: list[int], lengths: Sequence[int], num_chunks: int) -
     return chunks
 
 
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if 0 in lengths:
+        raise ValueError(f"Row {list(lengths).index(0)} has length 0, so its modality is unknown. Drop empty rows.")
+
+
 def length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[int]:
-    """Shuffle, cut into global batches, and order each by length, spread evenly over the processes.
+    """
+    Shuffle, cut into global batches, and order each batch by length, balanced over the processes.
 
     Args:
-        lengths: one length per row.
-        batch_size: rows per process and step.
-        world_size: processes times gradient accumulation steps; `batch_size * world_size` is the global batch.
-        generator: source of the shuffle.
+        lengths (`Sequence[int]`): Length of each row.
+        batch_size (`int`): Rows per process and step.
+        world_size (`int`): Processes times gradient accumulation steps.
+        generator (`torch.Generator`): For the shuffle.
 
     Returns:
         A permutation of `range(len(lengths))`.
@@ -39,7 +45,7 @@ def length_grouped_indices(
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     indices: list[int] = []
     for start in range(0, len(shuffled), global_batch):
-        # Stable: rows of equal length stay in shuffled order.
+        # A stable sort keeps rows of equal length in shuffled order
         batch = sorted(shuffled[start : start + global_batch], key=lambda index: lengths[index], reverse=True)
         for chunk in _split_evenly(batch, lengths, world_size):
             indices.extend(chunk)
@@ -53,29 +59,24 @@ def modality_length_grouped_indices(
     generator: torch.Generator,
     shuffle_generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Group rows by modality, then by length: a global batch holds rows with images or rows without, never both.
+    """
+    Group rows by modality, then by length: a global batch has only rows with images or only rows without.
 
-    The last, incomplete batches of the two modalities come at the end, together and in the rows' own order.
+    The last batches of the two modalities come at the end, together and in the order of the rows. Which rows share a
+    global batch depends only on the product of `batch_size` and `world_size`.
 
     Args:
-        lengths: positive for a row with images, negative for a text-only row.
-        batch_size: rows per process and step.
-        world_size: processes times gradient accumulation steps.
-        generator: source of the order of the global batches.
-        shuffle_generator: source of the shuffles inside either modality where both occur (default: `generator`).
+        lengths (`Sequence[int]`): Positive for a row with images, negative for a text-only row.
+        batch_size (`int`): Rows per process and step.
+        world_size (`int`): Processes times gradient accumulation steps.
+        generator (`torch.Generator`): For the order of the global batches.
+        shuffle_generator (`torch.Generator`, *optional*, defaults to `generator`): For the shuffles inside each
+            modality if both occur.
 
     Returns:
-        A permutation of `range(len(lengths))`. Which rows share a global batch depends on the product of `batch_size`
-        and `world_size` only; the split over processes decides their order inside it.
-
-    Raises:
-        ValueError: for a length of zero, whose modality is unknown.
+        A permutation of `range(len(lengths))`.
     """
-    if 0 in lengths:
-        raise ValueError(
-            f"Row {list(lengths).index(0)} has length 0, so its modality is unknown: give rows with images a positive "
-            "and text-only rows a negative length, and drop empty rows."
-        )
+    _check_lengths(lengths)
     if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
         return length_grouped_indices(lengths, batch_size, world_size, generator)
     global_batch = batch_size * world_size
@@ -87,7 +88,7 @@ def modality_length_grouped_indices(
         order = length_grouped_indices(row_lengths, batch_size, world_size, shuffle_generator or generator)
         shuffled = [rows[position] for position in order]
         batches = [shuffled[start : start + global_batch] for start in range(0, len(shuffled), global_batch)]
-        # The last batch of a modality counts as incomplete even where it is full.
+        # As in the original code, the last batch counts as incomplete even if it is full
         full_batches.extend(batches[:-1])
         remainder.extend(batches[-1])
     permutation = torch.randperm(len(full_batches), generator=generator).tolist()
@@ -95,34 +96,31 @@ def modality_length_grouped_indices(
 
 
 class ModalityLengthGroupedSampler(Sampler[int]):
-    """Sampler over `modality_length_grouped_indices`, a function of seed, epoch and batch layout alone.
+    """
+    Samples in the order of [`modality_length_grouped_indices`], which depends on seed, epoch and batch layout alone.
 
-    No global random state is read or changed, and nothing is remembered between epochs: a resumed run that sets the
-    epoch and skips the rows it has seen continues exactly where the first stopped.
+    Nothing is remembered between epochs: a resumed run that sets the epoch and skips the rows already seen continues
+    exactly where the first run stopped.
 
     Args:
-        lengths: positive for a row with images, negative for a text-only row (`modality_length`).
-        batch_size: rows per process and step.
-        world_size: processes times gradient accumulation steps.
-        seed: the same on every process.
-
-    Raises:
-        ValueError: for a length of zero, or a batch layout below one.
+        lengths (`Sequence[int]`): Positive for a row with images, negative for a text-only row (`modality_length`).
+        batch_size (`int`): Rows per process and step.
+        world_size (`int`, defaults to 1): Processes times gradient accumulation steps.
+        seed (`int`, defaults to 0): The same on every process.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, world_size: int = 1, seed: int = 0) -> None:
         if batch_size < 1 or world_size < 1:
             raise ValueError(f"batch_size and world_size must be at least 1, got {batch_size} and {world_size}.")
+        _check_lengths(lengths)
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
-        if 0 in self.lengths:
-            raise ValueError(f"Row {self.lengths.index(0)} has length 0, so its modality is unknown: drop empty rows.")
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives; accelerate's data loaders call it."""
+        """Set the epoch of the next iteration. The data loaders of accelerate call it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

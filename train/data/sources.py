@@ -1,4 +1,4 @@
-"""Rows as they stand in a file, a folder or on the Hub, before anything is made of them."""
+"""Reads rows from a file, a folder or the Hub, without converting them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value, loa
 
 
 def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> Any:
-    """The rows as they are: a list or a `Dataset`, or, where they can be read one by one, an `IterableDataset`."""
+    """Open a source as a list, a `Dataset`, or, with `streaming`, an `IterableDataset` if the format allows it."""
     if not isinstance(source, str | os.PathLike):
         rows = source if isinstance(source, Dataset) else list(source)
         _only_train("The data set", split)
@@ -46,13 +46,12 @@ def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> A
 def _only_train(source: Any, split: str) -> None:
     if split != "train":
         raise ValueError(
-            f"{source} has no splits, so no {split!r}. To evaluate on a part of it that is not trained on, set "
-            "validation_share."
+            f"{source} has no splits, so no {split!r}. To evaluate on a part of its rows, set validation_share."
         )
 
 
 def _read_lines(path: Path) -> Iterator[Any]:
-    """The rows of a JSON Lines file; in place of one that cannot be parsed the reason why."""
+    """The rows of a JSON Lines file, see [`parse_line`]."""
     for line in _read_line_texts(str(path)):
         yield parse_line(line["line"])
 
@@ -65,10 +64,6 @@ def _read_line_texts(path: str) -> Iterator[dict[str, bytes]]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    """
-    Raises:
-        ValueError: if the file is no JSON list; the message names the row and the field at which it breaks off.
-    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows = json.loads(text)
@@ -82,7 +77,7 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _position(text: str, error: json.JSONDecodeError) -> str:
-    """Row and field of an error in a JSON list, found by reading the rows in front of it once more."""
+    """Row and field of an error in a JSON list, found by parsing the rows in front of it again."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[^\s,]|$")
     number, start = -1, text.find("[") + 1
     try:
@@ -97,7 +92,7 @@ def _position(text: str, error: json.JSONDecodeError) -> str:
 
 
 def undecoded_images(dataset: Dataset) -> Dataset:
-    """The data set with every image column left as bytes or path."""
+    """Keep the images in all columns undecoded, as bytes or path."""
 
     def undecoded(feature: Any) -> Any:
         if isinstance(feature, Image):
@@ -111,7 +106,7 @@ def undecoded_images(dataset: Dataset) -> Dataset:
 
 
 def parse_line(line: bytes) -> Any:
-    """The row of a line of JSON Lines, or, where it is none, a `ValueError` that says why."""
+    """The row of a line of JSON Lines, or the `ValueError` that says why it has none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except ValueError as error:

@@ -1,18 +1,17 @@
-"""Trains the four small networks the demo starts from, all on scenes of the split `towers`.
+"""
+Trains the four small networks that the demo starts from, on scenes of the split `towers`.
 
     accelerate launch train/sft.py --rebuild_towers
 
-- `clip`: the student's starting point, a CLIP vision tower (64 px, 4 x 4 patches) trained against captions, which say
-  nothing about the digits;
-- `detector`: a teacher that knows objects, a vision transformer (96 px, 8 x 8 tokens) trained on dense labels;
-- `reader`: a teacher that knows digits, a convolutional network (128 px, 16 x 16 tokens) trained on dense labels;
-- `language_model`: a Llama of four layers that has learnt to answer questions about scenes told in words: in place
-  of an image it is given, for each of the 16 cells, the sum of the embeddings of the words that describe it.
+- `clip`: the student's CLIP vision tower (64 px, 4 x 4 patches), trained on captions that never name the digits;
+- `detector`: a teacher for objects, a vision transformer (96 px, 8 x 8 tokens) trained on dense labels;
+- `reader`: a teacher for digits, a convolutional network (128 px, 16 x 16 tokens) trained on dense labels;
+- `language_model`: a Llama of four layers that answers questions about scenes described in words. In place of an
+  image it gets, for each of the 16 cells, the sum of the embeddings of the words that describe the cell.
 
-Each is an ordinary folder of `save_pretrained`. `scores.json` says how well each one does on scenes it has not seen.
+Each is a folder written by `save_pretrained`. `scores.json` has the scores of each network on unseen scenes.
 """
 
-import json
 import multiprocessing
 import platform
 import shutil
@@ -46,6 +45,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from modeling_movekd.files import save_json
 from train.demo.scene_labels import (
     COLOR_CLASSES,
     NO_DIGIT,
@@ -73,21 +73,18 @@ from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMA
 
 HALF = (0.5, 0.5, 0.5)
 
-# Training steps, the longest training first.
+# Training steps, longest training first
+SEED = 0
 STEPS = {"language_model": 2400, "clip": 700, "detector": 900, "reader": 300}
-# The libraries' 0.02 is meant for networks ten times as wide.
+# The usual 0.02 is for networks ten times as wide
 INITIALIZER_RANGE = 0.08
-# A finished language model's configuration initializes the projector: its tokens should come out as large as the
-# embeddings of words, and with 0.08 they are eight times as large here.
+# Saved in the language model's configuration, which initializes the projector. With 0.08 the projected tokens would be
+# eight times as large as the embeddings of words
 PROJECTOR_RANGE = 0.02
 
 
 def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
-    """Minimizes `loss` with AdamW, a linear warm-up over a twentieth of the steps and a cosine decay.
-
-    Raises:
-        ValueError: if the loss stops being finite.
-    """
+    """Minimize `loss` with AdamW, a warm-up over a twentieth of the steps and a cosine decay."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
@@ -96,7 +93,7 @@ def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], ste
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = loss()
         if not torch.isfinite(value):
-            raise ValueError(f"the loss of {name} is {value.item()} at step {step}; lower its learning rate")
+            raise ValueError(f"The loss of {name} is {value.item()} at step {step}. Lower its learning rate.")
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -107,8 +104,7 @@ def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], ste
 
 
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that leaves things out: colors and places alone would tell scenes apart, and a tower trained on whole
-    captions would not look at shapes."""
+    """A caption with omissions: whole captions tell scenes apart without shapes, so the tower would ignore them."""
     parts = []
     for i in rng.permutation(len(scene.objects)):
         item = scene.objects[i]
@@ -129,12 +125,14 @@ def train_clip(
     keep_places: bool = False,
 ) -> CLIPVisionModel:
     """
-    Trains a small CLIP on pictures (uint8 [n, 3, 64, 64]) and captions, by contrast; returns its vision tower.
+    Train a small CLIP by contrast, and return its vision tower.
 
     Args:
-        tower: To start from.
-        keep_places: Have each token that a projector would get tell, besides, which of the 16 cells it stands for.
-            Contrast alone makes networks this small forget it, which large ones do not.
+        pixels (`Tensor`): uint8 pictures of shape `(num_scenes, 3, 64, 64)`.
+        scenes (`list[Scene]`): The scenes, which captions are made of.
+        tower (`CLIPVisionModel`, *optional*): Initial vision tower.
+        keep_places (`bool`, defaults to `False`): Also train the tokens that a projector reads to tell their own cell.
+            Contrast alone makes networks this small forget the cell; large ones keep it.
     """
     width = {"hidden_size": 128, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
     config = CLIPConfig(
@@ -171,7 +169,6 @@ def train_clip(
         return outputs.loss + cross_entropy(logits.flatten(0, 1), torch.arange(side**2).repeat(batch_size))
 
     fit("clip", [model, place] if keep_places else [model], loss, steps, 1e-3)
-    # Through a state dict, so that the folder is one of CLIPVisionModel and nothing else.
     tower = CLIPVisionModel(config.vision_config)
     tower.load_state_dict(model.vision_model.state_dict())
     return tower.eval()
@@ -199,8 +196,13 @@ def small_resnet() -> ResNetModel:
 def train_detector(
     pixels: Tensor, labels: Labels, steps: int, batch_size: int = 48
 ) -> tuple[Dinov2Model, dict[str, float]]:
-    """Dense training on pictures (uint8 [n, 3, 96, 96]): what each of the 8 x 8 tokens belongs to, its color, and
-    where its center lies. Returns the network without its heads, and its scores on the last tenth of the pictures."""
+    """
+    Train on pictures, uint8 `(num_scenes, 3, 96, 96)`, to tell for each of the 8 x 8 tokens its shape, its color and
+    the offset to the center of its object.
+
+    Returns:
+        The network without its heads, and its scores on the last tenth of the pictures.
+    """
     side = 8
     model = small_vit()
     heads = nn.Linear(96, len(SHAPE_CLASSES) + len(COLOR_CLASSES) + 2)
@@ -240,8 +242,12 @@ def train_detector(
 def train_reader(
     pixels: Tensor, labels: Labels, steps: int, batch_size: int = 32
 ) -> tuple[ResNetModel, dict[str, float]]:
-    """Dense training on pictures (uint8 [n, 3, 128, 128]): which digit, if any, each of the 16 x 16 tokens belongs to.
-    Returns the network without its head, and its scores on the last tenth of the pictures."""
+    """
+    Train on pictures, uint8 `(num_scenes, 3, 128, 128)`, to tell for each of the 16 x 16 tokens its digit, if any.
+
+    Returns:
+        The network without its head, and its score on the last tenth of the pictures.
+    """
     model = small_resnet()
     head = nn.Linear(96, NO_DIGIT + 1)
     digit = labels_per_token(labels.digit, 16)
@@ -254,7 +260,7 @@ def train_reader(
 
     def loss() -> Tensor:
         rows = torch.randint(count, (batch_size,))
-        # Two cells of sixteen hold a digit: weighed up, or the network is long content with "none".
+        # Two of sixteen cells hold a digit. Without weights the network answers "none" for long
         return cross_entropy(predict(rows).flatten(0, 1), digit[rows].flatten(), weight=weight)
 
     fit("reader", [model, head], loss, steps, 2e-3)
@@ -273,7 +279,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=512,
-        # Slow rotations: most of a head of 32 dimensions must match words whatever lies between them.
+        # Slow rotations, so that most of the 32 dimensions of a head match words at any distance
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=INITIALIZER_RANGE,
         bos_token_id=tokenizer.bos_token_id,
@@ -294,11 +300,12 @@ def train_language_model(
     facts_first: float = 0.25,
 ) -> LlamaForCausalLM:
     """
-    Teaches a language model to complete facts about scenes told in words, then to answer questions and to describe.
+    Train a language model on scenes described in words: first to complete facts, then to answer and to describe.
 
     Args:
-        lesson, facts: The questions with answers, and the facts, about a scene.
-        facts_first: Share of the steps at the beginning that are mostly facts.
+        lesson (`Callable`): Questions and answers about a scene.
+        facts (`Callable`): Facts about a scene.
+        facts_first (`float`, defaults to 0.25): Share of the steps at the beginning that are mostly facts.
     """
     scenes, rng = told.scenes, np.random.default_rng([seed, 1])
     step = 0
@@ -311,7 +318,7 @@ def train_language_model(
         if kind < (0.8 if step < steps * facts_first else 0.1):
             texts = [told.plain(facts(scenes[row], rng)) for row in rows]
         elif kind < 0.85:
-            # The system prompt is always the same and half of a text's length: seen often enough in a quarter.
+            # The system prompt never changes and is half of the text, so a quarter of the steps is enough
             texts = [told.chat(lesson(scenes[row], rng), system_prompt=step % 4 == 0) for row in rows]
         elif kind < 0.95:
             texts = [told.plain(caption(scenes[row])) for row in rows]
@@ -323,60 +330,58 @@ def train_language_model(
     return model.eval()
 
 
-def build_towers(
-    output_dir: str | Path, seed: int = 0, pictures: int = 8000, effort: float = 1.0, workers: int = 2
-) -> dict[str, Any]:
-    """Trains all four networks and writes their folders and `scores.json` to `output_dir`, all or nothing.
+def build_towers(output_dir: str | Path) -> dict[str, Any]:
+    """
+    Train all four networks, and replace the folder `output_dir` when all are finished.
 
     Returns:
-        What `scores.json` holds: the scores of each network, seconds of training, seed, versions of the libraries.
+        The content of `scores.json`.
     """
     start = time.time()
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
         finished = Path(folder) / "towers"
-        # Networks this small gain nothing from a second thread each, but two of them can be trained at a time.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = {name: pool.submit(_build_tower, name, finished / name, seed, pictures, effort) for name in STEPS}
+        # Networks this small gain nothing from a second thread, but two can be trained at a time
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = {name: pool.submit(build_tower, name, finished / name, steps) for name, steps in STEPS.items()}
             scores = {name: job.result() for name, job in jobs.items()}
-        facts = {
+        content = {
             "scores": {name: {key: round(value, 4) for key, value in scores[name].items()} for name in sorted(scores)},
             "seconds": round(time.time() - start),
-            "seed": seed,
+            "seed": SEED,
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
         }
-        (finished / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
+        save_json(content, finished / "scores.json")
         if output_dir.exists():
             shutil.move(output_dir, Path(folder) / "old")
         shutil.move(finished, output_dir)
-    return facts
+    return content
 
 
-def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float) -> dict[str, float]:
-    """Trains and saves one network, in a process of its own and from a seed of its own; returns its scores."""
+def build_tower(name: str, folder: Path, steps: int, pictures: int = 8000) -> dict[str, float]:
+    """Train and save one network, in a process of its own; returns its scores."""
     torch.set_num_threads(1)
-    transformers.set_seed(seed)
+    transformers.set_seed(SEED)
     tokenizer = build_tokenizer()
-    scenes, held_out = _scenes("towers", pictures, seed), _scenes("validation", 1000, seed)
-    steps = round(STEPS[name] * effort)
+    scenes, held_out = _scenes("towers", pictures), _scenes("validation", 1000)
     if name == "language_model":
         language_model = small_llama(tokenizer)
-        train_language_model(language_model, TextScenes(scenes, tokenizer), lesson, facts, steps, seed)
+        train_language_model(language_model, TextScenes(scenes, tokenizer), lesson, facts, steps, SEED)
         language_model.config.initializer_range = PROJECTOR_RANGE
         save_tower(language_model, with_short_template(tokenizer), folder)
         return language_model_scores(language_model, TextScenes(held_out, tokenizer))
     size = {"clip": 64, "detector": 96, "reader": 128}[name]
-    pixels = _pixels("towers", pictures, seed, size)
+    pixels = _pixels("towers", pictures, size)
     if name == "clip":
-        clip = train_clip(pixels, scenes, tokenizer, steps, seed)
-        clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), seed, tower=clip, keep_places=True)
+        clip = train_clip(pixels, scenes, tokenizer, steps, SEED)
+        clip = train_clip(pixels, scenes, tokenizer, max(2, steps // 3), SEED, tower=clip, keep_places=True)
         save_tower(clip, image_processor_of(CLIPImageProcessor, size, CLIP_MEAN, CLIP_STD), folder)
-        features = student_features(clip, _pixels("validation", len(held_out), seed, size))
+        features = student_features(clip, _pixels("validation", len(held_out), size))
         return probe_scores(features, cell_labels(held_out).by_kind(), trained=700)
     if name == "detector":
         model, scores = train_detector(pixels, cell_labels(scenes), steps)
@@ -387,12 +392,12 @@ def _build_tower(name: str, folder: Path, seed: int, pictures: int, effort: floa
     return scores
 
 
-def _scenes(split: str, size: int, seed: int) -> list[Scene]:
-    return [sample_scene(split, i, seed) for i in range(size)]
+def _scenes(split: str, size: int) -> list[Scene]:
+    return [sample_scene(split, i, SEED) for i in range(size)]
 
 
-def _pixels(split: str, count: int, seed: int, size: int) -> Tensor:
-    return resized([scene_image(split, i, seed) for i in range(count)], size)
+def _pixels(split: str, count: int, size: int) -> Tensor:
+    return resized([scene_image(split, i, SEED) for i in range(count)], size)
 
 
 def save_tower(
@@ -403,7 +408,7 @@ def save_tower(
 
 
 def image_processor_of(kind: type, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
-    # Bicubic (3), as the pictures were resized in training.
+    # Bicubic (3), as in training
     square = {"height": size, "width": size}
     options = (
         {"size": {"shortest_edge": size}, "crop_size": square} if kind is CLIPImageProcessor else {"size": square}

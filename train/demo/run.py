@@ -1,4 +1,4 @@
-"""The two-stage demo: a student learns to answer questions about generated scenes, on a laptop's processor."""
+"""The demo: a student learns in two stages to answer questions about generated scenes, on the CPU of a laptop."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from trl import TrlParser
 from hub.card_facts import weights_fingerprint
 from hub.card_write import write_card
 from modeling_movekd import MoveKDForConditionalGeneration
-from modeling_movekd.files import EVALUATION_NAME, save_json
+from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
 from train.build import build_student
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
@@ -31,7 +31,7 @@ NEW_TOKENS = 8  # more than any answer has
 
 
 def parse_recipe(path: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
-    """The arguments a recipe stands for, as `train/sft.py --config` reads them."""
+    """The arguments of a recipe, as `train/sft.py --config` reads them."""
     return TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments)).parse_args_and_config(["--config", path])
 
 
@@ -39,7 +39,7 @@ def parse_recipe(path: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArgume
 def answer_questions(
     model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, batch_size: int = 50
 ) -> list[str]:
-    """Greedy answers of the model to the one question of each row (`image`, `conversations`)."""
+    """Greedy answers to the question of each row (`image`, `conversations`)."""
     answers: list[str] = []
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc="answers", leave=False):
@@ -73,7 +73,7 @@ def question(turns: Sequence[dict[str, str]]) -> str:
 
 
 def accuracy_by_family(answers: Sequence[str], rows: Dataset, families: Sequence[str] = FAMILIES) -> dict[str, float]:
-    """Share of exactly right answers for each family of questions."""
+    """Share of exact answers in each family of questions."""
     right: dict[str, list[bool]] = {family: [] for family in families}
     for answer, turns, family in zip(answers, rows["conversations"], rows["family"], strict=True):
         right[family].append(answer == turns[1]["value"])
@@ -81,8 +81,8 @@ def accuracy_by_family(answers: Sequence[str], rows: Dataset, families: Sequence
 
 
 def evaluation(accuracies: dict[str, float], rows: Dataset, folder: Path) -> dict[str, Any]:
-    """The accuracies as the model card of the checkpoint in `folder` takes them."""
-    told = {
+    """The accuracies in the form of a checkpoint's evaluation file, for its model card."""
+    common = {
         "task": "image-text-to-text",
         "dataset": "generated-scenes",
         "split": "test",
@@ -91,13 +91,13 @@ def evaluation(accuracies: dict[str, float], rows: Dataset, folder: Path) -> dic
     }
     counts = {family: rows["family"].count(family) for family in accuracies}
     results = [
-        told | {"subset": family, "value": value, "rows": counts[family]} for family, value in accuracies.items()
+        common | {"subset": family, "value": value, "rows": counts[family]} for family, value in accuracies.items()
     ]
     return {"weights": weights_fingerprint(folder), "results": results}
 
 
 def draw_answers(path: Path, rows: Dataset, answers: Sequence[str], columns: int = 5, count: int = 15) -> None:
-    """A grid of pictures, each with its question, the model's answer and the truth."""
+    """A grid of pictures with question, answer and truth."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * columns, 3.9 * count // columns), layout="constrained")
@@ -114,7 +114,7 @@ def draw_answers(path: Path, rows: Dataset, answers: Sequence[str], columns: int
 
 
 def draw_losses(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
-    """Text loss, distillation loss of each teacher and balance loss over the steps, a column for each stage."""
+    """The losses over the steps, a column for each stage."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(histories), 8), layout="constrained")
@@ -132,24 +132,23 @@ def draw_losses(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename."""
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=80)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=80)
 
 
 def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
     """
-    Both stages, then questions about pictures the model has never seen.
+    Train both stages, then ask the student about unseen pictures.
 
     Args:
-        rebuild_towers: Train the small CLIP, the teachers and the language model anew instead of using those shipped.
+        rebuild_towers (`bool`, defaults to `False`): Train the student's CLIP, the teachers and the language model
+            anew, instead of using those in `train/demo/weights`.
 
     Returns:
-        Accuracy by family of the trained and the untrained student, and of the best constant answer (chance).
+        Accuracy by family of the trained and the untrained student, and of the best constant answer (`chance`).
     """
     if not all(Path(recipe).is_file() for recipe in RECIPES):
-        raise ValueError(f"The demo runs in the folder of the clone; {RECIPES[0]} is not in {Path.cwd()}.")
+        raise ValueError(f"{RECIPES[0]} is not in {Path.cwd()}. Run the demo in the root folder of the clone.")
     started, state = time.perf_counter(), PartialState()
     if rebuild_towers:
         from train.demo.networks import build_towers
@@ -198,7 +197,7 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown table of accuracies in percent, a row for each family."""
+    """Accuracies in percent as a Markdown table, a row for each family."""
     lines = ["| family | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     lines += [
         f"| {family} | " + " | ".join(f"{100 * column[family]:.1f}" for column in results.values()) + " |"

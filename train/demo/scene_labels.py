@@ -1,4 +1,4 @@
-"""Scenes as tensors: pixels, labels of every cell, and how well a linear classifier finds the labels in features."""
+"""Scenes as tensors: pixels, labels of each cell, and linear probes of these labels in features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,15 @@ NO_DIGIT = 10
 
 @dataclass
 class Labels:
-    """The truth of `n` scenes, cell by cell, row-major: `shape`, `color`, `digit` are [n, 16] long (classes of
-    `SHAPE_CLASSES`, `COLOR_CLASSES`, and 0-9 or `NO_DIGIT`), `center` is [n, 16, 2] float, x and y in pixels of the
-    128-pixel picture."""
+    """
+    The labels of scenes, cell by cell in row-major order.
+
+    Attributes:
+        shape: Classes of `SHAPE_CLASSES`, int64 `(num_scenes, 16)`.
+        color: Classes of `COLOR_CLASSES`, int64 `(num_scenes, 16)`.
+        digit: 0 to 9, or `NO_DIGIT`, int64 `(num_scenes, 16)`.
+        center: x and y in pixels of the picture, float32 `(num_scenes, 16, 2)`.
+    """
 
     shape: Tensor
     color: Tensor
@@ -32,7 +38,7 @@ class Labels:
     center: Tensor
 
     def by_kind(self) -> dict[str, Tensor]:
-        """Shape and color of objects and the digits, each [n, 16], -1 in cells that have none."""
+        """Labels of objects and digits by kind, as in `scores.json`, `(num_scenes, 16)`; -1 in cells without."""
         thing = self.color > 0
         return {
             "shape": self.shape.where(thing, -1),
@@ -42,7 +48,6 @@ class Labels:
 
 
 def cell_labels(scenes: list[Scene]) -> Labels:
-    """Dense labels of a list of scenes."""
     shape, color = np.zeros((len(scenes), CELLS), dtype=np.int64), np.zeros((len(scenes), CELLS), dtype=np.int64)
     digit, center = np.full((len(scenes), CELLS), NO_DIGIT), np.zeros((len(scenes), CELLS, 2), dtype=np.float32)
     for i, scene in enumerate(scenes):
@@ -58,18 +63,18 @@ def cell_labels(scenes: list[Scene]) -> Labels:
 
 
 def resized(pictures: list[Image.Image], size: int) -> Tensor:
-    """Pictures as one uint8 tensor [n, 3, size, size], resized bicubically as every processor here does."""
+    """Pictures as uint8 `(num_pictures, 3, size, size)`, resized bicubically like all image processors of the demo."""
     arrays = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [n, 3, S, S] to float32 pixel values of the same shape."""
+    """uint8 pictures to float32 pixel values of the same shape."""
     return (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def labels_per_token(labels: Tensor, side: int) -> Tensor:
-    """Labels per cell [n, 16, ...] repeated for every token of a side x side grid: [n, side * side, ...]."""
+    """Repeat labels of cells, `(num_scenes, 16, ...)`, for the tokens of a grid: `(num_scenes, side * side, ...)`."""
     factor = side // GRID
     grid = labels.unflatten(1, (GRID, GRID))
     return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).flatten(1, 2)
@@ -80,7 +85,7 @@ def accuracy_where(logits: Tensor, target: Tensor, keep: Tensor) -> float:
 
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Accuracy of multinomial logistic regression (L-BFGS, a light penalty) on standardized features."""
+    """Test accuracy of multinomial logistic regression on standardized features."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     classifier = nn.Linear(x.shape[1], int(y.max()) + 1)
@@ -99,12 +104,13 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
 
 
 def probe_scores(features: Tensor, truth: Mapping[str, Tensor], trained: int) -> dict[str, float]:
-    """How well a linear classifier finds each kind of label of a cell in the student's token of that cell.
+    """
+    Accuracy of a linear classifier for each kind of label, on the token of the label's cell.
 
     Args:
-        features: [n, 16, d] tokens of `n` scenes.
-        truth: by kind [n, 16], as [`Labels.by_kind`] gives it; -1 where there is nothing.
-        trained: the first `trained` scenes fit the classifier, the others measure it.
+        features (`Tensor`): Tokens of shape `(num_scenes, 16, width)`.
+        truth (`Mapping[str, Tensor]`): By kind, labels of shape `(num_scenes, 16)`; -1 in cells without.
+        trained (`int`): Number of scenes that train the classifier. The others measure it.
     """
     scores = {}
     for kind, target in truth.items():
@@ -120,6 +126,6 @@ def probe_scores(features: Tensor, truth: Mapping[str, Tensor], trained: int) ->
 
 @torch.no_grad()
 def student_features(tower: CLIPVisionModel, pixels: Tensor, layer: int = -2) -> Tensor:
-    """Tokens [n, 16, d] of uint8 pictures [n, 3, 64, 64] as a projector gets them: `hidden_states[-2]`, no CLS."""
+    """The tokens that a projector reads of uint8 pictures: a hidden state without CLS, `(num_pictures, 16, width)`."""
     outputs = tower(pixel_values=normalized(pixels, CLIP_MEAN, CLIP_STD), output_hidden_states=True)
     return outputs.hidden_states[layer][:, 1:]

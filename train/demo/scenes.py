@@ -1,14 +1,15 @@
-"""A generated world of colored shapes and a two-digit number: the data of the demo and of the replication.
+"""
+Generated scenes of colored shapes and a two-digit number: the data of the demo and of the replication.
 
-A scene is a 128-pixel picture on a 4 x 4 grid of cells: one to five objects, each of one color and one shape and
-no two alike, and a two-digit number written in two neighbouring cells, on a noisy light or dark ground. Questions
-come in five families, after the benchmarks a vision-language model is measured on. Captions place everything but
-never say which number is written, so that reading has to be learnt from a teacher or from the questions.
+A scene is a 128-pixel picture on a grid of 4 x 4 cells: one to five objects, each of one color and one shape and no
+two alike, and a two-digit number in two neighboring cells, on a noisy light or dark ground. There are five families of
+questions, after the usual benchmarks of vision-language models. Captions name everything except the digits, so that
+a student learns to read from a teacher or from the questions.
 
     scenes("pretrain", 4000)                    # LLaVA rows, one caption per image
     scenes("finetune", 4000)                    # LLaVA rows, five questions per image in one conversation
     scenes("test", 500)                         # one question per image, the families in turn
-    chance_levels("test")                       # what the best constant answer scores in each family
+    chance_levels("test")                       # accuracy of the best constant answer in each family
 """
 
 import io
@@ -47,7 +48,7 @@ FAMILIES = ("attribute", "relation", "presence", "count", "read")
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 CAPTION_REQUEST = "What is in the image?"
 
-# A hash of what a scene shows, modulo 8, decides which split it may appear in: no scene is ever in two.
+# A hash of the content of a scene, modulo 8, decides its split, so that no scene is in two splits
 SPLITS = {"towers": (0, 1, 2, 3), "pretrain": (4,), "finetune": (5,), "validation": (6,), "test": (7,)}
 
 _FEATURES = Features(
@@ -79,8 +80,10 @@ _FEATURES = Features(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its cell, counted from 0 at the top left, its center and radius in pixels of the picture. In this
-    world all are solid; a harder one may paint `striped`, `barred` and `hollow` ones."""
+    """
+    An object. Row and column count from 0 at the top left; x, y (its center) and radius are pixels of the picture.
+    Here all objects are solid; the replication also has `striped`, `barred` and `hollow` ones.
+    """
 
     color: str
     shape: str
@@ -98,7 +101,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth of one picture. `number_column` is the column of the tens; the units stand in the next one."""
+    """The content of a picture. `number_column` is the column of the tens; the units are in the next column."""
 
     objects: tuple[SceneObject, ...]
     number: str
@@ -108,7 +111,7 @@ class Scene:
 
     @property
     def content(self) -> str:
-        """What the scene shows, without jitter: equal for two scenes that no question can tell apart."""
+        """The content without jitter, equal for scenes that no question tells apart."""
         painted = ((item, "" if item.pattern == SOLID else f" {item.pattern}") for item in self.objects)
         objects = sorted(f"{item.name} {item.row} {item.column}{pattern}" for item, pattern in painted)
         return "; ".join([*objects, f"{self.number} {self.number_row} {self.number_column}"])
@@ -116,7 +119,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer; `kind` names the wording, of which a family may have several."""
+    """A question with its answer. `kind` is the wording; a family may have several."""
 
     family: str
     kind: str
@@ -125,11 +128,7 @@ class Question:
 
 
 def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split, always the same for the same three arguments.
-
-    Raises:
-        ValueError: if `split` is not one of `SPLITS`.
-    """
+    """Scene number `index` of a split, a function of the arguments alone."""
     rng = _generator(split, index, seed, "scene")
     while True:
         scene = draw_scene(rng)
@@ -138,7 +137,7 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
-    """Paints a scene as an RGB picture of 128 x 128 pixels; ground, noise, shades and typeface come from `rng`."""
+    """Paint a scene as an RGB picture of 128 x 128 pixels; `rng` draws ground, noise, shades and typeface."""
     light = bool(rng.integers(2))
     ground = rng.integers(185, 240) if light else rng.integers(15, 70)
     background = tuple(int(ground + v) for v in rng.integers(-12, 13, 3))
@@ -153,35 +152,33 @@ def render(scene: Scene, rng: np.random.Generator) -> PILImage.Image:
     ink = int(rng.integers(0, 50) if light else rng.integers(205, 256))
     for digit, (x, y) in zip(scene.number, scene.digit_centers, strict=True):
         draw.text((2 * x, 2 * y), digit, fill=(ink, ink, ink), font=font, anchor="mm")
-    # Painted at twice the size and halved, for smooth edges.
+    # Halved for smooth edges
     pixels = np.asarray(canvas.reduce(2), dtype=np.int16)
     noise = rng.integers(-20, 21, pixels.shape, dtype=np.int16)
     return PILImage.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
 def scene_image(split: str, index: int, seed: int = 0) -> PILImage.Image:
-    """The picture of scene number `index` of a split, always the same for the same three arguments."""
+    """The picture of [`sample_scene`] with the same arguments."""
     return render(sample_scene(split, index, seed), _generator(split, index, seed, "image"))
 
 
 def caption(scene: Scene) -> str:
-    """Names and places everything in a scene except the digits: "a red circle at B two, ... and a number at C one"."""
+    """Everything in a scene except the digits: "a red circle at B two, ... and a number at C one"."""
     objects = sorted(scene.objects, key=lambda item: (item.row, item.column))
     parts = [f"a {item.name} at {COLUMNS[item.column]} {ROWS[item.row]}" for item in objects]
     return f"{', '.join(parts)} and a number at {COLUMNS[scene.number_column]} {ROWS[scene.number_row]}"
 
 
 def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
-    """A random question of one family about a scene, with its answer.
+    """
+    A random question of a family about a scene, with its answer.
 
     - attribute: the color of a shape, or the shape of a color, that occurs once;
     - relation: left or right, above or below, between two objects or an object and the number;
-    - presence: whether a color and shape occur together; half yes, most others share color or shape with an object;
+    - presence: whether a color and a shape occur together, see [`ask_presence`];
     - count: the number of objects, one to five;
     - read: the two-digit number.
-
-    Raises:
-        ValueError: if `family` is not one of `FAMILIES`.
     """
     if family == "attribute":
         return _pick(_attributes(scene), rng)
@@ -193,42 +190,37 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question:
         return Question("count", "count", "How many objects are there?", COUNTS[len(scene.objects) - 1])
     if family == "read":
         return Question("read", "read", "Which number is written?", scene.number)
-    raise ValueError(f"unknown question family {family!r}; choose one of {', '.join(FAMILIES)}")
+    raise ValueError(f"Unknown question family {family!r}. Choose one of {', '.join(FAMILIES)}.")
 
 
 def scenes(split: str, size: int, seed: int = 0, questions: int | None = None) -> Dataset:
-    """`size` pictures of a split as LLaVA rows.
+    """
+    Pictures of a split as LLaVA rows.
 
     Args:
-        split: one of `SPLITS`; a split never shares a scene with another one, whatever the seeds.
-        size: number of pictures, one row each.
-        seed: another seed gives other pictures.
-        questions: turns of each conversation. 0 asks for a caption; 1 asks one question, the families in turn, so that
-            row `i` belongs to `FAMILIES[i % 5]`; up to 5 ask that many different families in random order. By default
-            0 for `pretrain`, 1 for `validation` and `test`, 5 otherwise.
+        split (`str`): One of `SPLITS`. Splits share no scene, whatever the seeds.
+        size (`int`): Number of pictures, one row each.
+        seed (`int`, defaults to 0): Another seed gives other pictures.
+        questions (`int`, *optional*): Questions of each conversation. 0 is a caption; 1 is one question, of the family
+            `FAMILIES[i % 5]` in row `i`; more are different families in random order. By default 0 for `pretrain`, 1
+            for `validation` and `test`, else 5.
 
     Returns:
-        A dataset with the columns `image` (PIL, RGB, 128 x 128), `conversations` (LLaVA turns, `from` and `value`),
-        `family` (the family of a single question, else `caption` or `several`) and `scene` (the truth: the fields of
-        `Scene`).
-
-    Raises:
-        ValueError: if `split` is unknown, `size` is not positive or `questions` is not between 0 and 5.
+        A dataset with the columns `image` (RGB, 128 x 128), `conversations` (LLaVA turns), `family` (of a single
+        question, else `caption` or `several`) and `scene` (the fields of [`Scene`]).
     """
     if size < 1:
-        raise ValueError(f"size is {size}; a data set needs at least 1 picture")
+        raise ValueError(f"size is {size}. A data set needs at least 1 picture.")
     if questions is None:
         questions = {"pretrain": 0, "validation": 1, "test": 1}.get(split, len(FAMILIES))
     if not 0 <= questions <= len(FAMILIES):
-        raise ValueError(f"questions is {questions}; choose 0 (captions) to {len(FAMILIES)} (one of each family)")
+        raise ValueError(f"questions is {questions}. Choose 0 (captions) to {len(FAMILIES)} (one of each family).")
     rows = [_row(split, index, seed, questions) for index in range(size)]
     return Dataset.from_list(rows, features=_FEATURES)
 
 
 def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[str, float]:
-    """What a model without eyes can reach: the share (0 to 1) of each family's questions that the best constant answer
-    gets right, over `size` scenes of a split.
-    """
+    """By family, the accuracy (0 to 1) of the best constant answer over `size` scenes of a split."""
     asked = []
     for index in range(size):
         scene, rng = sample_scene(split, index, seed), _generator(split, index, seed, "questions")
@@ -237,10 +229,10 @@ def chance_levels(split: str = "test", size: int = 4000, seed: int = 0) -> dict[
 
 
 def best_constant(questions: Iterable[Question]) -> dict[str, float]:
-    """By family, the share (0 to 1) of the questions that the best constant answer gets right.
+    """
+    By family, the share (0 to 1) of the questions that the best constant answer gets right.
 
-    A wording counts as a question of its own, so that "what shape" is not answered with a color; that makes the bar
-    higher than the best answer for the family as a whole.
+    Each wording has its own best answer, so that "what shape" is not answered with a color. This makes the bar higher.
     """
     answers: dict[str, dict[str, Counter[str]]] = {}
     for question in questions:
@@ -266,13 +258,13 @@ def draw_questions(
     questions: int,
     rng: np.random.Generator,
 ) -> list[Question]:
-    """One question of the family whose turn it is at `index`, or `questions` of different families in random order."""
+    """No question, one of the family number `index` in turn, or `questions` of different families in random order."""
     chosen = rng.permutation(len(families))[:questions] if questions > 1 else [index % len(families)]
     return [ask(scene, families[i], rng) for i in chosen] if questions else []
 
 
 def llava_row(scene: Scene, picture: PILImage.Image, asked: Sequence[Question]) -> dict[str, Any]:
-    """A row of LLaVA's form about a picture: its questions, or a caption where there are none."""
+    """A LLaVA row about a picture: its questions, or a caption without questions."""
     buffer = io.BytesIO()
     picture.save(buffer, format="BMP")  # noise does not compress
     turns = [(question.text, question.answer) for question in asked] or [(CAPTION_REQUEST, caption(scene))]
@@ -290,7 +282,7 @@ def llava_row(scene: Scene, picture: PILImage.Image, asked: Sequence[Question]) 
 
 def _generator(split: str, index: int, seed: int, purpose: str) -> np.random.Generator:
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise ValueError(f"Unknown split {split!r}. Choose one of {', '.join(SPLITS)}.")
     return np.random.default_rng([seed, index, zlib.crc32(f"{split}/{purpose}".encode())])
 
 
@@ -333,7 +325,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: i
 
 
 def _draw_pattern(draw: ImageDraw.ImageDraw, item: SceneObject, background: tuple[int, ...]) -> None:
-    """Takes away what the pattern leaves open: bands of 4 pixels, 4 apart, or the middle."""
+    """Paint over the gaps of the pattern: bands of 4 pixels, 4 apart, or the middle."""
     x, y, radius = 2 * item.x, 2 * item.y, 2 * item.radius
     if item.pattern == "hollow":
         _draw_shape(draw, item.shape, x, y, radius // 2, background)
@@ -347,14 +339,14 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, item: SceneObject, background: tupl
 
 @lru_cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    # matplotlib brings these files along; a bare system may have no font at all.
+    # matplotlib ships these fonts; a bare system may have none
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _pick(questions: list[Question], rng: np.random.Generator) -> Question:
-    """A random question: first the kind, then one of that kind, so that no wording crowds out another."""
+    """A random question. The kind is drawn first, so that each wording is equally likely."""
     kinds = sorted({question.kind for question in questions})
     kind = kinds[rng.integers(len(kinds))]
     choices = [question for question in questions if question.kind == kind]
@@ -374,7 +366,7 @@ def _attributes(scene: Scene) -> list[Question]:
 
 
 def _relations(scene: Scene) -> list[Question]:
-    # The number covers two cells of one row, so an object is beside it or in another row: there is always a question.
+    # There is always a question: the number covers two cells of a row, so an object is beside it or in another row
     places = [(item.name, item.row, item.column, item.column) for item in scene.objects]
     places.append(("number", scene.number_row, scene.number_column, scene.number_column + 1))
     questions = []
@@ -392,11 +384,13 @@ def _relations(scene: Scene) -> list[Question]:
 
 
 def ask_presence(present: set[tuple[str, str]], adjectives: Iterable[str], rng: np.random.Generator) -> Question:
-    """Whether an adjective and a shape occur together: half yes, most others share one of them with a pair that does.
+    """
+    Whether an adjective and a shape occur together. Half of the answers are yes; most absent pairs share the adjective
+    or the shape with a present one.
 
     Args:
-        present: the pairs that occur.
-        adjectives: all there are; each goes with each shape.
+        present (`set`): The pairs that occur.
+        adjectives (`Iterable[str]`): All adjectives; each goes with each shape.
     """
     if rng.integers(2):
         adjective, shape = sorted(present)[rng.integers(len(present))]

@@ -1,7 +1,8 @@
-"""Scenes told in words: what the demo's language model learns from before it is shown any picture.
+"""
+Scenes described in words, from which the demo's language model learns before it sees any picture.
 
-In place of the image it is given, for each of the 16 cells, the sum of the embeddings of the words that describe the
-cell. The conversation around it has the `vicuna_v1` form, or the `plain` form for captions.
+In place of the image it gets, for each of the 16 cells, the sum of the embeddings of the words that describe the
+cell. The text around it has the form of `vicuna_v1`, or of `plain` for captions.
 """
 
 import copy
@@ -36,11 +37,11 @@ CELLS = GRID * GRID
 
 
 def build_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the world's words, the chat prompt's and the punctuation; digits one by one. Words of
-    another world come behind these.
+    """
+    A word-level tokenizer of the words of the scenes, the chat prompt and `more_words`; digits are single tokens.
 
-    Made of the parts Llama's is made of (a leading "▁" marks a space), so that text survives a round trip and an image
-    placeholder between spaces is handled as there. It has no token for the image: whoever adds images adds it.
+    It is built like Llama's (a leading "▁" marks a space), so that text survives a round trip and an image placeholder
+    between spaces is handled alike. It has no image token yet.
     """
     words = (
         f"{SYSTEM_PROMPT} USER: ASSISTANT: {CAPTION_REQUEST} What colour is the shape object? Is there a left or "
@@ -79,11 +80,8 @@ def build_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
 
 def with_short_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """
-    A copy of the tokenizer with the template that the language model has learnt from: `vicuna_v1` without the system
-    prompt, which is half of a text here, and without a new line after the image.
-
-    Raises:
-        ValueError: if `vicuna_v1` has neither to leave out.
+    A copy of the tokenizer with a shortened `vicuna_v1` template: without the system prompt, which is half of a text
+    here, and without the new line after the image.
     """
     probe = copy.deepcopy(tokenizer)
     add_image_token(probe)
@@ -98,7 +96,7 @@ def with_short_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
 
 
 class TextScenes:
-    """Scenes told in words, as a language model's input: 16 vectors, one per cell, in place of the image tokens."""
+    """Scenes as the input of a language model: 16 vectors, one per cell, in place of the image tokens."""
 
     def __init__(
         self,
@@ -111,11 +109,11 @@ class TextScenes:
         ids = [[tokenizer.convert_tokens_to_ids(cell) for cell in cells] for cells in words]
         longest = max(len(cell) for cells in ids for cell in cells)
         self.words = torch.tensor([[cell + [-1] * (longest - len(cell)) for cell in cells] for cells in ids])
-        # The few strings a conversation is made of are cut into tokens once.
+        # Conversations consist of few strings, so their ids are kept
         self._pieces: dict[str, list[int]] = {}
 
     def chat(self, turns: list[tuple[str, str]], system_prompt: bool = True) -> tuple[list[int], list[int], list[int]]:
-        """Ids before the image and ids and labels after it, in the `vicuna_v1` form."""
+        """Ids before the image, ids after it, and labels after it, in the form of `vicuna_v1`."""
         after: list[int] = []
         labels: list[int] = []
         for i, (question, answer) in enumerate(turns):
@@ -126,7 +124,7 @@ class TextScenes:
         return [self.tokenizer.bos_token_id, *self._ids(before)], after, labels
 
     def plain(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """The same for the `plain` form: nothing but the image and a caption."""
+        """The same in the form of `plain`: the image and a caption."""
         after = self._ids(f"{text}\n")
         return [self.tokenizer.bos_token_id], after, after
 
@@ -137,9 +135,11 @@ class TextScenes:
         texts: list[tuple[list[int], list[int], list[int]]],
         noise: float,
     ) -> dict[str, Tensor]:
-        """Inputs of a language model, padded on the right, for texts that all begin alike.
+        """
+        Inputs of a language model, padded on the right. All texts must begin alike.
 
-        `noise` is the standard deviation of what is added to the image's vectors, relative to their root mean square.
+        Args:
+            noise (`float`): Standard deviation of the noise on the vectors, relative to their root mean square.
         """
         words = self.words[rows]
         image = (embedding(words.clamp(min=0)) * (words >= 0).unsqueeze(-1)).sum(2)
@@ -160,9 +160,10 @@ class TextScenes:
 
 
 def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """The questions of one conversation to learn from, in random order, with their answers.
+    """
+    The questions of one training conversation with their answers, in random order.
 
-    One of each family, a second one of the three hard families, and three easier ones that a test never asks, as steps
+    There is one question of each family, a second one of the three hard families, and three easier ones as steps
     towards them: where an object is, whether a color occurs, whether a shape occurs.
     """
     questions = [ask(scene, family, rng) for family in (*FAMILIES, "attribute", "relation", "presence")]
@@ -180,10 +181,11 @@ def lesson(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def facts(scene: Scene, rng: np.random.Generator, count: int = 10) -> str:
-    """Color, shape and place of objects picked at random, each in random order: "circle red B two, B two circle red".
+    """
+    Color, shape and place of random objects, each in random order: "circle red B two, B two circle red".
 
-    In such a text any word may have to be completed from the cell it points to. That is the skill every question rests
-    on, and questions alone, with one answer each, take several times as long to teach it.
+    Any word of such a text may have to be completed from its cell, which is the skill that all questions need.
+    Questions alone, with one answer each, take several times as long to teach it.
     """
     told = []
     for i in rng.integers(len(scene.objects), size=count):
@@ -201,7 +203,7 @@ def language_model_scores(
     ask: Callable[[Scene, str, np.random.Generator], Question] = ask,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Share of each family's questions, one a scene, that a language model answers word for word by greedy search."""
+    """Share of the questions of each family, one per scene, that a language model answers exactly by greedy search."""
     rng, scores = np.random.default_rng([seed, 2]), {}
     rows = list(range(len(told.scenes)))
     for family in families:
@@ -215,7 +217,7 @@ def language_model_scores(
 
 
 def _cell_words(scene: Scene, object_words: Callable[[SceneObject], Sequence[str]]) -> list[list[str]]:
-    """The tokens that describe each of the 16 cells: what is there, its column and its row."""
+    """The tokens that describe each of the 16 cells: its content, its column and its row."""
     words: list[list[str]] = [[] for _ in range(CELLS)]
     for item in scene.objects:
         words[item.row * GRID + item.column] += [f"▁{word}" for word in object_words(item)]

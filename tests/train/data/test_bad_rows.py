@@ -70,7 +70,7 @@ def test_one_process_writes_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / BAD_ROWS_NAME).exists(), "of another run"
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"max_share": 1.5}, "got 1.5"), ({"max_rows": -1}, "got -1")])
+@pytest.mark.parametrize(("settings", "message"), [({"max_share": 1.5}, "is 1.5"), ({"max_rows": -1}, "is -1")])
 def test_limits_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BadRows(**settings)

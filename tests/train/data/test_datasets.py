@@ -127,7 +127,7 @@ def test_a_share_of_bad_rows_stops() -> None:
         load_conversations(rows)
     with pytest.raises(ValueError, match="No row is left of 1"):
         load_conversations([{"conversations": []}], max_bad_row_share=1)
-    with pytest.raises(ValueError, match="between 0 and 1, got 5"):
+    with pytest.raises(ValueError, match="is 5. Set it to a share between 0 and 1"):
         load_conversations(rows, max_bad_row_share=5)
 
 

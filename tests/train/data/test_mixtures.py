@@ -63,7 +63,7 @@ def test_weights(three: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [((1, None), r"\[1, None\]: give every data set"), ((1, 0), r"\[1, 0\]"), ((1, -2), r"\[1, -2\]")],
+    [((1, None), r"\[1, None\]. Give every data set"), ((1, 0), r"\[1, 0\]"), ((1, -2), r"\[1, -2\]")],
 )
 def test_weights_that_are_none(three: list[str], weights: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -187,7 +187,7 @@ def test_a_test_split_is_loaded_for_evaluation_alone(tmp_path: Path) -> None:
 
 
 def test_shares_that_cannot_be_split(tmp_path: Path, three: list[str]) -> None:
-    with pytest.raises(ValueError, match="validation_share 0.1 holds rows back, but eval_strategy is 'no'"):
+    with pytest.raises(ValueError, match="validation_share is 0.1, but eval_strategy is 'no'"):
         load(three, validation_share=0.1)
     with pytest.raises(ValueError, match="share from 0 up to 1, got 1"):
         load(three, validation_share=1.0)

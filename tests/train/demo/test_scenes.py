@@ -162,7 +162,7 @@ def test_chance_levels_are_what_the_best_constant_answer_reaches():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "train", "size": 1}, "unknown split 'train'; choose one of towers, pretrain"),
+        ({"split": "train", "size": 1}, "Unknown split 'train'. Choose one of towers, pretrain"),
         ({"split": "test", "size": 0}, "size is 0"),
         ({"split": "test", "size": 1, "questions": 6}, "questions is 6"),
     ],
@@ -173,7 +173,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(ValueError, match="unknown question family 'color'"):
+    with pytest.raises(ValueError, match="Unknown question family 'color'"):
         world.ask(sample_scene("test", 0), "color", np.random.default_rng(0))
 
 
