@@ -107,8 +107,8 @@ def convert(
         "revision": folder.name if folder.parent.name == "snapshots" else revision,
     }
     set_seed(seed)
-    facts = write_checkpoint(read, config, processor, origin, Path(dest), max_shard_size)
-    print(summary(dest, facts))
+    record = write_checkpoint(read, config, processor, origin, Path(dest), max_shard_size)
+    print(summary(dest, record))
     return Path(dest)
 
 
@@ -146,7 +146,7 @@ def write_checkpoint(
     config.architectures = [type(model).__name__]
     config.auto_map = dict(type(model)._auto_map)
     generation_config, dropped_generation = load_generation_config(source, config)
-    facts = origin | {
+    record = origin | {
         "vision_model": source.vision_model,
         "language_model": source.language_model,
         "pads_images": source.pads,
@@ -169,27 +169,27 @@ def write_checkpoint(
         processor.save_pretrained(temporary)
         if (vocabulary := source.tokenizer / "tokenizer.model").is_file():
             shutil.copyfile(vocabulary, temporary / vocabulary.name)
-        save_json(facts, temporary / CONVERSION_NAME)
+        save_json(record, temporary / CONVERSION_NAME)
         custom_object_save(model, temporary)
         config.save_pretrained(temporary)  # last: without it nothing loads the folder
-    return facts
+    return record
 
 
-def summary(dest: str | Path, facts: Mapping[str, Any]) -> str:
+def summary(dest: str | Path, record: Mapping[str, Any]) -> str:
     """What was converted, dropped and initialized."""
     lines = [f"Wrote {dest}. Its {CONVERSION_NAME} repeats what follows."]
     reasons: dict[str, list[str]] = {}
-    for key, reason in facts["dropped_weights"].items():
+    for key, reason in record["dropped_weights"].items():
         reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
         lines.append(f"Dropped {len(keys)} weights, {reason}: {keys[0]} ...")
-    if not facts["pads_images"]:
+    if not record["pads_images"]:
         lines.append("Images are center-cropped, as in training. `--image-aspect-ratio pad` pads them instead.")
-    if facts["new_weights"]:
-        lines.append(f"Initialized {len(facts['new_weights'])} new weights: {facts['new_weights'][0]} ...")
+    if record["new_weights"]:
+        lines.append(f"Initialized {len(record['new_weights'])} new weights: {record['new_weights'][0]} ...")
     for name in ("dropped_config", "dropped_generation_config"):
-        if facts[name]:
-            lines.append(f"Fields of the configuration that are not used: {facts[name]}")
+        if record[name]:
+            lines.append(f"Fields of the configuration that are not used: {record[name]}")
     return "\n".join(lines)
 
 

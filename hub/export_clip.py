@@ -22,7 +22,7 @@ from transformers import BaseImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
-from modeling_movekd import MoveKDVisionModel
+from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.files import save_json
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -45,10 +45,10 @@ OPENAI_NAMES = {
 TIMM_SIZES = {768: "base", 1024: "large", 1280: "huge"}
 
 
-def refuse_experts(tower: MoveKDVisionModel, form: str) -> None:
-    if tower.config.num_experts > 0:
+def refuse_experts(config: MoveKDVisionConfig, form: str) -> None:
+    if config.num_experts > 0:
         raise ValueError(
-            f"The tower has {tower.config.num_experts} experts per layer, which cannot be merged exactly into plain "
+            f"The tower has {config.num_experts} experts per layer, which cannot be merged exactly into plain "
             f"MLPs. Approximate them with `--form merged`, and export the result with `--form {form}`."
         )
 
@@ -71,7 +71,7 @@ def plain_clip_state_dict(tower: MoveKDVisionModel) -> dict[str, torch.Tensor]:
 
 def plain_clip(tower: MoveKDVisionModel) -> CLIPVisionModel:
     """The stock model with the tower's weights, which are shared."""
-    refuse_experts(tower, "clip")
+    refuse_experts(tower.config, "clip")
     with init.no_init_weights():
         clip = CLIPVisionModel._from_config(plain_clip_config(tower), dtype=tower.dtype)
     load_strictly(clip, plain_clip_state_dict(tower), may_lack=lambda key: False, assign=True)

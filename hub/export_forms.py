@@ -82,7 +82,7 @@ def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> floa
 def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGeneration:
     """transformers' own LLaVA with the weights of ours, which are shared. The two must give the same outputs."""
     config = model.config
-    refuse_experts(model.model.vision_tower, "llava")
+    refuse_experts(config.vision_config, "llava")
     if config.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
         raise ValueError(
             f"The stock LLaVA ties its head to `embed_tokens`, which {type(model.model.language_model).__name__} has "
@@ -123,13 +123,13 @@ def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditiona
     input_ids = torch.arange(min(4, model.config.text_config.vocab_size))[None]
     pairs = {
         "image features": [
-            torch.cat(list(it.get_image_features(pixels, **sizes).pooler_output)) for it in (model, stock)
+            torch.cat(list(one.get_image_features(pixels, **sizes).pooler_output)) for one in (model, stock)
         ],
-        "logits": [it(input_ids=input_ids, use_cache=False).logits for it in (model, stock)],
+        "logits": [one(input_ids=input_ids, use_cache=False).logits for one in (model, stock)],
     }
-    for name, (ours, theirs) in pairs.items():
-        difference = (ours - theirs).abs().max()
-        if not difference <= 16 * torch.finfo(ours.dtype).eps * ours.abs().max():
+    for name, (expected, found) in pairs.items():
+        difference = (found - expected).abs().max()
+        if not difference <= 16 * torch.finfo(expected.dtype).eps * expected.abs().max():
             raise ValueError(
                 f"The stock {type(stock).__name__} gives other {name} than the model (they differ by up to "
                 f"{float(difference):.3g}), as it builds this language model otherwise. Choose another form than "
@@ -164,10 +164,7 @@ def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: li
     measured = "Give `--images` to measure the change."
     if difference is not None:
         measured = f"On {len(images)} images the features change by {difference:.2%}."
-    return [
-        *describe(tower),
-        f"The model was trained to route each token to one expert, so its outputs change. {measured}",
-    ]
+    return [*describe(tower), f"The model was trained with one expert per token, so its outputs change. {measured}"]
 
 
 def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
@@ -180,7 +177,8 @@ def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object
 
 
 def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
-    refuse_experts_of(folder, "llava")
+    config = read_config(folder)
+    refuse_experts(getattr(config, "vision_config", config), "llava")  # before any weights are read
     stock = stock_llava(load_whole(folder, "llava", dtype))
     # The keys of transformers 4, which transformers 5 reads too
     state_dict = {
@@ -190,14 +188,6 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
     stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
     save_processor(folder, dest)
     return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
-
-
-def refuse_experts_of(folder: Path, form: str) -> None:
-    """[`refuse_experts`] before any weights are read."""
-    config = read_config(folder)
-    vision_config = config.vision_config if isinstance(config, MoveKDConfig) else config
-    with torch.device("meta"), init.no_init_weights():
-        refuse_experts(MoveKDVisionModel(vision_config), form)
 
 
 def export_onnx(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
@@ -233,7 +223,7 @@ def export_merged(
         merged.to(dtype or merged.dtype).save_pretrained(dest)
     save_json(report, dest / "merge_report.json")
     lines = ["Relative error on images that were not used for fitting:", f"{'':>10}{'merged':>10}{'dropped':>10}"]
-    lines += [f"layer {it['layer']:>4}{it['merged']:>10.4f}{it['dropped']:>10.4f}" for it in report["layers"]]
+    lines += [f"layer {row['layer']:>4}{row['merged']:>10.4f}{row['dropped']:>10.4f}" for row in report["layers"]]
     lines.append(f"{'features':>10}{report['features']['merged']:>10.4f}{report['features']['dropped']:>10.4f}")
     lines.append("Top-1 experts cannot be merged exactly. Evaluate this approximation before use.")
     return lines

@@ -1,4 +1,4 @@
-"""A checkpoint with the facts of a run, from which a card is written."""
+"""Checkpoints with the metadata that a card is written from."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ RESULT = {
 
 
 def facts_of_a_lab() -> dict[str, Any]:
-    """The facts of a real run on two tiny stages, under names of the Hub."""
+    """The metadata of a real run of two tiny stages, with names of the Hub."""
     facts = json.loads((FIXTURES / "training_facts.json").read_text())
     facts["base_models"] = [
         {"role": "vision_model", "model": "openai/clip-vit-large-patch14-336", "revision": COMMIT, "license": None},

@@ -1,4 +1,4 @@
-"""Checkpoints to convert, and what a conversion gives."""
+"""Reads, edits and splits checkpoints that are converted."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def split(folder: Path, suffix: str, shards: int = 3, order: Callable[[str], Any] = str) -> list[Path]:
-    """Spread a checkpoint's weights over files, in an order of its own."""
+    """Split a checkpoint's weights into shards; neighboring keys are in different shards."""
     single = folder / "model.safetensors"
     weights = load_file(single)
     single.unlink()

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for the tests of what is exported from them: towers and whole models whose every weight shows."""
+"""Tiny towers and whole models. Every weight of them changes the output."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.helpers.tiny import VOCABULARY, make_tokenizer, spread
 
 
 SIZE = 16
-# Everything of a training run that has no business on the Hub
+# Files of a training run that must not be published
 STAYS = [
     "optimizer.pt",
     "scheduler.pt",
@@ -36,7 +36,7 @@ STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3
 
 
 def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
-    """Three layers, two after the cut; the experts do something and the routers use all of them."""
+    """Three layers, two of them after the cut, with routers that use all experts."""
     torch.manual_seed(seed)
     clip = CLIPVisionModel(
         CLIPVisionConfig(
@@ -96,7 +96,7 @@ def save_model(model: MoveKDForConditionalGeneration, folder: Path) -> Path:
 
 
 def save_images(folder: Path, count: int) -> Path:
-    """Pictures of a few large fields of colour each: neighbouring patches are alike, and no two pictures are."""
+    """Images of a few large color fields: neighboring patches are alike, and no two images are."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(5)
     for index in range(count):

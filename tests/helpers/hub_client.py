@@ -1,11 +1,11 @@
 """
-A process with the real Hub client in it, which runs what it is told, for the loopback Hub of [`hub_server`].
+A process with the real Hub client, which runs the code that a test sends to it, against the Hub of [`hub_server`].
 
     with client(hub, tmp_path, OWNER_TOKEN) as process:
         process.run("from huggingface_hub import HfApi; result = HfApi().whoami()")["name"]
 
-Names stay from one `run` to the next; `result` is given back, as JSON. All output, and every traceback, is kept
-in `log`.
+Variables stay from one `run` to the next. `run` returns the variable `result`, sent as JSON. `log` keeps all output
+and every traceback.
 """
 
 import json

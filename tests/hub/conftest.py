@@ -20,25 +20,25 @@ TOWER = "model.vision_tower.vision_tower."
 
 @pytest.fixture(scope="session")
 def original(parity_dir: Path) -> Path:
-    """The authors' checkpoint after stage 2."""
+    """The authors' checkpoint after stage 2, in the original layout."""
     return parity_dir / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It converted, its tower cut to the layers in use."""
+    """The converted checkpoint, with its tower cut to the layers in use."""
     return convert(original, tmp_path_factory.mktemp("converted") / "cut")
 
 
 @pytest.fixture(scope="session")
 def converted_whole(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It converted with all layers of the tower."""
+    """The converted checkpoint, with all layers of the tower."""
     return convert(original, tmp_path_factory.mktemp("converted") / "whole", keep_all_layers=True)
 
 
 @pytest.fixture
 def copy(original: Path, tmp_path: Path) -> Path:
-    """A copy of the authors' checkpoint to spoil."""
+    """A copy of the original checkpoint that a test may damage."""
     folder = tmp_path / "source"
     folder.mkdir()
     for path in original.iterdir():
