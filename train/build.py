@@ -191,7 +191,7 @@ def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
 def build_collator(
     args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
 ) -> MoveKDCollator:
-    """The collator of a stage. Stage `pretrain` trains on bare captions, whatever template is published."""
+    """Build the collator of a stage. Stage `pretrain` trains with the template `plain`, whatever is published."""
     if args.stage == "pretrain":
         processor = set_chat_template(copy.deepcopy(processor), "plain")
     return MoveKDCollator(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,8 +56,9 @@ class Distiller(nn.ModuleDict):
     """
     The adapters or heads of all teachers, by the teacher's name, and the distillation loss.
 
-    The teacher named `"clip"` must be the model that the student started from if the others have adapters: it has
-    none, and the student is compared with its plain features. With heads on the student it has a head like all others.
+    If the other teachers have adapters, the teacher named `"clip"` must be the model that the student started from: it
+    has no adapter, and the student is compared with its plain features. With heads on the student, `"clip"` has a head
+    like the others.
 
     Args:
         student_width (`int`): Channels of the student's features.
@@ -94,7 +95,7 @@ class Distiller(nn.ModuleDict):
             raise ValueError(f"`whitening_components` is {whitening_components}. Set it to 1 or more.")
         self._check_options()
         self._check_teachers()
-        kwargs = {
+        kwargs: dict[str, Any] = {
             "feature_normalization": feature_normalization,
             "whitening_components": whitening_components,
             "grid_matching": grid_matching,
