@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from hub.convert_original_keys import pack_experts
+from hub.convert_original_keys import pack_experts, replace_prefix
 from hub.weights import WeightConversion, WeightFiles
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.vision_movekd import CLIP_TEXT_KEYS
@@ -61,10 +61,7 @@ class KeyMapping:
 
 def rename_transformers(key: str) -> tuple[str, int | None]:
     """For the layouts of `llava-hf`."""
-    for prefix, ours in _TRANSFORMERS_PREFIXES:
-        if key.startswith(prefix):
-            return ours + key.removeprefix(prefix), None
-    return key, None
+    return replace_prefix(key, _TRANSFORMERS_PREFIXES), None
 
 
 def rename_clip(key: str) -> tuple[str, int | None]:
@@ -81,14 +78,8 @@ def language_rename(config: PreTrainedConfig) -> Rename:
     with torch.device("meta"), init.no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    base = f"{model.base_model_prefix}."
-
-    def rename(key: str) -> tuple[str, int | None]:
-        if key.startswith(f"{head}."):
-            return "lm_head." + key.removeprefix(f"{head}."), None
-        return LANGUAGE + key.removeprefix(base), None
-
-    return rename
+    prefixes = ((f"{head}.", "lm_head."), (f"{model.base_model_prefix}.", LANGUAGE), ("", LANGUAGE))
+    return lambda key: (replace_prefix(key, prefixes), None)
 
 
 def empty_model(config: PreTrainedConfig) -> MoveKDForConditionalGeneration:

@@ -40,7 +40,8 @@ def _inverse(mapping: dict[str, str]) -> dict[str, str]:
     return {value: key for key, value in mapping.items()}
 
 
-def _replace_prefix(key: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+def replace_prefix(key: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+    """The key with the first prefix of (prefix, replacement) that it has replaced."""
     for prefix, replacement in prefixes:
         if key.startswith(prefix):
             return replacement + key.removeprefix(prefix)
@@ -53,7 +54,7 @@ def key_from_original(key: str) -> tuple[str, int | None]:
     if match := _ORIGINAL_EXPERT.fullmatch(key):
         mlp, group, index, tensor = match.groups()
         key, expert = f"{mlp}{EXPERT_GROUPS[group]}.{EXPERT_TENSORS[tensor]}", int(index)
-    return _replace_prefix(key.replace("original_module.", ""), PREFIXES), expert
+    return replace_prefix(key.replace("original_module.", ""), PREFIXES), expert
 
 
 def key_to_original(key: str, expert: int | None = None) -> str:
@@ -62,7 +63,7 @@ def key_to_original(key: str, expert: int | None = None) -> str:
         mlp, group, tensor = match.groups()
         key = f"{mlp}{_inverse(EXPERT_GROUPS)[group]}.{expert}.{_inverse(EXPERT_TENSORS)[tensor]}"
     key = re.sub(r"(^|\.mlp\.)(fc[12]\.)", r"\1original_module.\2", key)
-    return _replace_prefix(key, tuple((ours, original) for original, ours in PREFIXES))
+    return replace_prefix(key, tuple((ours, original) for original, ours in PREFIXES))
 
 
 def is_packed(key: str) -> bool:

@@ -17,6 +17,7 @@ from transformers import (
 
 from hub.convert_layouts import PROJECTOR, VISION, WeightSource, language_rename, rename_clip, rename_transformers
 from hub.convert_original_config import (
+    IDENTITY_FIELDS,
     LANGUAGE_TYPES,
     config_from_original,
     dropped_fields,
@@ -34,7 +35,6 @@ STAGE_1_FILES = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")
 ASPECT_RATIOS = ("pad", "square", "anyres")
 EXPERT_PARTS = ("_experts.", ".router.")
 PROJECTOR_PARTS = (PROJECTOR, "model.image_newline")
-IDENTITY_FIELDS = ("architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "auto_map")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 GENERATION_IDENTITY_FIELDS = ("_from_model_config", "transformers_version")
@@ -255,7 +255,8 @@ def _named(folder: Path, given: str | None, configured: str | None, flag: str, w
 def build_config(source: Source, keep_all_layers: bool, image_token_id: int, pad_vocabulary_to: int) -> MoveKDConfig:
     """The configuration of the converted model. Its tower ends at the layer in use unless `keep_all_layers`."""
     settings, clip = dict(source.settings), source.clip_config
-    vision = {name: value for name, value in clip.to_dict().items() if name not in IDENTITY_FIELDS} | source.experts
+    vision = {name: value for name, value in clip.to_dict().items() if name not in {*IDENTITY_FIELDS, "dtype"}}
+    vision |= source.experts
     layer, depth = settings["vision_feature_layer"], clip.num_hidden_layers
     if not isinstance(layer, int):
         raise ValueError(f"The projector reads the layers {layer}; only one layer is supported.")
