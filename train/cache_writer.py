@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
 from modeling_movekd import MoveKDConfig
-from modeling_movekd.files import TEMPORARY_PREFIX, new_file, read_json, save_json
+from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor
 from train.build import build_collator, teacher_configs
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
@@ -34,7 +34,7 @@ from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
-from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, loaded_teacher, rows_of
+from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, loaded_teacher, read_index, rows_of
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
 
@@ -274,7 +274,7 @@ def _index(
         index["teachers"][name] = loaded_teacher(teacher) | {"tensors": tensors}
     if not (folder / INDEX_NAME).is_file():
         return index
-    found = read_json(folder / INDEX_NAME)
+    found = read_index(folder)
     what = f"`feature_cache` {folder}"
     for part in ("data", "geometry"):
         check_same(f"{what}, {part}", found[part], index[part])

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trl import TrlParser
 
 from tests.helpers.cached_rows import TEXT_ONLY, write
@@ -238,6 +238,22 @@ def test_a_killed_run_goes_on_at_the_missing_shards(cached, capsys: pytest.Captu
         path.write_bytes(whole[path])
         for name, value in load_file(path).items():
             assert torch.equal(value, remade[name])
+
+
+def test_a_cache_in_the_former_spelling_is_read(cached, capsys: pytest.CaptureFixture) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache)
+    index = (folder / "index.json").read_text()
+    assert '"center_crop"' in index
+    (folder / "index.json").write_text(index.replace("center_crop", "centre_crop"))
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            header = {field: value.replace("center_crop", "centre_crop") for field, value in file.metadata().items()}
+        save_file(load_file(path), path, metadata=header)
+    build_teachers(settings[1])
+    capsys.readouterr()
+    write(settings)
+    assert "in 0 of 4 shards" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_write_one_cache_at_a_time(cached) -> None:

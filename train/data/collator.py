@@ -270,7 +270,7 @@ class MoveKDCollator:
     @property
     def teacher_geometry(self) -> dict[str, Any]:
         """How images are cut for the teachers, as a feature cache stores and compares it."""
-        crop = "whole" if self._is_anyres else "pad" if self._pads else "centre_square"
+        crop = "whole" if self._is_anyres else "pad" if self._pads else "center_square"
         mean = self.processor.image_processor.image_mean
         pads_with_mean = crop == "pad" and self.geometry == "shared"
         return {

@@ -19,6 +19,11 @@ RUN_AGAIN = (
 UNREADABLE = -1
 
 
+def in_current_spelling(text: str) -> str:
+    """JSON of a cache, in which former versions wrote `centre_crop` and `centre_square`."""
+    return text.replace('"centre_crop"', '"center_crop"').replace('"centre_square"', '"center_square"')
+
+
 def encode(features: TeacherFeatures, dtype: str) -> dict[str, torch.Tensor]:
     """
     Encode features for storage.
@@ -126,10 +131,8 @@ class ShardLayout:
                 f"The shard {path} is truncated or not a safetensors file ({error}). {RUN_AGAIN}"
             ) from error
         for field, value in self.header(teacher, shard).items():
-            if found.get(field) != value:
-                raise ValueError(
-                    f"The shard {path} is of another {field}: {found.get(field)}, not {value}. {RUN_AGAIN}"
-                )
+            if (other := in_current_spelling(found.get(field, "nothing"))) != value:
+                raise ValueError(f"The shard {path} is of another {field}: {other}, not {value}. {RUN_AGAIN}")
         tensors = self.index["teachers"][teacher]["tensors"] | {"checksums": ["int64", []]}
         expected = {name: [len(self.keys[shard]), *shape] for name, (_, shape) in tensors.items()}
         if shapes != expected:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from modeling_movekd.files import read_json
-from train.teachers.cache_shards import BLANK, RUN_AGAIN, UNREADABLE, ShardLayout, decode
+from train.teachers.cache_shards import BLANK, RUN_AGAIN, UNREADABLE, ShardLayout, decode, in_current_spelling
 from train.teachers.config import TeacherConfig, teacher_commit
 from train.teachers.features import FrozenTeacher, TeacherFeatures
 
@@ -84,6 +84,10 @@ def requested_teacher(config: TeacherConfig) -> dict[str, Any]:
     """The fields that decide a teacher's features, as the recipe sets them; `None` if left to the model's files."""
     fields = {field: getattr(config, field, None) for field in TEACHER_FIELDS}
     return json.loads(json.dumps(fields | {"weights": _weights_hash(config)}))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    return json.loads(in_current_spelling((folder / INDEX_NAME).read_text(encoding="utf-8")))
 
 
 def loaded_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
@@ -172,7 +176,7 @@ class FeatureCache:
         self.folder = Path(folder)
         if not (self.folder / INDEX_NAME).is_file():
             raise ValueError(f"`feature_cache` {folder} has no {INDEX_NAME}. {RUN_AGAIN}")
-        self.index = read_json(self.folder / INDEX_NAME)
+        self.index = read_index(self.folder)
         self.names = [config.name for config in teachers]
         for config in teachers:
             if config.name not in self.index["teachers"]:

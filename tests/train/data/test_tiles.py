@@ -29,7 +29,7 @@ ALL = {"image_aspect_ratio": "anyres", "distill_tiles": "all", "max_length": Non
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Coloured blobs, the same at any resolution."""
+    """Colored blobs, the same at any resolution."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (5, 5, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.BICUBIC)
