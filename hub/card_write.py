@@ -124,10 +124,9 @@ def render_card(
 
 def _license(stated: Any, facts: Mapping[str, Any], encoder_only: bool) -> tuple[str | None, str]:
     """The license's identifier, if there is one, and what the card says of it."""
+    license, reason = derive_license(base_models_of(facts, encoder_only))
     if stated is not None:
         license, reason = check_license(stated), "as its owner states"
-    else:
-        license, reason = derive_license(base_models_of(facts, encoder_only))
     text = f"No license is stated: {reason}. The licenses of the base models apply."
     if license is not None:
         text = f"{inline(license)}, {reason}."
@@ -168,8 +167,8 @@ def _metadata(
         model = hub_id(entry.get("model")) or str(entry.get("model")).split("/")[-1]
         if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,95})?", model, re.ASCII):
             tags.append(f"teacher:{model}")
-    bases = [hub_id(entry.get("model")) for entry in base_models_of(facts, encoder_only)]
-    bases = list(dict.fromkeys(model for model in bases if model))
+    models = [hub_id(entry.get("model")) for entry in base_models_of(facts, encoder_only)]
+    bases = list(dict.fromkeys(model for model in models if model))
     datasets = [hub_id(entry.get("name")) for entry in entries_of(stages, "data")]
     other = license is not None and license not in HUB_LICENSES
     return ModelCardData(

@@ -178,7 +178,8 @@ def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object
 
 def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
     config = read_config(folder)
-    refuse_experts(getattr(config, "vision_config", config), "llava")  # before any weights are read
+    # Before any weights are read
+    refuse_experts(config.vision_config if isinstance(config, MoveKDConfig) else config, "llava")
     stock = stock_llava(load_whole(folder, "llava", dtype))
     # The keys of transformers 4, which transformers 5 reads too
     state_dict = {
