@@ -189,7 +189,7 @@ def test_a_test_split_is_loaded_for_evaluation_alone(tmp_path: Path) -> None:
 def test_shares_that_cannot_be_split(tmp_path: Path, three: list[str]) -> None:
     with pytest.raises(ValueError, match="validation_share is 0.1, but eval_strategy is 'no'"):
         load(three, validation_share=0.1)
-    with pytest.raises(ValueError, match="share from 0 up to 1, got 1"):
+    with pytest.raises(ValueError, match="`validation_share` is 1.0. Set it to 0 or more, and below 1"):
         load(three, validation_share=1.0)
     few = write_json(tmp_path / "few.json", "few", 2)
     with pytest.raises(ValueError, match="validation_share 0.001 of 2 rows holds back 0"):
