@@ -109,7 +109,7 @@ def test_a_commit_in_the_meantime_is_a_conflict(hub: Hub, owner: Client, staged:
     publish(owner, "org/busy", staged)
     (staged / "config.json").write_text('{"a": 1}')
     hub.commit_before = "org/busy"
-    with pytest.raises(ClientError, match="(?s)412.*Somebody else has changed it"):
+    with pytest.raises(ClientError, match="(?s)412.*Somebody else has pushed in the meantime"):
         publish(owner, "org/busy", staged)
     assert hub.repository("org/busy").files()["config.json"] == b"{}"
 
