@@ -7,21 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hub.convert import convert
 from tests.helpers.exported import STAYS, make_model, make_tower, save_model
 from tests.helpers.hub_client import Client, client
 from tests.helpers.hub_server import OWNER_TOKEN, Hub, serve
-
-
-TOWER = "model.vision_tower.vision_tower."
-
-
-@pytest.fixture(scope="session")
-def original(parity_dir: Path) -> Path:
-    """The authors' checkpoint after stage 2, in the original layout."""
-    return parity_dir / "checkpoint"
 
 
 @pytest.fixture(scope="session")
@@ -47,37 +38,6 @@ def copy(original: Path, tmp_path: Path) -> Path:
     vision = json.loads((original / "config.json").read_text())["mm_vision_tower"]
     shutil.copytree(original / vision, folder / vision)
     return folder
-
-
-@pytest.fixture(scope="session")
-def base_models(original: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """
-    Folders of CLIP and of the language model under the checkpoint. Stage 1 changes neither, and the state at its end
-    is the only place they are kept in.
-    """
-    folder = tmp_path_factory.mktemp("base")
-    state = load_file(original / "stage1_state.safetensors")
-    vision = folder / "vision"
-    shutil.copytree(original / json.loads((original / "config.json").read_text())["mm_vision_tower"], vision)
-    tower = {key.removeprefix(TOWER): value for key, value in state.items() if key.startswith(TOWER)}
-    tower = {key: value for key, value in tower.items() if ".moe_" not in key and ".router." not in key}
-    save_file(
-        {key.replace("original_module.", ""): value for key, value in tower.items()},
-        vision / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    language = folder / "language"
-    language.mkdir()
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        shutil.copyfile(original / name, language / name)
-    config = json.loads((original / "config.json").read_text())
-    config = {key: value for key, value in config.items() if not key.startswith(("mm_", "moe", "kd"))}
-    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    (language / "config.json").write_text(json.dumps(config))
-    weights = {key: value for key, value in state.items() if key.startswith(("model.", "lm_head."))}
-    weights = {key: value for key, value in weights.items() if not key.startswith((TOWER, "model.mm_projector."))}
-    save_file(weights, language / "model.safetensors", metadata={"format": "pt"})
-    return vision, language
 
 
 @pytest.fixture(scope="session")

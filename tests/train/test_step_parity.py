@@ -32,22 +32,22 @@ ADAPTER_TOLERANCE = 3e-4
 
 
 @pytest.fixture(scope="module")
-def stage1(authors: Path, base_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stage1(original: Path, base_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files of stage 1 and the base models."""
     vision, language = map(str, base_models)
     dest = tmp_path_factory.mktemp("stage1") / "converted"
-    return convert(authors / "stage1", dest, vision_model=vision, language_model=language, keep_all_layers=True)
+    return convert(original / "stage1", dest, vision_model=vision, language_model=language, keep_all_layers=True)
 
 
-def test_stage1_with_base_models(authors: Path, stage1: Path) -> None:
-    state = load_file(authors / "stage1_state.safetensors")
+def test_stage1_with_base_models(original: Path, stage1: Path) -> None:
+    state = load_file(original / "stage1_state.safetensors")
     expected = state_dict_from_original(state)
     model = MoveKDForConditionalGeneration.from_pretrained(stage1)
     actual = model.state_dict() | with_prefix_added(load_file(stage1 / "distiller.safetensors"), "distiller.")
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(actual[key][: len(value)] if value.dim() else actual[key], value), key
-    theirs = json.loads((authors / "stage1" / "config.json").read_text())
+    theirs = json.loads((original / "stage1" / "config.json").read_text())
     images = AutoProcessor.from_pretrained(stage1, trust_remote_code=False).image_processor
     assert images.do_pad == (theirs["image_aspect_ratio"] == "pad")
     assert json.loads((stage1 / "conversion.json").read_text())["dropped_weights"] == {}
@@ -76,8 +76,8 @@ class GivenFeatures(nn.Module):
 class Step:
     """A trainer in the state of the golden step, with its batch."""
 
-    def __init__(self, authors: Path, stage1: Path, vision_model: Path, stage: str, output_dir: Path) -> None:
-        self.tensors, metadata = read_case(authors / "stage1_step.safetensors")
+    def __init__(self, original: Path, stage1: Path, vision_model: Path, stage: str, output_dir: Path) -> None:
+        self.tensors, metadata = read_case(original / "stage1_step.safetensors")
         model = MoveKDForConditionalGeneration.from_pretrained(stage1)
         # The row for <image> takes a small part of the softmax, and the original vocabulary has no such row
         model.lm_head.weight = nn.Parameter(model.lm_head.weight[: model.config.original_vocab_size].detach().clone())
@@ -146,12 +146,12 @@ def stage(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def step(authors: Path, stage1: Path, base_models: tuple[Path, Path], stage: str, tmp_path: Path) -> Step:
-    return Step(authors, stage1, base_models[0], STAGES[stage], tmp_path)
+def step(original: Path, stage1: Path, base_models: tuple[Path, Path], stage: str, tmp_path: Path) -> Step:
+    return Step(original, stage1, base_models[0], STAGES[stage], tmp_path)
 
 
-def test_training_step(authors: Path, step: Step, stage: str) -> None:
-    expected, _ = read_case(authors / f"{stage}_step.safetensors")
+def test_training_step(original: Path, step: Step, stage: str) -> None:
+    expected, _ = read_case(original / f"{stage}_step.safetensors")
     clip = step.trainer.teachers["clip"](step.inputs["pixel_values"])
     for name, value in (("tokens", clip.tokens), ("cls_embedding", clip.cls)):
         assert_values(value, step.tensors[f"clip_teacher.{name}"][step.order], f"CLIP teacher's {name}")
@@ -179,8 +179,8 @@ def test_training_step(authors: Path, step: Step, stage: str) -> None:
     assert {name for name, value in gradients.items() if value is not None} == golden.keys()
 
 
-def test_steps_of_adamw(authors: Path, step: Step, stage: str) -> None:
-    golden = json.loads((authors / "training_reference.json").read_text())[stage]
+def test_steps_of_adamw(original: Path, step: Step, stage: str) -> None:
+    golden = json.loads((original / "training_reference.json").read_text())[stage]
     settings = golden["adamw"]
     optimizer = torch.optim.AdamW(
         [value for value in step.trainer.model.parameters() if value.requires_grad],
@@ -199,10 +199,10 @@ def test_steps_of_adamw(authors: Path, step: Step, stage: str) -> None:
     assert index == settings["steps"]
 
 
-def test_trainable_parameters(authors: Path, step: Step, stage: str) -> None:
-    golden = json.loads((authors / "training_reference.json").read_text())[stage]
+def test_trainable_parameters(original: Path, step: Step, stage: str) -> None:
+    golden = json.loads((original / "training_reference.json").read_text())[stage]
     trains = {name for name, value in step.trainer.model.named_parameters() if value.requires_grad}
-    gradients, _ = read_case(authors / f"{stage}_step.safetensors")
+    gradients, _ = read_case(original / f"{stage}_step.safetensors")
     reached = {key_from_original(key)[0] for key in with_prefix(gradients, "grad.")}
     # The original code also trains parameters behind the used layer, which no loss reaches
     assert trains == reached
