@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
+from hub.weights import DTYPES
 from modeling_movekd.files import cached_commit, read_json
 from train.teachers.eva02 import Eva02DetectionConfig
 from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, FITS, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
@@ -24,7 +24,6 @@ from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, FITS, IMAGENET_MEA
 COMMIT = r"[0-9a-f]{40}"
 LOADERS = ("transformers", "timm", "eva02")
 LAYOUTS = ("map", "interleaved")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass

@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from hub.weights import DTYPES
 from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.vision_encoders import forward_arguments, on_feature_path, square_size, vision_part
 from train.teachers.config import (
     COMMIT,
-    DTYPES,
     TEACHERS,
     TeacherConfig,
     hub_revision,
