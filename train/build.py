@@ -165,7 +165,7 @@ def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def build_teachers(args: MoveKDSFTConfig, weights: bool = True) -> dict[str, Teacher]:
+def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
     """
     Load the frozen teachers, by name; none if `distill` is false. With `feature_cache` they are not loaded, and
     [`CachedTeacher`] takes their place.
@@ -174,7 +174,7 @@ def build_teachers(args: MoveKDSFTConfig, weights: bool = True) -> dict[str, Tea
     if configs and args.feature_cache is not None:
         cache = FeatureCache(args.feature_cache, configs)
         return {config.name: CachedTeacher(config, cache) for config in configs}
-    return {config.name: load_teacher(config, weights=weights) for config in configs}
+    return {config.name: load_teacher(config) for config in configs}
 
 
 def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
