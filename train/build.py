@@ -154,8 +154,8 @@ def load_language_model(source: str, **kwargs: Any) -> tuple[PreTrainedModel, Pr
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"`language_model` {source} cannot be loaded as a causal language model of transformers: {error}. Code in "
-            "the repository is not run."
+            f"`language_model` {source} cannot be loaded as a causal language model of transformers, and code in its "
+            f"repository is not run: {error}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
