@@ -143,9 +143,9 @@ def test_weights_that_are_spread_are_not_saved(tmp_path: Path) -> None:
     config = MoveKDVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = MoveKDVisionModel(config)
     weights = model.state_dict() | {"pre_layrnorm.bias": torch.empty(0)}
-    with pytest.raises(ValueError, match=r"1 weights are spread over processes.*pre_layrnorm\.bias.*save_model"):
+    with pytest.raises(ValueError, match=r"1 weights are partitioned over processes.*pre_layrnorm\.bias.*save_model"):
         model.save_pretrained(tmp_path / "given", state_dict=weights)
     model.pre_layrnorm.bias.data = torch.empty(0)  # as ZeRO-3 leaves parameters between steps
-    with pytest.raises(ValueError, match=r"1 weights are spread over processes.*pre_layrnorm\.bias.*save_model"):
+    with pytest.raises(ValueError, match=r"1 weights are partitioned over processes.*pre_layrnorm\.bias.*save_model"):
         model.save_pretrained(tmp_path / "own")
     assert not list(tmp_path.iterdir())

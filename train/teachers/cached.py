@@ -34,8 +34,6 @@ TEACHER_FIELDS = (
     *("model", "loader", "file", "revision", "output", "layout", "dtype"),
     *("image_size", "mean", "std", "interpolation", "fit"),
 )
-# Caches of earlier releases spell a teacher's fit so, and stay valid
-_STORED_FITS = {"center_crop": "centre_crop"}
 # Batches carry floats as integers of the same bits, since Trainer casts float inputs to bfloat16 under DeepSpeed
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.int8: torch.int8}
 
@@ -85,7 +83,6 @@ def rows_of(*datasets: Dataset) -> dict[str, list[Any]]:
 def requested_teacher(config: TeacherConfig) -> dict[str, Any]:
     """The fields that decide a teacher's features, as the recipe sets them; `None` if left to the model's files."""
     fields = {field: getattr(config, field, None) for field in TEACHER_FIELDS}
-    fields["fit"] = _STORED_FITS.get(config.fit or "", config.fit)
     return json.loads(json.dumps(fields | {"weights": _weights_hash(config)}))
 
 
@@ -100,7 +97,6 @@ def loaded_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
     """
     asked = requested_teacher(teacher.config)
     pixels = json.loads(json.dumps(dataclasses.asdict(teacher.preprocessor)))
-    pixels["fit"] = _STORED_FITS.get(pixels["fit"], pixels["fit"])
     return {
         **asked,
         **pixels,

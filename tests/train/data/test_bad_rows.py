@@ -228,7 +228,7 @@ def test_a_stream_without_images_ends(arguments, tmp_path: Path, settings: dict[
     Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
     data_args, args, model_args = arguments(dataset_name=str(tmp_path / "rows"), **settings)
     data_args.streaming = True
-    reason = "1 of 12 rows cannot be used" if malformed else "give some images|no image to draw"
+    reason = "1 of 12 rows cannot be used" if malformed else "Give data with images|no image to draw"
     with pytest.raises(ValueError, match=reason):
         stage_run.train(data_args, args, model_args)
 
