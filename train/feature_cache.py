@@ -11,14 +11,13 @@ writes the missing files only.
 import sys
 
 from accelerate import PartialState
-from trl import TrlParser
 
+from train.arguments import TrainingParser
 from train.cache_writer import CacheArguments, cache_features
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 
 
 def main(arguments: list[str]) -> None:
-    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments, CacheArguments))
+    parser = TrainingParser("python -m train.feature_cache", CacheArguments)
     cache_features(*parser.parse_args_and_config(arguments))
     PartialState().destroy_process_group()
 

@@ -17,9 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from trl import TrlParser
-
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import TrainingParser
 from train.run import train
 
 
@@ -29,7 +27,7 @@ def main(arguments: list[str]) -> None:
 
         run_demo(rebuild_towers=bool(arguments))
         return
-    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
+    parser = TrainingParser("accelerate launch train/sft.py")
     recipe = dict(pairwise(arguments)).get("--config")
     data_args, args, model_args = parser.parse_args_and_config(arguments)
     trainer = train(data_args, args, model_args, recipe)
