@@ -25,9 +25,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from safetensors.torch import load_file
 from trl import SFTConfig, TrlParser
 
 from tests.helpers.colored_rows import llava_rows
@@ -217,6 +219,35 @@ def test_every_block_runs_or_says_what_it_needs(
         elif block.language == "python":
             said = run_python(block.text, work)
             assert "print(" not in block.text or said.strip(), block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "folder", "trained", "kept"),
+    [
+        ("DPOTrainer", "dpo", "language_model", None),
+        ("GRPOTrainer", "grpo", "language_model", None),
+        ("SFTTrainer", "merged", "q_proj", "vision_tower"),
+    ],
+)
+def test_trl_and_peft_train_a_saved_student(
+    work: Path, trainer: str, folder: str, trained: str, kept: str | None
+) -> None:
+    (block,) = (block for block in blocks(ROOT / "docs" / "trl.md") if f"{trainer}(" in block.text)
+    # A random model never says the word: reward the answers' letters, which differ
+    run_python(block.text.replace("word.lower() in text.lower()", "text.count('e')"), work)
+    before = load_file(work / "outputs" / "demo" / "model.safetensors")
+    after = load_file(work / "outputs" / folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any(trained in name and "language_model" in name for name in changed)
+    assert kept is None or not any(kept in name for name in changed)
+    assert "loads" in run_python(
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"AutoModelForImageTextToText.from_pretrained('outputs/{folder}', trust_remote_code=True)\n"
+        f"AutoProcessor.from_pretrained('outputs/{folder}', trust_remote_code=True)\nprint('loads')",
+        work,
+    )
 
 
 @pytest.mark.slow
