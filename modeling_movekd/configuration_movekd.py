@@ -4,7 +4,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -63,6 +62,19 @@ class MoveKDVisionConfig(CLIPVisionConfig):
         validate_choice("expert_init", self.expert_init, ("zero", "kaiming"))
 
 
+# CLIP-L/14 at 336 pixels, cut to the layers in use
+DEFAULT_VISION_CONFIG = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "add_pooling_layer": False,
+}
+
+
 @strict
 class MoveKDConfig(LlavaNextConfig):
     r"""
@@ -79,34 +91,24 @@ class MoveKDConfig(LlavaNextConfig):
     """
 
     model_type = "movekd"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "vision_config": SubConfigSpec(
-            config_class=MoveKDVisionConfig,
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 23,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-                "add_pooling_layer": False,
-            },
-        ),
-    }
+    # Both parts are built below: transformers does so from 5.20 on only, by `sub_configs_defaults`
+    sub_configs = {"text_config": AutoConfig, "vision_config": MoveKDVisionConfig}
 
     image_aspect_ratio: str = "pad"
     vision_feature_layer: int | list[int] = -1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = MoveKDVisionConfig(**(self.vision_config or DEFAULT_VISION_CONFIG))
+        if self.text_config is None or isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         self.validate_image_aspect_ratio()
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the parts' `_name_or_path`, which may name a folder of this machine."""
         output = super().to_dict()
-        for name in self.sub_configs_defaults:
+        for name in self.sub_configs:
             if isinstance(output.get(name), dict):
                 output[name].pop("_name_or_path", None)
         return output

@@ -7,10 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import (
-    LlavaNextCausalLMOutputWithPast,
-    LlavaNextModelOutputWithPast,
     LlavaNextMultiModalProjector,
     LlavaNextPreTrainedModel,
     image_size_to_num_patches,
@@ -23,18 +21,23 @@ from .visualization_movekd import MoveKDPictures
 
 
 @dataclass
-class MoveKDModelOutputWithPast(LlavaNextModelOutputWithPast):
-    """Output of LLaVA-NeXT, with the optional records of [`MoveKDVisionOutput`] for the images in their order."""
+class MoveKDModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of a language model, with the projected image features `(num_tokens, text_hidden_size)` and the optional
+    records of [`MoveKDVisionOutput`] for the images in their order.
+    """
 
+    image_hidden_states: torch.Tensor | None = None
     router_probabilities: tuple[torch.Tensor, ...] | None = None
     expert_indices: tuple[torch.Tensor, ...] | None = None
     cls_attention: torch.Tensor | None = None
 
 
 @dataclass
-class MoveKDCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
-    """Output of LLaVA-NeXT, with the optional records of [`MoveKDVisionOutput`] for the images in their order."""
+class MoveKDCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """As [`MoveKDModelOutputWithPast`], with logits and loss."""
 
+    image_hidden_states: torch.Tensor | None = None
     router_probabilities: tuple[torch.Tensor, ...] | None = None
     expert_indices: tuple[torch.Tensor, ...] | None = None
     cls_attention: torch.Tensor | None = None
@@ -120,6 +123,7 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         image_sizes: torch.LongTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, MoveKDVisionOutput] | None = None,
         output_router_probabilities: bool = False,
         output_expert_indices: bool = False,
@@ -127,13 +131,18 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
         **kwargs: Any,
     ) -> MoveKDModelOutputWithPast:
         """As in LLaVA-NeXT, with the options of [`MoveKDVisionModel`]'s forward that record the tower's outputs."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
         # `generate` passes a dict of encoder outputs, which may be empty, to its first forward only.
-        is_prompt = kwargs.get("past_key_values") is None or mm_encoder_outputs is not None
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the latter before transformers 5.24
+        is_prompt = cache is None or mm_encoder_outputs is not None
         if is_prompt and pixel_values is None and not mm_encoder_outputs and input_ids is not None:
             self._check_no_image_tokens(input_ids)
-        if pixel_values is not None and mm_encoder_outputs is None:
+        if pixel_values is not None and not mm_encoder_outputs:
             vision_outputs = self.get_image_features(
                 pixel_values,
                 image_sizes,
@@ -144,17 +153,32 @@ class MoveKDModel(MoveKDPreTrainedModel, LlavaNextModel):
                 cls_attention_layer=cls_attention_layer,
                 return_dict=True,
             )
-            pixel_values, mm_encoder_outputs = None, {"image": vision_outputs}
-        outputs = super().forward(
-            input_ids, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs
-        )
-        recorded = (mm_encoder_outputs or {}).get("image")
+            mm_encoder_outputs = {"image": vision_outputs}
+        images = (mm_encoder_outputs or {}).get("image")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Not by LlavaNextModel's forward, whose arguments and outputs differ between versions of transformers
+        if images is not None:
+            features = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         return MoveKDModelOutputWithPast(
             **outputs,
-            router_probabilities=getattr(recorded, "router_probabilities", None),
-            expert_indices=getattr(recorded, "expert_indices", None),
-            cls_attention=getattr(recorded, "cls_attention", None),
+            image_hidden_states=None if images is None else features,
+            router_probabilities=getattr(images, "router_probabilities", None),
+            expert_indices=getattr(images, "expert_indices", None),
+            cls_attention=getattr(images, "cls_attention", None),
         )
+
+
+def _kept_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    """transformers' `slice_logits_to_keep`, which it has from 5.21 on: the last positions, or those that are named."""
+    if isinstance(kept, int):
+        return hidden_states[:, slice(-kept, None)]
+    if kept.ndim == 1:
+        return hidden_states[:, kept]
+    return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept[..., None], dim=1)
 
 
 class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
@@ -294,7 +318,6 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         image_sizes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -316,14 +339,13 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size

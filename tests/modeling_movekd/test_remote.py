@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import venv
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,13 @@ STRANGER = textwrap.dedent(
 )
 
 
-def visit(folders: dict[str, Path], image: Path, pixels: Path, work: Path) -> dict[str, dict]:
+def visit(
+    folders: dict[str, Path], image: Path, pixels: Path, work: Path, python: str | Path = sys.executable
+) -> dict[str, dict]:
     """Load the folders as a stranger would, from `work`, with a cache of its own."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LD_LIBRARY_PATH")}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, json.dumps({k: str(v) for k, v in folders.items()}), image, pixels],
+        [python, "-I", "-c", STRANGER, json.dumps({k: str(v) for k, v in folders.items()}), image, pixels],
         cwd=work,
         env=kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(work)},
         capture_output=True,
@@ -156,10 +159,8 @@ def test_types(report):
     assert all(found["module"].startswith("transformers_modules.") for found in report.values())
 
 
-@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
 @torch.no_grad()
-def test_same_logits_and_same_answer(published, report, make_image, kind):
-    root, models = published
+def check_logits_and_answer(root, models, report, make_image, kind):
     model, processor = models[kind], AutoProcessor.from_pretrained(root / kind)
     content = [{"type": "image", "image": make_image(40, 24)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
@@ -178,12 +179,39 @@ def test_same_logits_and_same_answer(published, report, make_image, kind):
 
 
 @torch.no_grad()
-def test_same_features(published, report):
-    root, models = published
+def check_features(root, models):
     pixels, outputs = load_file(root / "pixels.safetensors")["pixels"], load_file(f"{root / 'encoder'}.out")
     expected = models["encoder"](pixels, output_router_probabilities=True)
     torch.testing.assert_close(outputs["output"], expected.last_hidden_state, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(outputs["router"], expected.router_probabilities[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+def test_same_logits_and_same_answer(published, report, make_image, kind):
+    check_logits_and_answer(*published, report, make_image, kind)
+
+
+def test_same_features(published, report):
+    check_features(*published)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requirement", ["transformers==5.16.1", "transformers"])
+def test_the_oldest_and_the_newest_transformers_give_the_same(published, make_image, tmp_path, requirement):
+    """In an environment of its own, which takes torch and all else from the one that runs the tests."""
+    root, models = tmp_path / "published", published[1]
+    shutil.copytree(published[0], root)
+    venv.create(tmp_path / "venv", with_pip=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", requirement], check=True)
+    report = visit(
+        {kind: root / kind for kind in models}, root / "image.png", root / "pixels.safetensors", tmp_path, python
+    )
+    for kind in ("pad", "anyres", "tied"):
+        check_logits_and_answer(root, models, report, make_image, kind)
+    check_features(root, models)
 
 
 def test_saved_again_by_the_stranger(published, report, tmp_path):
