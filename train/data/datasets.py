@@ -112,19 +112,7 @@ def load_train_and_validation(
         elif evaluate:
             validation.append(_load(sources, number, data_args.dataset_test_split, data_args, bad_rows, num_proc))
         train.append(rows)
-    weights = [source.weight for source in sources if source.weight is not None]
-    if len(train) > 1 and weights:
-        mixture = interleave_datasets(
-            # A repeated mixture would end with its shortest data set, and start all of them again
-            [_endless(rows, data_args.shuffle_buffer_size, seed) for rows in train] if data_args.streaming else train,
-            probabilities=[weight / sum(weights) for weight in weights],
-            seed=seed,
-            stopping_strategy=data_args.mixture_stopping_strategy,
-        )
-    else:
-        mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
-        if data_args.streaming:
-            mixture = _endless(mixture, data_args.shuffle_buffer_size, seed)
+    mixture = _mix(train, sources, data_args, seed)
     if not validation:
         return mixture, None
     held_back = concatenate_datasets(validation)
@@ -132,6 +120,22 @@ def load_train_and_validation(
         # A single shard, since processes with different shards would evaluate different numbers of batches
         held_back = IterableDataset.from_generator(_rows_of, features=FEATURES, gen_kwargs={"stream": held_back})
     return mixture, held_back
+
+
+def _mix(
+    train: Sequence[Dataset | IterableDataset], sources: Sequence[DataSource], data_args: DataArguments, seed: int
+) -> Dataset | IterableDataset:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if len(train) > 1 and weights:
+        return interleave_datasets(
+            # A repeated mixture would end with its shortest data set, and start all of them again
+            [_endless(rows, data_args.shuffle_buffer_size, seed) for rows in train] if data_args.streaming else train,
+            probabilities=[weight / sum(weights) for weight in weights],
+            seed=seed,
+            stopping_strategy=data_args.mixture_stopping_strategy,
+        )
+    mixture = train[0] if len(train) == 1 else concatenate_datasets(train)
+    return _endless(mixture, data_args.shuffle_buffer_size, seed) if data_args.streaming else mixture
 
 
 def _load(
@@ -220,47 +224,63 @@ def load_conversations(
             the image folder.
     """
     bad_rows = BadRows(max_share=max_bad_row_share) if bad_rows is None else bad_rows
+    folder = _image_root(source, image_folder)
+    rows = open_rows(source, split, subset, streaming)
+    name = _report_name(source, split, subset) if name is None else name
+    fn_kwargs: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
+    if isinstance(rows, IterableDataset):
+        return _convert_stream(rows, fn_kwargs)
+    converted = _convert_rows(rows, fn_kwargs, num_proc)
+    if streaming:
+        return converted.to_iterable_dataset()
+    return _without_bad_rows(converted, bad_rows)
+
+
+def _image_root(
+    source: str | os.PathLike | Dataset | Sequence[Mapping[str, Any]], image_folder: str | os.PathLike | None
+) -> str | None:
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     if path is not None and path.suffix in (".json", ".jsonl"):
         image_folder = path.parent if image_folder is None else image_folder
     folder = None if image_folder is None else os.path.abspath(image_folder)
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"There is no image folder {folder}.")
-    rows = open_rows(source, split, subset, streaming)
-    name = _report_name(source, split, subset) if name is None else name
-    place: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
-    if isinstance(rows, IterableDataset):
-        names = rows.column_names or list(next(iter(rows), {}))
-        place["sharded"] = rows.num_shards > 1
-        stream = (rows.decode(False) if rows.features else rows).map(
-            convert_row, with_indices=True, fn_kwargs=place, remove_columns=names, features=FEATURES
-        )
-        if next(iter(stream), None) is None:
-            raise ValueError(f"{name or 'The data set'} has no row.")
-        return stream
+    return folder
+
+
+def _convert_stream(rows: IterableDataset, fn_kwargs: dict[str, Any]) -> IterableDataset:
+    names = rows.column_names or list(next(iter(rows), {}))
+    fn_kwargs["sharded"] = rows.num_shards > 1
+    stream = (rows.decode(False) if rows.features else rows).map(
+        convert_row, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=names, features=FEATURES
+    )
+    if next(iter(stream), None) is None:
+        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no row.")
+    return stream
+
+
+def _convert_rows(
+    rows: Dataset | Sequence[Mapping[str, Any]], fn_kwargs: dict[str, Any], num_proc: int | None
+) -> Dataset:
     if isinstance(rows, Dataset):
         # datasets caches the result by the arguments, so the code is one of them
-        place["version"] = zlib.crc32(Path(conversations.__file__).read_bytes())
-        converted = undecoded_images(rows).map(
+        fn_kwargs["version"] = zlib.crc32(Path(conversations.__file__).read_bytes())
+        return undecoded_images(rows).map(
             convert_row,
             with_indices=True,
-            fn_kwargs=place,
+            fn_kwargs=fn_kwargs,
             remove_columns=rows.column_names,
             features=FEATURES,
             num_proc=num_proc,
             desc="Reading conversations",
         )
-    else:
-        if not rows:
-            raise ValueError(f"{name or 'The data set'} has no row.")
-        # In chunks, which limits the memory for intermediate forms
-        chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
-        converted = concatenate_datasets(
-            [Dataset.from_list([convert_row(rows[i], i, **place) for i in chunk], FEATURES) for chunk in chunks]
-        )
-    if streaming:
-        return converted.to_iterable_dataset()
-    return _without_bad_rows(converted, bad_rows)
+    if not rows:
+        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no row.")
+    # In chunks, which limits the memory for intermediate forms
+    chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
+    return concatenate_datasets(
+        [Dataset.from_list([convert_row(rows[i], i, **fn_kwargs) for i in chunk], FEATURES) for chunk in chunks]
+    )
 
 
 def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tuple[Any, Any]:
