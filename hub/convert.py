@@ -87,14 +87,9 @@ def convert(
     if to == "authors":
         warnings.warn("`to='authors'` is deprecated, use `to='original'`.", FutureWarning, stacklevel=2)
         to = "original"
-    if to not in ("movekd", "original"):
-        raise ValueError(f"`to` is {to!r}; it must be 'movekd' or 'original'.")
-    if pad_vocabulary_to < 1:
-        raise ValueError(f"`pad_vocabulary_to` is {pad_vocabulary_to}; it must be at least 1.")
     given = {"keep_all_layers": keep_all_layers, "image_aspect_ratio": image_aspect_ratio, "experts": experts}
     given |= {"pad_vocabulary_to": pad_vocabulary_to > 1, "chat_template": chat_template != "vicuna_v1"}
-    if to == "original" and (unused := [name for name, value in given.items() if value]):
-        raise ValueError(f"{unused} do nothing in a conversion to 'original'. Leave them out.")
+    _check_arguments(to, pad_vocabulary_to, given)
     folder = resolve_source(source, revision, extra_patterns=(*STAGE_1_FILES, DISTILLER_NAME))
     if to == "original":
         return convert_to_original(folder, dest, vision_model, language_model, max_shard_size)
@@ -110,6 +105,15 @@ def convert(
     record = write_checkpoint(read, config, processor, origin, Path(dest), max_shard_size)
     print(summary(dest, record))
     return Path(dest)
+
+
+def _check_arguments(to: str, pad_vocabulary_to: int, given: Mapping[str, Any]) -> None:
+    if to not in ("movekd", "original"):
+        raise ValueError(f"`to` is {to!r}; it must be 'movekd' or 'original'.")
+    if pad_vocabulary_to < 1:
+        raise ValueError(f"`pad_vocabulary_to` is {pad_vocabulary_to}; it must be at least 1.")
+    if to == "original" and (unused := [name for name, value in given.items() if value]):
+        raise ValueError(f"{unused} do nothing in a conversion to 'original'. Leave them out.")
 
 
 def make_processor(

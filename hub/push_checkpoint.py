@@ -75,34 +75,14 @@ def push(
     token = token or get_token()
     tag_name = f"v{modeling_movekd.__version__}" if tag is True else tag or None
     with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as temporary:
-        stage, space_stage = Path(temporary) / "checkpoint", Path(temporary) / "space"
-        checkpoint_files(folder, token)  # before any of its files is read
-        if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
-            folder = export(folder, Path(temporary) / "encoder", "encoder")
-        left = _stage(folder, stage, token, max_shard_size)
-        _write_card(folder, stage, encoder_only, repo_id, tag_name or revision)
-        loaded = validate(stage)
-        print(f"Loaded in a process of its own: {loaded['model']}, {loaded['parameters']:,} parameters.")
-        _show(stage, left, repo_id)
-        if settings is not None:
-            left = _stage_space(settings, space_stage, token)
-            _show(space_stage, left, f"spaces/{settings.repo_id or repo_id}")
+        _prepare(folder, Path(temporary), repo_id, settings, token, encoder_only, tag_name or revision, max_shard_size)
         if dry_run:
             print("Dry run: nothing was sent.")
             return None
         if token is None:
             raise ValueError("Nobody is logged in. Run `hf auth login`, or set HF_TOKEN.")
         message = commit_message or f"Upload {'the encoder' if encoder_only else 'the model'}"
-        with explained(repo_id, token):
-            api = HfApi(token=token)
-            repo_id = create_repository(api, repo_id, private)
-            commit = publish(api, repo_id, stage, message, create_pr, revision, tag_name)
-        print(f"Published and read back: {commit.pr_url or commit.commit_url}")
-        if settings is not None:
-            with explained(settings.repo_id or repo_id, token):
-                url = publish_space(api, settings, space_stage, private, repo_id, commit.oid)
-            print(f"Published the Space: {url}")
-    return commit.pr_url or commit.commit_url
+        return _send(Path(temporary), repo_id, settings, token, private, message, create_pr, revision, tag_name)
 
 
 def _check_arguments(
@@ -124,6 +104,55 @@ def _check_arguments(
         )
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Give a checkpoint that training or `save_pretrained` wrote.")
+
+
+def _prepare(
+    folder: Path,
+    temporary: Path,
+    repo_id: str,
+    settings: SpaceSettings | None,
+    token: str | None,
+    encoder_only: bool,
+    revision: str | None,
+    max_shard_size: int,
+) -> None:
+    """Gather the files to publish in `checkpoint` and `space` of a temporary folder, load the checkpoint, list all."""
+    stage, space_stage = temporary / "checkpoint", temporary / "space"
+    checkpoint_files(folder, token)  # before any of its files is read
+    if encoder_only and read_json(folder / "config.json").get("model_type") != "movekd_vision":
+        folder = export(folder, temporary / "encoder", "encoder")
+    left = _stage(folder, stage, token, max_shard_size)
+    _write_card(folder, stage, encoder_only, repo_id, revision)
+    loaded = validate(stage)
+    print(f"Loaded in a process of its own: {loaded['model']}, {loaded['parameters']:,} parameters.")
+    _show(stage, left, repo_id)
+    if settings is not None:
+        left = _stage_space(settings, space_stage, token)
+        _show(space_stage, left, f"spaces/{settings.repo_id or repo_id}")
+
+
+def _send(
+    temporary: Path,
+    repo_id: str,
+    settings: SpaceSettings | None,
+    token: str,
+    private: bool | None,
+    message: str,
+    create_pr: bool,
+    revision: str | None,
+    tag: str | None,
+) -> str:
+    """Publish what [`_prepare`] gathered. Returns the URL of the commit or of the pull request."""
+    with explained(repo_id, token):
+        api = HfApi(token=token)
+        repo_id = create_repository(api, repo_id, private)
+        commit = publish(api, repo_id, temporary / "checkpoint", message, create_pr, revision, tag)
+    print(f"Published and read back: {commit.pr_url or commit.commit_url}")
+    if settings is not None:
+        with explained(settings.repo_id or repo_id, token):
+            url = publish_space(api, settings, temporary / "space", private, repo_id, commit.oid)
+        print(f"Published the Space: {url}")
+    return commit.pr_url or commit.commit_url
 
 
 def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) -> list[str]:
