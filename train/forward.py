@@ -90,14 +90,8 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             distillation = self.distiller(tokens[distilled], teacher_features)
             kd = kd + distillation.loss * weights
             teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features]) * weights
-        balance = expert_tokens = None
-        if vision.router_probabilities:
-            balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights
-            num_experts = vision.router_probabilities[0].shape[-1]
-            expert_tokens = count_expert_tokens(torch.stack(vision.expert_indices), num_experts, crop_weights > 0)
-        return MoveKDTrainingOutput(
-            **outputs, kd=kd, teacher_losses=teacher_losses, balance=balance, expert_tokens=expert_tokens
-        )
+        routing = measure_routing(vision, crop_weights, balance_form)
+        return MoveKDTrainingOutput(**outputs, kd=kd, teacher_losses=teacher_losses, **routing)
 
     model.forward = types.MethodType(forward, model)
 
@@ -113,6 +107,17 @@ def gathered_head(head: nn.Module) -> Iterator[None]:
     yield
     if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
         head.reshard()  # FSDP2 does this itself after a backward
+
+
+def measure_routing(vision: Any, crop_weights: torch.Tensor, balance_form: str) -> dict[str, torch.Tensor]:
+    """The `balance` and `expert_tokens` of a [`MoveKDTrainingOutput`]; nothing for a tower without experts."""
+    if not vision.router_probabilities:
+        return {}
+    num_experts = vision.router_probabilities[0].shape[-1]
+    return {
+        "balance": balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights,
+        "expert_tokens": count_expert_tokens(torch.stack(vision.expert_indices), num_experts, crop_weights > 0),
+    }
 
 
 def count_expert_tokens(expert_indices: torch.Tensor, num_experts: int, is_counted: torch.Tensor) -> torch.Tensor:
