@@ -61,16 +61,39 @@ def evaluate(
         RuntimeError: if a task returns fewer rows than it has, or a number that is not finite. Errors inside a task
             are raised as they are.
     """
-    # The import takes many seconds, which `--help` should not
-    from lmms_eval.evaluator import simple_evaluate
-
-    from modeling_movekd.lmms_eval import MoveKDEvaluation
-
     local = Path(checkpoint).is_dir()
     # Downloaded once: the branch may move in the hours of an evaluation
     folder = Path(checkpoint if local else snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
     kept = read_evaluation(folder) if local else []
     manager = task_manager(tasks, output / "tasks", include_path)
+    asked = run_tasks(folder, tasks, manager, output, limit, batch_size, device, dtype)
+    if asked is None:
+        return None
+    results, samples = asked
+    content = write_results(results, samples, output, weights_fingerprint(folder), limit)
+    if local and limit is None and (measured := content["results"]):
+        again = {key(EvaluationResult(**result)) for result in measured}
+        others = [asdict(result) for result in kept if key(result) not in again]
+        save_json(content | {"results": [*others, *measured]}, folder / EVALUATION_NAME)
+    return results
+
+
+def run_tasks(
+    folder: Path,
+    tasks: Sequence[str],
+    manager: Any,
+    output: Path,
+    limit: int | None,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Ask the model. Returns lmms-eval's results and samples after a check; `None` on all processes but the first."""
+    # The import takes many seconds, which `--help` should not
+    from lmms_eval.evaluator import simple_evaluate
+
+    from modeling_movekd.lmms_eval import MoveKDEvaluation
+
     model = MoveKDEvaluation(
         str(folder),
         device=device,
@@ -94,20 +117,26 @@ def evaluate(
     samples = (results or {}).pop("samples", {})
     check_results(results or {}, samples, limit)
     assert results is not None
+    return results, samples
+
+
+def write_results(
+    results: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Any]],
+    output: Path,
+    weights: str,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Write the files of `output`. Returns the content of `evaluation.json`."""
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         write_text(output / "predictions" / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
-    measured = evaluation_results(results, samples)
-    content = {"results": [asdict(result) for result in measured], "weights": weights_fingerprint(folder)}
+    content = {"results": [asdict(result) for result in evaluation_results(results, samples)], "weights": weights}
     save_json(content, output / EVALUATION_NAME)
-    if local and limit is None and measured:
-        again = {key(result) for result in measured}
-        kept = [result for result in kept if key(result) not in again]
-        save_json(content | {"results": [asdict(result) for result in [*kept, *measured]]}, folder / EVALUATION_NAME)
     write_text(output / "comparison.md", comparison(results, samples, limit))
     save_json(results, output / "results.json")
-    return results
+    return content
 
 
 def key(result: EvaluationResult) -> tuple[str | None, ...]:
