@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = write_card(
             given.checkpoint,
-            given.encoder_only,
-            given.repo_id,
-            given.revision,
-            given.license,
+            encoder_only=given.encoder_only,
+            repo_id=given.repo_id,
+            revision=given.revision,
+            license=given.license,
             overwrite=given.overwrite,
         )
     except (ValueError, OSError) as error:

@@ -29,29 +29,18 @@ ENCODER_TYPES = ("movekd_vision", "clip_vision_model")
 
 
 def write_card(
-    folder: Path,
-    encoder_only: bool = False,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    license: str | None = None,
-    evaluated: bool = True,
-    overwrite: bool = False,
-    dest: Path | None = None,
+    folder: Path, *, license: str | None = None, overwrite: bool = False, dest: Path | None = None, **options: Any
 ) -> Path:
     """
     Write the model card `README.md` of a checkpoint from `training_facts.json`, `config.json` and `evaluation.json`.
 
     Args:
         folder (`Path`): The checkpoint.
-        encoder_only (`bool`, *optional*, defaults to `False`): Write the card of the vision encoder alone. A folder
-            that holds an encoder gets such a card anyway.
-        repo_id (`str`, *optional*): Where the checkpoint will be published, `owner/name`.
-        revision (`str`, *optional*, defaults to `"main"`): Tag, branch or commit that the card's code loads.
         license (`str`, *optional*): Identifier of the license, instead of the recorded or derived one. It is recorded
             in the checkpoint, so that later cards state it too.
-        evaluated (`bool`, *optional*, defaults to `True`): Show the results in `evaluation.json`.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a card that was not written here.
         dest (`Path`, *optional*): Folder of the card, by default `folder`.
+        options (*optional*): The other options of [`render_card`].
 
     Returns:
         The path of the card.
@@ -59,7 +48,7 @@ def write_card(
     path = Path(folder if dest is None else dest) / CARD_NAME
     if path.exists() and not overwrite and not is_generated(path):
         raise ValueError(f"{path} was not written here. Move it away, or use `--overwrite`.")
-    card = render_card(Path(folder), encoder_only, repo_id, revision, license, evaluated)
+    card = render_card(Path(folder), license=license, **options)
     with new_file(path) as temporary:
         card.save(temporary)
         check_card(temporary)
@@ -81,7 +70,18 @@ def render_card(
     license: str | None = None,
     evaluated: bool = True,
 ) -> ModelCard:
-    """The card that [`write_card`] writes."""
+    """
+    The card that [`write_card`] writes.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        encoder_only (`bool`, *optional*, defaults to `False`): Make the card of the vision encoder alone. A folder
+            that holds an encoder gets such a card anyway.
+        repo_id (`str`, *optional*): Where the checkpoint will be published, `owner/name`.
+        revision (`str`, *optional*, defaults to `"main"`): Tag, branch or commit that the card's code loads.
+        license (`str`, *optional*): Identifier of the license, instead of the recorded or derived one.
+        evaluated (`bool`, *optional*, defaults to `True`): Show the results in `evaluation.json`.
+    """
     config = read_optional_json(folder / "config.json") or {}
     facts = read_training_facts(folder)
     if not config and facts is None:
