@@ -10,14 +10,12 @@ from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
-    CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
 )
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
-from tests.helpers.tiny import VOCABULARY, make_tokenizer
+from tests.helpers.tiny import VOCABULARY, clip_config, llama_config, make_tokenizer
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
@@ -202,30 +200,8 @@ def save_checkpoint(folder: Path, says: str | None = None, image_aspect_ratio: s
         says: What it answers to everything; no letter in it may be there twice. By default whatever its weights say.
     """
     torch.manual_seed(seed)
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=4,
-            projection_dim=24,
-        )
-    )
-    language = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=64,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=1200,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    clip = CLIPVisionModel(clip_config(projection_dim=24))
+    language = AutoModelForCausalLM.from_config(llama_config(hidden_size=64, max_position_embeddings=1200))
     for parameter in language.parameters():
         if parameter.dim() > 1:
             parameter.copy_(0.3 * torch.randn(parameter.shape))

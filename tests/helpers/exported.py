@@ -8,9 +8,7 @@ from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
-    CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -18,7 +16,7 @@ from hub.card_facts import weights_fingerprint
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
 from tests.helpers.cards import RESULT
-from tests.helpers.tiny import VOCABULARY, make_tokenizer, spread
+from tests.helpers.tiny import clip_config, llama_config, make_tokenizer, spread
 
 
 SIZE = 16
@@ -38,17 +36,7 @@ STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3
 def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
     """Three layers, two of them after the cut, with routers that use all experts."""
     torch.manual_seed(seed)
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=SIZE,
-            patch_size=4,
-            hidden_act=kwargs.pop("hidden_act", "quick_gelu"),
-        )
-    )
+    clip = CLIPVisionModel(clip_config(hidden_act=kwargs.pop("hidden_act", "quick_gelu")))
     spread(clip, seed)
     tower = MoveKDVisionModel.from_clip(clip, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
     for name, part in tower.named_modules():
@@ -59,19 +47,7 @@ def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveK
 
 def make_model(tower: MoveKDVisionModel, tied: bool = False, **kwargs) -> MoveKDForConditionalGeneration:
     torch.manual_seed(2)
-    language = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            tie_word_embeddings=tied,
-        )
-    )
+    language = AutoModelForCausalLM.from_config(llama_config(tie_word_embeddings=tied))
     spread(language, 2)
     model = MoveKDForConditionalGeneration.from_parts(tower, language, **kwargs)
     spread(model.model.multi_modal_projector, 3)

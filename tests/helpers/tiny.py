@@ -3,10 +3,11 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 
 
 @torch.no_grad()
@@ -16,6 +17,17 @@ def spread(module: nn.Module, seed: int) -> None:
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+
+
+def clip_config(**kwargs) -> CLIPVisionConfig:
+    """Three layers over 4 x 4 patches; `kwargs` are more fields of the configuration, or other values."""
+    return CLIPVisionConfig(**SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4} | kwargs)
+
+
+def llama_config(**kwargs) -> LlamaConfig:
+    """Two layers over `VOCABULARY`; `kwargs` as above."""
+    ids = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaConfig(**SIZES | {"num_hidden_layers": 2} | ids | kwargs)
 
 
 def make_tokenizer(**kwargs: str) -> PreTrainedTokenizerFast:

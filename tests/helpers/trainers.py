@@ -12,6 +12,19 @@ from train.data.datasets import load_conversations
 from train.trainer import MoveKDTrainer
 
 
+# Settings of a small run on CPUs
+SMALL_RUN: dict[str, Any] = {
+    "lora_rank": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "activation_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 def build_trainer(
     data_args: DataArguments,
     args: MoveKDSFTConfig,

@@ -21,6 +21,7 @@ from transformers import (
 
 from tests.helpers.cached_rows import mixed_rows, write
 from tests.helpers.colored_rows import llava_rows
+from tests.helpers.trainers import SMALL_RUN
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 
 
@@ -66,19 +67,11 @@ def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any
     def make(**overrides: Any) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
         data = {"dataset_name": overrides.pop("dataset_name", dataset_folder)}
         model = {"model_name_or_path": overrides.pop("model_name_or_path", None)}
-        settings: dict[str, Any] = {
+        settings: dict[str, Any] = SMALL_RUN | {
             "output_dir": str(tmp_path / "output"),
             "teachers": [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": parts["vit"]}],
-            "lora_rank": 4,
             "max_steps": 3,
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
             "save_strategy": "no",
             "feature_statistics_images": 24,
             "whitening_components": 8,

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from hub.card_write import check_card, is_generated, write_card
 from modeling_movekd.files import cached_commit
 from tests.helpers.colored_rows import llava_rows
-from tests.helpers.trainers import build_trainer
+from tests.helpers.trainers import SMALL_RUN, build_trainer
 from train import run as stage_run
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.model_card import noted_license, run_facts, teacher_facts, training_facts, update_card
@@ -41,17 +41,9 @@ def stages(folder: Path, parts: dict[str, str]) -> tuple[Path, Path]:
     rows = [{"conversations": row["conversations"]} for row in llava_rows(12, text_only=tuple(range(12)))]
     rows[3] = {"conversations": "broken"}
     (folder / "more.json").write_text(json.dumps(rows))
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = SMALL_RUN | {
         "teachers": [{"name": "clip", "model": str(folder / "clip")}, {"model": parts["vit"], "license": "bsd"}],
-        "lora_rank": 4,
         "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "activation_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
         "hub_token": TOKEN,
         "hub_model_id": "somebody/student",
     }
