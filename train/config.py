@@ -267,6 +267,7 @@ class MoveKDSFTConfig(SFTConfig):
         super().__post_init__()
         self.batch_summary()
         self._check_choices()
+        self._check_order()
         for name, value in PRESETS[self.distillation_preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -306,6 +307,24 @@ class MoveKDSFTConfig(SFTConfig):
             value = getattr(self, name)
             if choices and value not in (choices if get_origin(annotation) is Literal else [*choices, None]):
                 raise ValueError(f"`{name}` is {value!r}; choose one of {choices}.")
+
+    def _check_order(self) -> None:
+        """Refuse orders of the rows that a resumed run could not continue, and batches that accelerate would cut."""
+        if (strategy := str(self.train_sampling_strategy)) not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` is {strategy!r}, which needs tokenized rows. Set "
+                "`group_by_modality_length: true`, or choose 'random' or 'sequential'."
+            )
+        if not self.accelerator_config.use_seedable_sampler:
+            raise ValueError(
+                "`use_seedable_sampler` of `accelerator_config` is false: a resumed run would see the rows in another "
+                "order. Leave it true."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches` of `accelerator_config` is true, but batches with images cannot be cut into the "
+                "processes' parts. Leave it out."
+            )
 
     def _check_distillation(self) -> None:
         if self.distill and not self.teachers:

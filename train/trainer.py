@@ -17,7 +17,7 @@ from train.build import parameter_summary, set_trainable
 from train.callbacks import GradientGuard
 from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.data.bad_rows import BadRows
-from train.data.sampler import ModalityLengthGroupedSampler
+from train.data.sampler import ModalityLengthGroupedSampler, set_sampler_epoch
 from train.distillation.distiller import Distiller
 from train.distillation.losses import check_finite
 from train.distributed import check_launch, prepare_fsdp, saves_sharded_state
@@ -258,6 +258,11 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         return ModalityLengthGroupedSampler(
             self.train_dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
         )
+
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Set the sampler's epoch, which accelerate does not reach in a resumed epoch on several processes."""
+        set_sampler_epoch(train_dataloader, epoch)
+        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -31,6 +31,7 @@ def build_trainer(
     model_args: ModelArguments,
     callbacks: Sequence[TrainerCallback] = (),
     prepare: Callable[..., Any] = lambda model, teachers, distiller: None,
+    trainer_class: type[MoveKDTrainer] = MoveKDTrainer,
 ) -> MoveKDTrainer:
     """Build a trainer that has not trained. `prepare` may change model, teachers and distiller before."""
     model, processor = build_student(args, model_args)
@@ -40,7 +41,7 @@ def build_trainer(
     collator = build_collator(args, processor, teachers)
     stage_run.fit_feature_statistics(args, distiller, teachers, dataset, collator)
     prepare(model, teachers, distiller)
-    return MoveKDTrainer(
+    return trainer_class(
         model,
         args,
         teachers=teachers,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 def _split_evenly(indices: list[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
@@ -129,3 +129,18 @@ class ModalityLengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(modality_length_grouped_indices(self.lengths, self.batch_size, self.world_size, generator))
+
+
+def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
+    """
+    Set the epoch of a loader's sampler, under however many batch samplers accelerate has put it.
+
+    `DataLoaderShard.set_epoch` looks two levels deep. On several processes a resumed epoch has three
+    (`SkipBatchSampler`, `BatchSamplerShard`, `BatchSampler`), so that the sampler would repeat its first epoch.
+    """
+    batch_sampler = loader.batch_sampler
+    while hasattr(batch_sampler, "batch_sampler"):
+        batch_sampler = batch_sampler.batch_sampler
+    sampler = getattr(batch_sampler, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)

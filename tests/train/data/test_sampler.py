@@ -1,9 +1,17 @@
+from typing import Any
+
 import pytest
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from train.data.sampler import ModalityLengthGroupedSampler, length_grouped_indices, modality_length_grouped_indices
+from train.data.sampler import (
+    ModalityLengthGroupedSampler,
+    length_grouped_indices,
+    modality_length_grouped_indices,
+    set_sampler_epoch,
+)
 
 
 def mixed_lengths(size: int = 61, seed: int = 0) -> list[int]:
@@ -76,22 +84,39 @@ def test_fewer_rows_than_a_batch(size: int) -> None:
     assert sorted(ModalityLengthGroupedSampler(lengths, 8, 2)) == list(range(size))
 
 
-def test_resumes_inside_an_epoch_through_accelerate() -> None:
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("kind", ["grouped", "random", "sequential", "stream"])
+def test_resumes_anywhere_in_the_order_of_the_unbroken_run(kind: str, num_processes: int) -> None:
+    """As Trainer sets the epoch and skips, on each process: at every batch of three epochs."""
     lengths = mixed_lengths()
-    accelerator = Accelerator(cpu=True)
 
-    def loader() -> DataLoader:
-        sampler = ModalityLengthGroupedSampler(lengths, batch_size=4, seed=5)
-        return accelerator.prepare(DataLoader(range(len(lengths)), batch_size=4, sampler=sampler))
+    def loader(rank: int) -> DataLoader:
+        samplers = {
+            "grouped": ModalityLengthGroupedSampler(lengths, batch_size=4, world_size=num_processes, seed=5),
+            "random": RandomSampler(lengths),
+            "sequential": SequentialSampler(lengths),
+        }
+        rows: Any = range(len(lengths))
+        if kind == "stream":
+            rows = Dataset.from_dict({"row": [*rows]}).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=9)
+        rows = DataLoader(rows, batch_size=4, sampler=samplers.get(kind))
+        return prepare_data_loader(
+            rows, num_processes=num_processes, process_index=rank, use_seedable_sampler=True, data_seed=3
+        )
 
-    def epoch_of(prepared: DataLoader, epoch: int) -> list[list[int]]:
+    def epoch_of(prepared: DataLoader, epoch: int, skipped: int = 0) -> list[list[int]]:
+        set_sampler_epoch(prepared, epoch)
+        prepared = skip_first_batches(prepared, skipped) if skipped else prepared
         prepared.set_epoch(epoch)
-        return [batch.tolist() for batch in prepared]
+        return [(batch["row"] if kind == "stream" else batch).tolist() for batch in prepared]
 
-    straight = loader()
-    epochs = [epoch_of(straight, epoch) for epoch in range(2)]
-    assert epochs[0] != epochs[1]
-    assert epoch_of(accelerator.skip_first_batches(loader(), 5), 1) == epochs[1][5:]
+    for rank in range(num_processes):
+        straight = loader(rank)
+        epochs = [epoch_of(straight, epoch) for epoch in range(3)]
+        assert (epochs[0] != epochs[1]) is (kind != "sequential")
+        for epoch, batches in enumerate(epochs):
+            for skipped in range(len(batches)):
+                assert epoch_of(loader(rank), epoch, skipped) == batches[skipped:], (rank, epoch, skipped)
 
 
 def test_bad_values_are_refused() -> None:
