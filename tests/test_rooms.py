@@ -16,7 +16,7 @@ ROOMS = {
 }
 # Inside `train`, from the bottom up: a module imports those of lower floors and of its own.
 FLOORS = (
-    ("train.config", "train.arguments", "train.teachers", "train.distributed"),
+    ("train.presets", "train.config", "train.checkpoints", "train.arguments", "train.teachers", "train.distributed"),
     ("train.data", "train.distillation", "train.language_lora"),
     ("train.build", "train.forward"),
     ("train.callbacks", "train.model_card", "train.publish", "train.plan", "train.cache_writer"),

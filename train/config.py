@@ -9,39 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from hub.card_licenses import check_license
-
-
-# The options that tell the forms of the method apart. `paper` follows the paper's text, `released` the original code.
-# `student_heads` is this project's form: heads on the student's features predict the teachers' whitened features.
-PRESET_NAMES = ("paper", "released", "student_heads")
-PRESET_TABLE: dict[str, tuple[Any, Any, Any]] = {
-    "router_gradient": ("straight_through", "none", "straight_through"),
-    "expert_init": ("zero", "kaiming", "zero"),
-    "expert_bias": (False, True, False),
-    "head_side": ("teacher", "teacher", "student"),
-    "head_form": ("mlp", "mlp", "unit_linear"),
-    "feature_normalization": ("none", "none", "whiten"),
-    "grid_matching": ("learned", "learned", "resample"),
-    "token_weighting": ("cls_attention", "released", "none"),
-    "teacher_weighting": ("cls_similarity", "released", "equal"),
-    "clip_share": (0.8, 0.8, 0.2),
-    "lambda_kd": (0.5, 0.5, 4.0),
-    "balance_form": ("per_layer", "pooled", "per_layer"),
-    "lambda_balance": (0.01, 0.01, 0.01),
-    "distill_text_only_rows": (False, True, False),
-    "geometry": ("shared", "per_teacher", "shared"),
-    "cut_tower": (True, False, True),
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    preset: {name: values[column] for name, values in PRESET_TABLE.items()}
-    for column, preset in enumerate(PRESET_NAMES)
-}
-
-
-def preset_option(name: str, help: str) -> Any:
-    """A field that defaults to the preset's value, which `--help` shows for each preset."""
-    values = ", ".join(f"{preset} {options[name]}" for preset, options in PRESETS.items())
-    return HfArg(default=None, help=f"{help} By preset: {values}.")
+from train.presets import PRESETS, preset_option
 
 
 @dataclass
@@ -193,6 +161,10 @@ class MoveKDSFTConfig(SFTConfig):
         help="Folder with the teachers' features of the training data, written by `python -m train.feature_cache`. "
         "The teachers are then not loaded.",
     )
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Start anew in an `output_dir` that holds a student or checkpoints; the checkpoints are removed.",
+    )
     visualize_steps: int = HfArg(
         default=0,
         help="Draw the tower's features of the same images every so many steps, into `pictures/` of the output folder "
@@ -258,10 +230,18 @@ class MoveKDSFTConfig(SFTConfig):
 
     # Defaults that differ from TRL's
     max_length: int | None = HfArg(default=2048, help="Longest sequence in tokens; longer text is cut.")
+    report_to: list[str] | None = HfArg(
+        default=None, help="Trackers, such as `tensorboard trackio`; `all` for the installed ones, none by default."
+    )
     hub_strategy: HubStrategy | str = HfArg(default="end", help="When to publish; only `end` is supported.")
     assistant_only_loss: bool = HfArg(default=True, help="Compute the text loss on the assistant's turns only.")
 
     def __post_init__(self) -> None:
+        self.report_to = self.report_to or "none"
+        # The command line gives text
+        words = {"true": True, "false": None, "": None}
+        asked: Any = self.resume_from_checkpoint
+        self.resume_from_checkpoint = words.get(str(asked or "").lower(), asked)
         # Before TRL and DeepSpeed read `gradient_accumulation_steps`
         self._set_accumulation_steps()
         super().__post_init__()

@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from hub.card_facts import public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
@@ -105,13 +104,8 @@ def _validation(data_args: DataArguments, args: MoveKDSFTConfig) -> str | None:
 
 
 def _seconds_before(args: MoveKDSFTConfig) -> float:
-    folder = args.resume_from_checkpoint
-    if not folder:
-        return 0.0
-    if not Path(folder).is_dir():
-        folder = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
-    path = Path(folder or "") / TRAINING_FACTS_NAME
-    return float(read_json(path).get("seconds") or 0.0) if folder and path.is_file() else 0.0
+    path = Path(args.resume_from_checkpoint or "") / TRAINING_FACTS_NAME
+    return float(read_json(path).get("seconds") or 0.0) if args.resume_from_checkpoint and path.is_file() else 0.0
 
 
 def base_model_facts(role: str, source: str) -> dict[str, Any]:

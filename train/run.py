@@ -1,7 +1,10 @@
 """One stage of training: load, train, save."""
 
+from pathlib import Path
+
 from train.build import build_collator, build_distiller, build_student, build_teachers, fit_feature_statistics
 from train.callbacks import PictureCallback, check_pictures
+from train.checkpoints import checkpoint_to_resume, disk_errors_named, prepare_output_folder
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
@@ -24,6 +27,8 @@ def train(
         [`MoveKDTrainer`]: The trainer. It has not published yet.
     """
     check_pictures(args)
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    prepare_output_folder(args)
     with whole_weights(args):
         model, processor = build_student(args, model_args)
         teachers = build_teachers(args)
@@ -66,6 +71,7 @@ def train(
     if args.visualize_steps:
         trainer.add_callback(PictureCallback(trainer, model, teachers, bad_rows))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
+    with disk_errors_named(Path(args.output_dir)):
+        trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
     return trainer

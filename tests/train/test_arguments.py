@@ -31,3 +31,30 @@ def test_a_wrong_argument_is_answered_in_two_lines(capsys):
         assert stop.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "--stage: invalid choice: 'both'" in lines[1]
+
+
+def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
+    parser = TrainingParser("accelerate launch train/sft.py")
+    common = ["--dataset_name", "x", "--distill", "false", "--bf16", "false", "--use_cpu", "true"]
+    common += ["--output_dir", str(tmp_path)]
+
+    def parse(*arguments: str, recipe: str = "") -> MoveKDSFTConfig:
+        (tmp_path / "recipe.yaml").write_text(recipe or "seed: 1")
+        return parser.parse_args_and_config(["--config", str(tmp_path / "recipe.yaml"), *common, *arguments])[1]
+
+    assert parse().report_to == [] and parse(recipe="report_to: none").report_to == []
+    assert parse("--report_to", "tensorboard", "trackio").report_to == ["tensorboard", "trackio"]
+    assert parse("--report_to", "tensorboard", recipe="report_to: trackio").report_to == ["tensorboard"]
+    assert parse(recipe="report_to: [tensorboard, trackio]").report_to == ["tensorboard", "trackio"]
+    for value, expected in (
+        ("true", True),
+        ("True", True),
+        ("false", None),
+        ("runs/checkpoint-2", "runs/checkpoint-2"),
+    ):
+        assert parse("--resume_from_checkpoint", value).resume_from_checkpoint == expected
+        assert parse(recipe=f"resume_from_checkpoint: {value}").resume_from_checkpoint == expected
+    assert (
+        parse("--resume_from_checkpoint", "false", recipe="resume_from_checkpoint: true").resume_from_checkpoint
+        is None
+    )

@@ -12,9 +12,11 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from trl import TrlParser
 
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.files import read_json
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from train import run as stage_run
 from train.callbacks import STEPS_WATCHED
+from train.checkpoints import MANIFEST_NAME, write_manifest
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.language_lora import LANGUAGE_LORA_NAME, language_lora_layers, merged_state_dict
 from train.trainer import MoveKDTrainer
@@ -232,6 +234,8 @@ def resume(runs, tmp_path: Path):
         checkpoint = output / "checkpoint-2"
         shutil.copytree(straight(load_in_4bit) / "checkpoint-2", checkpoint)
         change(checkpoint)
+        manifest = read_json(checkpoint / MANIFEST_NAME)
+        write_manifest(checkpoint, manifest["step"], manifest["run"])  # else the change itself would be refused
         run(write(output, load_in_4bit, resume_from_checkpoint=str(checkpoint), **overrides))
         return output
 

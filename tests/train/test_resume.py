@@ -1,6 +1,7 @@
 """A run that was killed and resumed equals an uninterrupted run, bit for bit; and what its checkpoints hold."""
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.helpers.bare_process import load_as_stranger
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
+from train import run as stage_run
+from train.checkpoints import MANIFEST_NAME, SAMPLE, STRIDE, WHOLE_FILE, check_checkpoint, checksum
 
 
 # With all randomness: the order of the rows and the dropout of the experts
@@ -113,19 +116,108 @@ def test_dropout_takes_part(straight: Path, parts: dict[str, str], dataset_folde
     assert losses(tmp_path / "other" / "checkpoint-4") != losses(straight / "checkpoint-4")
 
 
-def test_without_the_distiller_resuming_raises(resume) -> None:
+def test_true_takes_the_newest_whole_checkpoint(
+    straight: Path, killed: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path, caplog
+) -> None:
+    """A run was killed while it wrote its second checkpoint. Here all is written but the list of files."""
+    output = tmp_path / "resumed"
+    shutil.copytree(killed, output)
+    shutil.copytree(straight / "checkpoint-4", output / "checkpoint-4")
+    (output / "checkpoint-4" / MANIFEST_NAME).unlink()
+    (output / "checkpoint-4" / "left_behind.bin").write_bytes(b"")
+    run(write_settings(output, parts, dataset_folder, **SETTINGS, resume_from_checkpoint=True, save_total_limit=1))
+    assert re.search(r"Passed over: .*checkpoint-4 is incomplete", caplog.text)
+    assert re.search(r"Resuming from .*checkpoint-2\.", caplog.text) and "missing keys" not in caplog.text
+    assert_same(output, straight, processes=1)
+    check_checkpoint(output / "checkpoint-4")
+    assert not (output / "checkpoint-2").exists(), "`save_total_limit` is 1"
+
+
+def test_every_file_of_a_checkpoint_is_verified(straight: Path, tmp_path: Path) -> None:
+    checkpoint, other = tmp_path / "checkpoint-2", straight / "checkpoint-4"
+    shutil.copytree(straight / "checkpoint-2", checkpoint)
+    files = check_checkpoint(checkpoint)["files"]
+    assert {*FILES, "rng_state.pth", "trainer_state.json", "training_facts.json", "config.json"} <= files.keys()
+    for name in files:
+        path = checkpoint / name
+        whole = path.read_bytes()
+        damages = {
+            "has other content": bytes([whole[0] ^ 1]) + whole[1:],
+            "of another step": (other / name).read_bytes(),
+            f"has {len(whole) - 1} bytes instead of {len(whole)}": whole[:-1],
+        }
+        if damages["of another step"] == whole:
+            del damages["of another step"]
+        for problem, damaged in damages.items():
+            path.write_bytes(damaged)
+            expected = "has other content|has .* bytes instead of" if problem == "of another step" else problem
+            with pytest.raises(ValueError, match=f"step 2 wrote it: {re.escape(name)} ({expected})"):
+                check_checkpoint(checkpoint)
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is missing. Restore"):
+            check_checkpoint(checkpoint)
+        path.write_bytes(whole)
+    shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_1.pth")
+    with pytest.raises(ValueError, match="rng_state_1.pth does not belong to it"):
+        check_checkpoint(checkpoint)
+    (checkpoint / "rng_state_1.pth").unlink()
+    (checkpoint / "README.md").write_text("My student", encoding="utf-8")
+    check_checkpoint(checkpoint)
+
+
+def test_a_change_in_a_large_file_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(bytes(WHOLE_FILE + 5 * SAMPLE))
+    whole = checksum(path)
+    for place in (0, 3 * STRIDE + 10, WHOLE_FILE + 5 * SAMPLE - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"1")
+        assert checksum(path) != whole
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\0")
+    assert checksum(path) == whole
+
+
+def test_a_changed_checkpoint_is_refused_before_anything_is_loaded(resume) -> None:
     with pytest.raises(ValueError, match=r"distiller\.safetensors is missing"):
         resume(lambda checkpoint: (checkpoint / "distiller.safetensors").unlink())
 
 
-def test_another_distiller_is_another_run(straight: Path, resume) -> None:
-    def change(checkpoint: Path) -> None:
-        path = checkpoint / "distiller.safetensors"
-        save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 2}, r"'rows_per_step': \(4, 2\)"),
+        ({"seed": 1}, r"'seed': \(42, 1\)"),
+        ({"num_experts": 2}, "router|expert"),
+        ({"resume_from_checkpoint": "nowhere"}, "There is no checkpoint nowhere"),
+        ({"resume_from_checkpoint": None}, "holds a run already: checkpoint-2"),
+    ],
+)
+def test_a_run_that_would_be_another_is_refused(
+    killed: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    output = tmp_path / "resumed"
+    shutil.copytree(killed, output)
+    settings = {"resume_from_checkpoint": "true"} | settings
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        run(write_settings(output, parts, dataset_folder, **SETTINGS | settings))
 
-    resumed = resume(change)
-    assert losses(resumed / "checkpoint-4")[0]["kd/vit"] != losses(straight / "checkpoint-4")[0]["kd/vit"]
-    assert list(differences(*(read(folder / "checkpoint-4" / FILES[0]) for folder in (resumed, straight))))
+
+def test_a_finished_folder_is_refused_or_overwritten(arguments, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"distill": False, "num_experts": 0, "teachers": None, "max_steps": 1}
+    output = tmp_path / "output"
+    stage_run.train(*arguments(**small))
+    before = (output / "model.safetensors").read_bytes()
+    (output / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="holds a run already: checkpoint-7, model.safetensors. Give another folder"):
+        stage_run.train(*arguments(**small, seed=1))
+    assert (output / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="has no whole checkpoint"):
+        stage_run.train(*arguments(**small, seed=1, resume_from_checkpoint=True))
+    stage_run.train(*arguments(**small, seed=1, overwrite_output_dir=True))
+    assert (output / "model.safetensors").read_bytes() != before and not (output / "checkpoint-7").exists()
 
 
 def test_two_processes(folder: Path, parts: dict[str, str]) -> None:
