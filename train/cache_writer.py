@@ -1,13 +1,12 @@
 """Writes the teachers' features of a data set to a folder, from which training reads them."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,25 +15,34 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
-from modeling_movekd.processing import add_image_token, build_processor
+from modeling_movekd.processing import add_image_token, build_processor, load_processor
 from train.build import build_collator, teacher_configs
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
-from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode
-from train.teachers.cached import INDEX_NAME, ROWS_NAME, check_same, image_bytes, loaded_teacher, read_index, rows_of
+from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode, shard_checksum
+from train.teachers.cached import (
+    INDEX_NAME,
+    ROWS_NAME,
+    check_same,
+    fingerprint,
+    image_bytes,
+    loaded_teacher,
+    read_index,
+    rows_of,
+)
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
 
@@ -59,12 +67,10 @@ class CacheArguments:
             raise ValueError(f"`rows_per_shard` is {self.rows_per_shard}. Set it to a positive number.")
 
 
-def load_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
+def processor_of_recipe(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
     """The processor of [`train.build.build_student`] without loading the student; for teachers' pixels only."""
     if model_args.model_name_or_path is not None:
-        return AutoProcessor.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
+        return load_processor(model_args.model_name_or_path, model_args.model_revision)
     if args.vision_model is None or args.language_model is None:
         raise ValueError(
             "The recipe names no student. Set `model_name_or_path`, or `vision_model` and `language_model`."
@@ -159,14 +165,13 @@ def _write_cache(
     datasets = [dataset for dataset in loaded if dataset is not None]
     rows = rows_of(*datasets)
     teachers = {config.name: load_teacher(config) for config in teacher_configs(args)}
-    collator = build_collator(args, load_processor(args, model_args), teachers)
+    collator = build_collator(args, processor_of_recipe(args, model_args), teachers)
     # The text does not matter here, nor does its length
     collator = dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)
     blanks = _blank_features(collator, teachers, cache_args.cache_dtype)
     index = _index(folder, rows, collator, teachers, blanks, cache_args)
     layout = ShardLayout(folder, rows, index)
-    missing = {name: [shard for shard in layout.keys if not _is_complete(layout, name, shard)] for name in teachers}
-    missing = broadcast_object_list([missing])[0]
+    missing = _missing_shards(layout, teachers, state)
     _check_disk_space(layout, missing, state)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -259,7 +264,7 @@ def _index(
         "data": {
             "rows": len(rows["row_index"]),
             "images": sum(len(images) for images in rows["images"]),
-            "fingerprint": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+            "fingerprint": fingerprint(rows),
         },
         "geometry": collator.teacher_geometry,
         "dtype": cache_args.cache_dtype,
@@ -274,7 +279,12 @@ def _index(
         index["teachers"][name] = loaded_teacher(teacher) | {"tensors": tensors}
     if not (folder / INDEX_NAME).is_file():
         return index
-    found = read_index(folder)
+    try:
+        found = read_index(folder)
+    except ValueError as error:
+        # Its shards say themselves what they are of
+        print(f"Written anew: {error}", flush=True)
+        return index
     what = f"`feature_cache` {folder}"
     for part in ("data", "geometry"):
         check_same(f"{what}, {part}", found[part], index[part])
@@ -287,11 +297,21 @@ def _index(
     return found | {"teachers": index["teachers"] | found["teachers"]}
 
 
+def _missing_shards(layout: ShardLayout, teachers: Iterable[str], state: PartialState) -> dict[str, list[str]]:
+    """By teacher, the shards to write. Each process reads a part of those that exist, to verify them."""
+    shards = [(name, shard) for name in teachers for shard in layout.keys]
+    own = [key for key in shards[state.process_index :: state.num_processes] if not _is_complete(layout, *key)]
+    missing = set(gather_object(own))
+    return {name: [shard for shard in layout.keys if (name, shard) in missing] for name in teachers}
+
+
 def _is_complete(layout: ShardLayout, teacher: str, shard: str) -> bool:
     try:
-        return bool(layout.check(teacher, shard))
+        layout.check(teacher, shard)
+        layout.verify(teacher, shard)
     except ValueError:
         return False
+    return True
 
 
 def _check_disk_space(layout: ShardLayout, missing: Mapping[str, Sequence[str]], state: PartialState) -> None:
@@ -368,6 +388,7 @@ def _save(
     measures: Sequence[Mapping[str, float]],
 ) -> None:
     errors = (_total(measures) if measures else {}) | {"unreadable_images": checksums.count(UNREADABLE)}
+    tensors = {**encoded, "checksums": torch.tensor(checksums)}
     header = layout.header(teacher, shard) | {"format": "pt", "errors": json.dumps(errors)}
     with new_file(layout.path(teacher, shard)) as temporary:
-        save_file({**encoded, "checksums": torch.tensor(checksums)}, temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header | {"checksum": shard_checksum(tensors)})

@@ -22,7 +22,7 @@ from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, launch, write_settings
 from train import run as stage_run
 from train.build import build_collator, build_teachers
-from train.cache_writer import CacheArguments, cache_features, load_processor
+from train.cache_writer import CacheArguments, cache_features, processor_of_recipe
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import load_conversations
 from train.feature_cache import main
@@ -151,8 +151,8 @@ def test_both_stages_share_one_cache(cached, arguments, tmp_path: Path, capsys: 
 def test_rows_are_found_in_any_order(arguments, cached, mixed: str) -> None:
     settings = cached("float16", rows_per_shard=4)
     dataset = load_conversations(mixed)
-    live = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(arguments()[1]))
-    read = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
+    live = build_collator(settings[1], processor_of_recipe(*settings[1:]), build_teachers(arguments()[1]))
+    read = build_collator(settings[1], processor_of_recipe(*settings[1:]), build_teachers(settings[1]))
     teachers, stand_ins = build_teachers(arguments()[1]), build_teachers(settings[1])
     for batch in ([23, 4, 0, 10], [10, 9, 8, 4], [0, 1], [12, 6]):
         rows = [dataset[index] for index in batch]

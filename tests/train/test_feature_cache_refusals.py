@@ -1,18 +1,20 @@
 """A feature cache that does not belong to the data, the teacher or the preprocessing is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.cached_rows import mixed_rows, write
 from train import run as stage_run
 from train.build import build_collator, build_teachers
-from train.cache_writer import load_processor
+from train.cache_writer import processor_of_recipe
 from train.data.datasets import load_conversations
 
 
@@ -26,6 +28,44 @@ def test_missing_and_truncated_shards_are_refused(cached, harm: str) -> None:
         shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{'lacks the shard ' if harm == 'missing' else ''}.*vit/000001.*again"):
         stage_run.train(*settings)
+
+
+def test_a_flipped_byte_is_found_when_a_shard_is_first_opened_and_written_anew(cached, mixed: str) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache)
+    row = load_conversations(mixed)[4]
+    collator = build_collator(settings[1], processor_of_recipe(*settings[1:]), build_teachers(settings[1]))
+    whole = collator([row])["cached_features"]["vit"]["tokens"]
+    names = ["vit/000000.safetensors", "vit/blank.safetensors", "clip/000001.safetensors"]
+    for name in names:
+        path = folder / name
+        content = path.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        for place in (header, (header + len(content)) // 2, len(content) - 1):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            teacher, shard = name.removesuffix(".safetensors").split("/")
+            with pytest.raises(ValueError, match=rf"{name} is damaged: its checksum.*again"):
+                build_teachers(settings[1])[teacher].cache.layout.verify(teacher, shard)
+    with pytest.raises(ValueError, match=r"is damaged: its checksum"):
+        stage_run.train(*settings)
+    write(settings)
+    collator = build_collator(settings[1], processor_of_recipe(*settings[1:]), build_teachers(settings[1]))
+    assert torch.equal(collator([row])["cached_features"]["vit"]["tokens"], whole)
+
+
+@pytest.mark.parametrize("name", ["index.json", "rows.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", None])
+def test_a_broken_list_is_refused_and_written_anew(cached, name: str, content: bytes | None) -> None:
+    settings = cached()
+    path = Path(settings[1].feature_cache) / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{name} is broken.*Run `python -m train.feature_cache`"):
+        build_teachers(settings[1])
+    shard = path.parent / "vit" / "000001.safetensors"
+    before = shard.stat().st_mtime_ns
+    write(settings)
+    assert json.loads(path.read_bytes()) == json.loads(whole) and shard.stat().st_mtime_ns == before
 
 
 def test_a_shard_of_another_cache_is_refused(cached) -> None:
@@ -95,12 +135,12 @@ def test_another_geometry_is_refused(cached) -> None:
     data_args, args, model_args = cached()
     args.geometry = "per_teacher"
     with pytest.raises(ValueError, match="`geometry` is 'shared' in the cache, 'per_teacher' in this run"):
-        build_collator(args, load_processor(args, model_args), build_teachers(args))
+        build_collator(args, processor_of_recipe(args, model_args), build_teachers(args))
     with pytest.raises(ValueError, match="`geometry` is 'shared'"):
         write((data_args, args, model_args))
     args.geometry, args.image_aspect_ratio = "shared", "anyres"
     with pytest.raises(ValueError, match="`crop` is 'pad' in the cache, 'whole' in this run"):
-        build_collator(args, load_processor(args, model_args), build_teachers(args))
+        build_collator(args, processor_of_recipe(args, model_args), build_teachers(args))
 
 
 @pytest.mark.parametrize(("dtype", "rows", "field"), [("int8", 5, "dtype"), ("float16", 6, "rows_per_shard")])
@@ -137,7 +177,7 @@ def test_other_data_is_refused(cached, tmp_path: Path, change: Callable, row: in
 
 def test_another_image_of_the_same_name_is_refused(cached, mixed: str) -> None:
     settings = cached()
-    collator = build_collator(settings[1], load_processor(*settings[1:]), build_teachers(settings[1]))
+    collator = build_collator(settings[1], processor_of_recipe(*settings[1:]), build_teachers(settings[1]))
     row = load_conversations(mixed)[6]
     collator([row])
     content = bytearray(row["images"][0]["bytes"])

@@ -1,19 +1,22 @@
 """The files of a feature cache: how features are encoded, which shard holds which images, and what its header says."""
 
 import json
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modeling_movekd.files import new_file
 from train.teachers.features import TeacherFeatures
 
 
 BLANK = "blank"
 RUN_AGAIN = (
-    "Run `python -m train.feature_cache` with this recipe again: it rewrites missing, truncated and outdated shards."
+    "Run `python -m train.feature_cache` with this recipe again: it rewrites missing, damaged and outdated files."
 )
 # Checksum of an image that could not be decoded
 UNREADABLE = -1
@@ -22,6 +25,14 @@ UNREADABLE = -1
 def in_current_spelling(text: str) -> str:
     """JSON of a cache, in which former versions wrote `centre_crop` and `centre_square`."""
     return text.replace('"centre_crop"', '"center_crop"').replace('"centre_square"', '"center_square"')
+
+
+def shard_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors of a shard, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def encode(features: TeacherFeatures, dtype: str) -> dict[str, torch.Tensor]:
@@ -138,3 +149,33 @@ class ShardLayout:
         if shapes != expected:
             raise ValueError(f"The shard {path} holds {shapes}, not {expected}. {RUN_AGAIN}")
         return found
+
+    def verify(self, teacher: str, shard: str) -> None:
+        """
+        Compare a shard with the checksum in its header; shards of earlier versions have none.
+
+        Reading a whole shard is slow, so that a file beside the shard notes its size and time of change, for the other
+        processes and later runs.
+
+        Raises:
+            ValueError: if the shard cannot be read or was changed.
+        """
+        path = self.path(teacher, shard)
+        note = path.with_name(f".{shard}.verified")
+        try:
+            state = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+            if note.is_file() and note.read_text(encoding="utf-8") == state:
+                return
+            with safe_open(path, "pt") as file:
+                expected = (file.metadata() or {}).get("checksum")
+                found = shard_checksum({name: file.get_tensor(name) for name in file.keys()})
+        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"The shard {path} cannot be read ({error}). {RUN_AGAIN}") from error
+        if expected not in (None, found):
+            raise ValueError(
+                f"The shard {path} is damaged: its checksum is {found}, and was {expected} when it was written. "
+                f"{RUN_AGAIN}"
+            )
+        with suppress(OSError):  # a cache may be read-only
+            with new_file(note) as temporary:
+                temporary.write_text(state, encoding="utf-8")

@@ -29,6 +29,7 @@ from train.teachers.features import FrozenTeacher, TeacherFeatures
 
 
 INDEX_NAME, ROWS_NAME = "index.json", "rows.json"
+INDEX_FIELDS = ("data", "geometry", "dtype", "rows_per_shard", "teachers")
 # A recipe sets these fields of a teacher, or leaves them to the model's files
 TEACHER_FIELDS = (
     *("model", "loader", "file", "revision", "output", "layout", "dtype"),
@@ -87,7 +88,43 @@ def requested_teacher(config: TeacherConfig) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    return json.loads(in_current_spelling((folder / INDEX_NAME).read_text(encoding="utf-8")))
+    """
+    Read `index.json`.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+    index = _read(folder / INDEX_NAME)
+    if missing := [name for name in INDEX_FIELDS if name not in index]:
+        raise ValueError(f"{folder / INDEX_NAME} is broken: it lacks {missing}. {RUN_AGAIN}")
+    return json.loads(in_current_spelling(json.dumps(index)))
+
+
+def read_rows(folder: Path, index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """
+    Read `rows.json`.
+
+    Raises:
+        ValueError: if the file is broken, or not the one that `index.json` was written with.
+    """
+    rows = _read(folder / ROWS_NAME)
+    if (found := fingerprint(rows)) != (expected := index["data"]["fingerprint"]):
+        raise ValueError(
+            f"{folder / ROWS_NAME} is broken: its fingerprint is {found}, not {expected} as in {INDEX_NAME}. "
+            f"{RUN_AGAIN}"
+        )
+    return rows
+
+
+def fingerprint(rows: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}). {RUN_AGAIN}") from error
 
 
 def loaded_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
@@ -185,7 +222,8 @@ class FeatureCache:
                     f"{config.name}. {RUN_AGAIN}"
                 )
             self._check_teacher(config)
-        self.layout = ShardLayout(self.folder, read_json(self.folder / ROWS_NAME), self.index)
+        self.layout = ShardLayout(self.folder, read_rows(self.folder, self.index), self.index)
+        self._verified: set[tuple[str, str]] = set()
         for name in self.names:
             for shard in self.layout.keys:
                 self.layout.check(name, shard)
@@ -260,6 +298,9 @@ class FeatureCache:
     def _read(self, teacher: str, locations: Sequence[tuple[str, int, int | None]]) -> dict[str, torch.Tensor]:
         read: dict[str, list[torch.Tensor]] = {name: [] for name in self.index["teachers"][teacher]["tensors"]}
         for shard, position, checksum in locations:
+            if (teacher, shard) not in self._verified:
+                self.layout.verify(teacher, shard)
+                self._verified.add((teacher, shard))
             path = self.layout.path(teacher, shard)
             try:
                 with safe_open(path, "pt") as file:
