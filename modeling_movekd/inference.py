@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoProcessor,
     BaseImageProcessor,
     PreTrainedConfig,
     ProcessorMixin,
@@ -18,6 +17,7 @@ from transformers import (
 
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .modeling_movekd import MoveKDForConditionalGeneration
+from .processing import load_processor
 from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
 
 
@@ -64,9 +64,7 @@ def load_checkpoint(
     model = model.to(device).eval()
     if fold:
         model.fold_experts()
-    # Training resizes with PIL. Pixels resized by torchvision differ by up to 0.015.
-    processor = AutoProcessor.from_pretrained(checkpoint, revision=revision, backend="pil", trust_remote_code=False)
-    return model, processor
+    return model, load_processor(checkpoint, revision)
 
 
 class _TowerOfModel(MoveKDVisionModel):

@@ -7,13 +7,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import concatenate, recursively_apply
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,7 +24,7 @@ from transformers.utils import cached_file
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for, set_chat_template
 from modeling_movekd.files import DISTILLER_NAME
-from modeling_movekd.processing import add_image_token, build_processor
+from modeling_movekd.processing import add_image_token, build_processor, load_processor
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
@@ -110,8 +109,7 @@ def _load_student(
             f"{source} was built with other options than this run asks for (saved, asked): {differing}. Give the "
             "saved values."
         )
-    # Without `trust_remote_code=False` the tokenizer asks at the terminal whether to run the model's code
-    processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    processor = load_processor(source, revision)
     templates = {name: chat_template_for(processor, name) for name in CHAT_TEMPLATES}
     asked = args.chat_template
     if asked != "own" and templates.get(asked, asked) != processor.chat_template:
@@ -221,7 +219,8 @@ def build_distiller(
 
     Args:
         args, model, teachers: The run's.
-        checkpoint (`str`, *optional*): Folder or Hub id to load `distiller.safetensors` from, if it has the file.
+        checkpoint (`str`, *optional*): Folder or Hub id to load `distiller.safetensors` from, if it has the file and
+            `args.reset_distiller` is false.
         revision (`str`, *optional*): Revision of a Hub id.
     """
     if not teachers:
@@ -236,7 +235,14 @@ def build_distiller(
         whitening_components=args.whitening_components,
         **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
     )
-    if checkpoint is not None:
+    if args.reset_distiller:
+        if checkpoint is None:
+            raise ValueError(
+                "`reset_distiller` is true, but no student is continued, so that there are no heads. Leave it out, or "
+                "set `model_name_or_path`."
+            )
+        logger.warning("The heads of %s are left out: distillation starts with new heads.", checkpoint)
+    elif checkpoint is not None:
         saved = cached_file(checkpoint, DISTILLER_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if saved is None:
             logger.warning("%s has no %s; distillation starts with new heads.", checkpoint, DISTILLER_NAME)
@@ -274,26 +280,21 @@ def fit_feature_statistics(
         for number, row in enumerate(shuffled()):
             if left <= 0 or (left == args.feature_statistics_images and number >= last):
                 return
-            if bad_rows is not None and row.get("problem") is not None:
-                bad_rows.add([(row["source"], row["problem"])])
-            if row["images"]:
+            if not row["images"] and row.get("problem") is None:
+                continue
+            collated = collator([row])
+            if bad_rows is not None:
+                bad_rows.add(collated["bad_rows"])
+            if row["images"] and not collated["bad_rows"]:
                 left -= len(row["images"])
-                yield row
+                yield collated.get("cached_features") or collated["teacher_pixel_values"]
 
     def batches() -> Iterator[dict[str, TeacherFeatures]]:
         # Batch after sampling: the sample must not depend on the batch size
         rows = iter(tqdm(sample(), desc="teachers' statistics", unit=" rows", leave=False))
         while batch := list(islice(rows, args.per_device_train_batch_size)):
-            collated = collator(batch)
-            if bad_rows is not None:
-                bad_rows.add(collated["bad_rows"])
-            # If no image of the batch could be decoded, the batch is a blank image of weight zero
-            if collated["image_weights"].all():
-                inputs = recursively_apply(
-                    lambda value: value.to(args.device),
-                    collated.get("cached_features") or collated["teacher_pixel_values"],
-                )
-                yield {name: teacher.to(args.device)(inputs[name]) for name, teacher in teachers.items()}
+            inputs = recursively_apply(lambda value: value.to(args.device), concatenate(batch))
+            yield {name: teacher.to(args.device)(inputs[name]) for name, teacher in teachers.items()}
 
     distiller.fit_statistics(batches())
 

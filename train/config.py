@@ -115,6 +115,10 @@ class MoveKDSFTConfig(SFTConfig):
         help="Form of the method: `paper` follows the text, `released` the original code, `student_heads` puts heads "
         "on the student. Sets each option with values by preset that is not given.",
     )
+    reset_distiller: bool = HfArg(
+        default=False,
+        help="Start with new heads when a student is continued, as other teachers or another preset need.",
+    )
     num_experts: int = HfArg(default=3, help="Number of LoRA experts in each MLP of the tower; 0 for none.")
     lora_rank: int = HfArg(default=32, help="Rank of each expert.")
     lora_alpha: float = HfArg(default=1.0, help="The output of an expert is scaled by lora_alpha / lora_rank.")

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from datasets import load_from_disk
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks.replication import world
 from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.processing import load_processor
 from train.build import build_collator, build_student
 from train.cache_writer import CacheArguments, cache_features
 from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
@@ -176,7 +177,7 @@ def train_arm(
         trainer.end()
         start, source = {}, ModelArguments(model_name_or_path=str(output / stage))
     model = MoveKDForConditionalGeneration.from_pretrained(output / "finetune")
-    processor = AutoProcessor.from_pretrained(output / "finetune", trust_remote_code=False)
+    processor = load_processor(output / "finetune")
     return model, processor, training
 
 

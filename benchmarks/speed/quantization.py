@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from benchmarks.speed.measure import Row, parser, report
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.processing import load_processor
 from train.demo.run import accuracy_by_family, answer_questions
 from train.demo.scenes import scenes
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     rows = scenes("test", 10 if chosen.toy else chosen.questions)
-    processor = AutoProcessor.from_pretrained(chosen.checkpoint, trust_remote_code=False)
+    processor = load_processor(chosen.checkpoint)
     found: dict[str, tuple[float, float]] = {}
     every: dict[str, dict[str, Any]] = {"as it is": {}} | PRECISIONS
     for name, settings in every.items():

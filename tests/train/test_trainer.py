@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
@@ -16,7 +17,17 @@ from modeling_movekd import MoveKDForConditionalGeneration
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import build_trainer
 from train import run as stage_run
-from train.build import build_student, parameter_groups
+from train.build import (
+    build_collator,
+    build_distiller,
+    build_student,
+    build_teachers,
+    fit_feature_statistics,
+    parameter_groups,
+)
+from train.cache_writer import processor_of_recipe
+from train.data.bad_rows import BadRows
+from train.data.datasets import load_conversations
 from train.trainer import MoveKDTrainer
 
 
@@ -244,10 +255,73 @@ def test_continuing_asks_nothing(arguments, tmp_path: Path, monkeypatch: pytest.
     assert not asked and processor.tokenizer.convert_tokens_to_ids("<image>") == processor.image_token_id
 
 
+def test_other_teachers_need_new_heads(arguments, parts: dict[str, str], tmp_path: Path, caplog) -> None:
+    stage_run.train(*arguments(stage="pretrain", max_steps=1, distillation_preset="student_heads"))
+    continued: dict[str, Any] = {
+        "model_name_or_path": str(tmp_path / "output"),
+        "output_dir": str(tmp_path / "second"),
+    }
+    continued |= {"teachers": [{"name": "another", "model": parts["vit"]}], "distillation_preset": "student_heads"}
+    with pytest.raises(ValueError, match=r"does not fit the distiller: missing \['another.*`reset_distiller: true`"):
+        stage_run.train(*arguments(**continued))
+    trainer = stage_run.train(*arguments(**continued, reset_distiller=True, max_steps=1))
+    assert list(trainer.model.distiller) == ["another"] and "starts with new heads" in caplog.text
+    with pytest.raises(ValueError, match="`reset_distiller` is true, but no student is continued"):
+        stage_run.train(*arguments(reset_distiller=True, output_dir=str(tmp_path / "third")))
+
+
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "anyres"])
+def test_a_continued_student_sees_the_pixels_of_a_new_one(arguments, tmp_path: Path, image_aspect_ratio: str) -> None:
+    built = build_student(*arguments(image_aspect_ratio=image_aspect_ratio)[1:])
+    for part in built:
+        part.save_pretrained(tmp_path / "saved")
+    settings = arguments(model_name_or_path=str(tmp_path / "saved"), image_aspect_ratio=image_aspect_ratio)[1:]
+    image = Image.effect_mandelbrot((83, 47), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    pixels = built[1].image_processor(image, return_tensors="pt")["pixel_values"]
+    for processor in (build_student(*settings)[1], processor_of_recipe(*settings)):
+        assert type(processor.image_processor) is type(built[1].image_processor)
+        assert torch.equal(processor.image_processor(image, return_tensors="pt")["pixel_values"], pixels)
+
+
+def test_statistics_count_usable_rows_alone(arguments, tmp_path: Path) -> None:
+    """Whatever comes first: the sample is the usable rows in the run's order, as if there were no others."""
+    rows = llava_rows(24)
+    spoiled = [dict(row) for row in rows]
+    for index in range(0, 24, 2):
+        spoiled[index] = rows[index] | {"image": [rows[index]["image"]] * 40}
+        spoiled[index]["conversations"] = [
+            {"from": "human", "value": "<image>\n" * 40 + "What colour are they?"},
+            rows[index]["conversations"][1],
+        ]
+    for row in spoiled[1::2]:
+        row["image"] = [row["image"]]
+    Dataset.from_list(spoiled).save_to_disk(tmp_path / "spoiled")
+    data_args, args, model_args = arguments(
+        dataset_name=str(tmp_path / "spoiled"),
+        distillation_preset="student_heads",
+        feature_statistics_images=12,
+        max_length=300,
+    )
+    model, processor = build_student(args, model_args)
+    teachers = build_teachers(args)
+    found = []
+    for source in (spoiled, spoiled[1::2]):
+        distiller = build_distiller(args, model, teachers)
+        bad_rows = BadRows(max_share=1)
+        dataset = load_conversations(Dataset.from_list(source), bad_rows=bad_rows)
+        fit_feature_statistics(args, distiller, teachers, dataset, build_collator(args, processor, teachers), bad_rows)
+        found.append({name: value for name, value in distiller.state_dict().items() if name.endswith("mean")})
+        assert bool(bad_rows.reasons) is (source is spoiled)
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], msg=name)
+
+
 def test_continuing_with_other_settings_raises(arguments, tmp_path: Path) -> None:
     stage_run.train(*arguments(stage="pretrain", max_steps=1))
     with pytest.raises(ValueError, match=r"'lora_rank': \(4, 8\)"):
-        stage_run.train(*arguments(model_name_or_path=str(tmp_path / "output"), lora_rank=8))
+        stage_run.train(
+            *arguments(model_name_or_path=str(tmp_path / "output"), output_dir=str(tmp_path / "second"), lora_rank=8)
+        )
 
 
 @pytest.mark.parametrize(

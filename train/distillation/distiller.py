@@ -298,7 +298,8 @@ class Distiller(nn.ModuleDict):
         if missing or unexpected or shapes:
             raise ValueError(
                 f"{path} does not fit the distiller: missing {missing}, left over {unexpected}, other shapes (in the "
-                f"file, needed) {shapes}. Use the teachers, image sizes and preset it was trained with."
+                f"file, needed) {shapes}. Use the teachers, image sizes and preset it was trained with; or start with "
+                "new heads by `model_name_or_path` and `reset_distiller: true`."
             )
         if bad := [key for key, value in loaded.items() if not value.isfinite().all()]:
             raise ValueError(f"{path} has values that are not finite in {bad}. Use an earlier checkpoint.")
