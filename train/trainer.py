@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
@@ -100,6 +101,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             bad_rows = BadRows(self.args.output_dir, writes=self.args.should_save)
             bad_rows.total = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
         self.bad_rows, self.run_facts = bad_rows, run_facts or RunFacts()
+        self._evaluated: dict[str, float] = defaultdict(float)
         self._images, self._logged_at = torch.zeros(()), time.perf_counter()
         self._images_since_log = torch.zeros((), device=self.args.device)
         self.accelerator.print(parameter_summary(self.model, self.teachers, args))
@@ -153,9 +155,10 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        inputs.pop("image_rows", None)
         if not model.training:
+            inputs = self._without_repeated_rows(inputs)
             self._count([inputs], self.accelerator.device)
+        inputs.pop("image_rows", None)
         teacher_inputs = inputs.pop("teacher_pixel_values", None) or inputs.pop("cached_features", None)
         if self.teachers:
             inputs["teacher_features"] = {
@@ -187,25 +190,35 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         loss = text + self.args.lambda_kd * outputs.kd.sum() * share
         if outputs.balance is not None:
             loss = loss + self.args.lambda_balance * outputs.balance.sum() * share
-        self._log_terms(text.detach(), outputs, inputs["image_weights"], num_items_in_batch is not None)
+        if self.model.training:
+            self._log_terms(text.detach(), outputs, inputs["image_weights"], num_items_in_batch is not None)
+        else:
+            self._log_evaluation(text.detach(), outputs, inputs["image_weights"])
         return (loss, logits_outputs) if return_outputs else loss
+
+    def _sums(self, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses summed over the images, and the tokens of each expert. The same names on all processes."""
+        sums = {"images": image_weights.sum()}
+        if outputs.kd is not None and outputs.teacher_losses is not None:
+            losses = outputs.teacher_losses.sum(dim=1)
+            sums |= {"kd": outputs.kd.sum(), **{f"kd/{name}": losses[i] for i, name in enumerate(self.teachers)}}
+        if outputs.balance is not None and outputs.expert_tokens is not None:
+            tokens = outputs.expert_tokens.sum(dim=0)
+            sums |= {"balance": outputs.balance.sum(), **{f"experts/{i}": value for i, value in enumerate(tokens)}}
+        return sums
+
+    def _reduce_and_check(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sum over the processes, with one reduction that has the same length on all of them."""
+        stacked = torch.stack([value.detach().float() for value in sums.values()])
+        totals = dict(zip(sums, self.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
+        check_finite({name: torch.tensor(value) for name, value in totals.items()})
+        return totals
 
     def _log_terms(
         self, text: torch.Tensor, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor, is_scaled: bool
     ) -> None:
-        """Log and check the losses, with one reduction that has the same length on all processes."""
-        mode = "train" if self.model.training else "eval"
-        names, values = ["text", "images"], [text, image_weights.sum()]
-        if outputs.kd is not None and outputs.teacher_losses is not None:
-            names += ["kd", *(f"kd/{name}" for name in self.teachers)]
-            values += [outputs.kd.sum(), *outputs.teacher_losses.sum(dim=1)]
-        if outputs.balance is not None and outputs.expert_tokens is not None:
-            names += ["balance", *(f"experts/{index}" for index in range(outputs.expert_tokens.shape[1]))]
-            values += [outputs.balance.sum(), *outputs.expert_tokens.sum(dim=0)]
-        stacked = torch.stack([value.detach().float() for value in values])
-        totals = dict(zip(names, self.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
-        check_finite({name: torch.tensor(value) for name, value in totals.items()})
-
+        """Log and check the losses of a training batch."""
+        totals = self._reduce_and_check({"text": text} | self._sums(outputs, image_weights))
         steps = self.current_gradient_accumulation_steps if is_scaled else 1
         metrics = {"text": totals.pop("text") * steps / self.accelerator.num_processes}
         images = totals.pop("images")
@@ -217,9 +230,53 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             for name, value in totals.items():
                 metrics[name] = weight * value / max(tokens if name.startswith("experts/") else images, 1.0)
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        if outputs.expert_tokens is not None and mode == "train":
+            self._metrics["train"][name].append(value)
+        if outputs.expert_tokens is not None:
             self.gradient_guard.count_tokens(self.accelerator.reduce(outputs.expert_tokens, reduction="sum"))
+
+    def _log_evaluation(self, text: torch.Tensor, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor) -> None:
+        """Log the means over all tokens and images of the evaluation so far, whatever the batch size."""
+        tokens = outputs.label_mask.sum()
+        sums = {"tokens": tokens, "text": text * tokens, "entropy": outputs.entropy.sum()}
+        sums |= {"mean_token_accuracy": outputs.is_top1.sum()} | self._sums(outputs, image_weights)
+        for name, value in self._reduce_and_check(sums).items():
+            self._evaluated[name] += value
+        experts = sum(value for name, value in self._evaluated.items() if name.startswith("experts/"))
+        for name, value in self._evaluated.items():
+            of_tokens = name in ("text", "entropy", "mean_token_accuracy")
+            divisor = self._evaluated["tokens" if of_tokens else "images"]
+            divisor = experts if name.startswith("experts/") else divisor
+            if name not in ("tokens", "images") and divisor:
+                self._metrics["eval"][name] = [value / divisor]
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the rows that accelerate repeats at the end of an evaluation, to give all processes a batch."""
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return inputs
+        rows = len(inputs["labels"])
+        places = self.accelerator.process_index * rows + torch.arange(rows, device=inputs["labels"].device)
+        repeated = places >= state.remainder
+        return inputs | {
+            "labels": inputs["labels"].masked_fill(repeated.unsqueeze(1), -100),
+            "image_weights": inputs["image_weights"].masked_fill(repeated[inputs["image_rows"]], 0.0),
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Replace Trainer's loss, a mean over the batches, by the loss of the means over all tokens and images."""
+        self._evaluated = defaultdict(float)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = {name: values[0] for name, values in self._metrics["eval"].items()}
+        loss = means.get("text", 0.0) + self.args.lambda_kd * means.get("kd", 0.0)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.lambda_balance * means.get("balance", 0.0)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and self._metrics["train"]:
