@@ -184,7 +184,7 @@ def to_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
                 image = part["url"]
-                image = image.convert("RGB") if isinstance(image, Image.Image) else decode_image(Path(image))
+                image = decode_image(image if isinstance(image, Image.Image) else Path(image))
                 content.append({"type": "image", "image": image})
             else:
                 raise ValueError(f"The task contains {part['type']!r}; the model takes text and images.")

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 pytest.importorskip("datasets")
@@ -238,6 +240,26 @@ def test_two_processes_share_the_questions(in_data, tmp_path):
     one, two = answers(tmp_path / "one"), answers(tmp_path / "two")
     assert {task: sorted(texts) for task, texts in one.items()} == {task: sorted(texts) for task, texts in two.items()}
     assert done.stdout.count("| POPE | test | 4 |") == 1, "one process reports"
+
+
+@slow
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "LA", "P", "CMYK", "RGB"])
+def test_images_of_tasks_are_decoded_as_in_training(in_data, mode):
+    """Tasks hand over decoded images, which hold more than 8 bits a channel and an orientation as files do."""
+    from modeling_movekd.images import decode_image
+    from modeling_movekd.lmms_eval import to_conversation
+
+    values = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32) * 40
+    if mode.startswith("I;16"):
+        image = Image.frombytes(mode, (32, 48), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    else:
+        image = Image.fromarray((values >> 8).astype(np.uint8)).convert(mode)
+    image.getexif()[0x0112] = 6
+    conversation = to_conversation([{"role": "user", "content": [{"type": "image", "url": image}]}])
+    seen = conversation[0]["content"][0]["image"]
+    assert seen.tobytes() == decode_image(image).tobytes() and seen.size == (48, 32)
+    if mode.startswith("I;16"):
+        assert (np.asarray(seen)[..., 0] == np.rot90(values >> 8, -1)).all()
 
 
 @slow
