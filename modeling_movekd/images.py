@@ -1,12 +1,20 @@
-"""Decode and crop images from a data set or a visitor, which may be broken or malicious."""
+"""
+Decode and crop images from a data set or a visitor, which may be broken or malicious.
+
+`spaces/images.py` is a copy of this file, since the Space imports nothing of this package.
+"""
 
 import io
+import json
 import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -16,6 +24,18 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 # Longest side of an image in pixels. A square of this side takes 270 MB, and from there on Pillow warns of a
 # decompression bomb.
 MAX_SIDE = 9459
+# More than cameras, editors and web tools write. The size of an image does not bound the work of decoding it: each
+# scan of a JPEG file passes over all pixels, and each tile of a JPEG 2000 file is decoded by itself.
+MAX_SCANS = 100
+MAX_SEGMENTS = 5000
+MAX_FRAMES = 2000
+MAX_TILES = 10_000
+# A marker of a JPEG file, besides restarts and those without a length. In the coded pixels, 0 follows each 255.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+# The size, origin, and tiles of a JPEG 2000 codestream
+_SIZ = re.compile(rb"\xff\x4f\xff\x51.{4}(.{32})", re.DOTALL)
+# Runs this file, which needs Pillow alone, without the package and its slow imports.
+_CHILD = "import runpy, sys; runpy.run_path(sys.argv[1])['_answer_parent'](sys.argv[2])"
 
 
 class _Unusable(Exception):
@@ -38,23 +58,27 @@ def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX
             they are decoded.
 
     Raises:
-        ValueError: If the image is missing, broken, too large, in another format than `FORMATS`, or has values without
-            a known range (32-bit integers and floats).
+        ValueError: If the image is missing, broken, too large, in another format than `FORMATS`, has more scans,
+            frames or tiles than usual files, or has values without a known range (32-bit integers and floats).
     """
     if isinstance(image, Mapping):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
     name = f"{image}: " if isinstance(image, str | os.PathLike) else ""
     try:
         if isinstance(image, PILImage.Image):
             return _rgb(image, apply_orientation, max_side)
         if name and not os.path.isfile(image):
             raise _Unusable("no such file")
-        if (os.path.getsize(image) if name else image.getbuffer().nbytes) == 0:
+        content = Path(image).read_bytes() if name else bytes(image)
+        if not content:
             raise _Unusable("an image of 0 bytes")
+        _check_scans(content)
         with warnings.catch_warnings():
             # `_rgb` checks the size before a pixel is decoded.
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            with PILImage.open(image, formats=_readable_formats()) as opened:
+            with PILImage.open(io.BytesIO(content), formats=_readable_formats()) as opened:
+                _check_frames(opened, content)
+                _check_tiles(opened, content, max_side)
                 return _rgb(opened, apply_orientation, max_side)
     except _Unusable as error:
         raise ValueError(f"{name}{error}") from None
@@ -63,6 +87,122 @@ def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX
     except Exception as error:
         # Pillow raises nearly any exception for a broken file.
         raise ValueError(f"{name}an image that cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def decode_in_time(content: bytes, seconds: float, max_side: int = MAX_SIDE) -> PILImage.Image:
+    """
+    Decode an image that comes over a network, in a process of its own.
+
+    The process is ended when the time is over. No file can then hold up a server, or crash it by a fault in a decoder.
+
+    Args:
+        content (`bytes`): The image file.
+        seconds (`float`): The longest time.
+        max_side (`int`, *optional*, defaults to `MAX_SIDE`): Longest side in pixels.
+
+    Raises:
+        ValueError: As [`decode_image`], and if decoding takes longer.
+    """
+    command = [sys.executable, "-P", "-c", _CHILD, __file__, str(max_side)]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=max(seconds, 0.01), check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError("an image whose decoding takes too long: send it smaller, or as a plain PNG file") from None
+    header, _, pixels = done.stdout.partition(b"\n")
+    if done.returncode:
+        raise ValueError(f"an image that cannot be decoded (the decoder ended with {done.returncode})")
+    answer = json.loads(header)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return PILImage.frombytes("RGB", tuple(answer["size"]), pixels)
+
+
+def _answer_parent(max_side: str) -> None:
+    """Decode the image on standard input, and write a line of JSON and the pixels to standard output."""
+    try:
+        image = decode_image({"bytes": sys.stdin.buffer.read()}, max_side=int(max_side))
+    except ValueError as error:
+        sys.stdout.buffer.write(json.dumps({"error": str(error)}).encode() + b"\n")
+    else:
+        sys.stdout.buffer.write(json.dumps({"size": image.size}).encode() + b"\n" + image.tobytes())
+
+
+def _check_scans(content: bytes) -> None:
+    """Refuse a JPEG file with too many scans or segments. Pillow itself reads the segments when it opens a file."""
+    if not content.startswith(b"\xff\xd8"):
+        return
+    position = scans = segments = 0
+    while (marker := _MARKER.search(content, position)) and marker[1] != b"\xd9":
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+        segments += 1
+        scans += marker[1] == b"\xda"
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            raise _Unusable(
+                f"a JPEG file of more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments: save it again without them"
+            )
+
+
+def _check_frames(image: PILImage.Image, content: bytes) -> None:
+    if image.format == "GIF":
+        frames = _count_gif_frames(content)
+    elif image.format == "TIFF":
+        frames = _count_pages(content)
+    else:
+        frames = getattr(image, "n_frames", 1)
+    if frames > MAX_FRAMES:
+        raise _Unusable(f"an image of more than {MAX_FRAMES} frames: send the first one alone")
+
+
+# For these two formats Pillow would read every frame to count them.
+def _count_gif_frames(content: bytes) -> int:
+    """Count the frames of a GIF file up to one above `MAX_FRAMES`."""
+
+    def table(flags: int) -> int:
+        return 3 * 2 ** (flags % 8 + 1) if flags & 128 else 0
+
+    frames, position = 0, 13 + table(content[10])
+    try:
+        while frames <= MAX_FRAMES and content[position] in b"!,":
+            if content[position] == ord("!"):  # an extension
+                position += 2
+            else:
+                frames += 1
+                position += 11 + table(content[position + 9])
+            while size := content[position]:
+                position += size + 1
+            position += 1
+    except IndexError:
+        pass  # The file ends early, perhaps after a whole first frame.
+    return frames
+
+
+def _count_pages(content: bytes) -> int:
+    """Count the pages of a TIFF file up to one above `MAX_FRAMES`, which also ends a circle."""
+    order = "little" if content.startswith(b"II") else "big"
+    is_big = int.from_bytes(content[2:4], order) == 43  # BigTIFF
+    start, address, entry = (8, 8, 20) if is_big else (4, 4, 12)
+    count_bytes = address if is_big else 2
+    position, pages = int.from_bytes(content[start : start + address], order), 0
+    while 0 < position < len(content) and pages <= MAX_FRAMES:
+        entries = int.from_bytes(content[position : position + count_bytes], order)
+        position += count_bytes + entry * entries
+        position = int.from_bytes(content[position : position + address], order)
+        pages += 1
+    return pages
+
+
+def _check_tiles(image: PILImage.Image, content: bytes, max_side: int) -> None:
+    """Refuse a JPEG 2000 codestream that is larger than its file's header says, or cut into too many tiles."""
+    if image.format != "JPEG2000":
+        return
+    for match in _SIZ.finditer(content):
+        numbers = [int.from_bytes(match[1][start : start + 4]) for start in range(0, 32, 4)]
+        right, bottom, left, top, tile_width, tile_height, tile_left, tile_top = numbers
+        if max(right - left, bottom - top) > max_side:
+            raise _Unusable(f"an image of {right - left} x {bottom - top} pixels; its sides may have 1 to {max_side}")
+        columns, rows = ((right - tile_left) // max(tile_width, 1), (bottom - tile_top) // max(tile_height, 1))
+        if (columns + 1) * (rows + 1) > MAX_TILES:
+            raise _Unusable(f"a JPEG 2000 file of more than {MAX_TILES} tiles: save it again with larger ones")
 
 
 def path_in_folder(folder: str | os.PathLike, name: str) -> str:
@@ -95,7 +235,8 @@ def _rgb(image: PILImage.Image, apply_orientation: bool, max_side: int) -> PILIm
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # `convert` alone would clip at 255, which leaves a white image.
-        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        upper_bytes = image.tobytes()[image.mode != "I;16B" :: 2]
+        image = PILImage.frombytes("L", image.size, upper_bytes)
     return image.convert("RGB")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from student import Student, read_text
-from uploads import KEPT_SECONDS, KEPT_SIDE, MAX_FILE_MB, MAX_IMAGES, MAX_MEGAPIXELS
+from uploads import KEPT_SECONDS, KEPT_SIDE, MAX_FILE_MB, MAX_IMAGES, MAX_SIDE
 from zero_gpu import ON_ZERO_GPU
 
 
@@ -67,7 +67,7 @@ def about(student: Student) -> str:
         f"{table}\n\n**Your data.** Images go to this server's temporary folder. They are deleted after "
         f"{KEPT_SECONDS // 60} minutes and when the app ends, and are read only for your own questions. Images and "
         "texts are not logged, shared or trained on; a conversation lives in your page. It may have "
-        f"{MAX_IMAGES} images of up to {MAX_FILE_MB} MB and {MAX_MEGAPIXELS} megapixels. Sides above {KEPT_SIDE} "
+        f"{MAX_IMAGES} images of up to {MAX_FILE_MB} MB and {MAX_SIDE} pixels a side. Sides above {KEPT_SIDE} "
         "pixels are reduced.\n\n"
         "**The method.** [MoVE-KD: Knowledge Distillation for VLMs with Mixture of Visual Encoders]"
         "(https://arxiv.org/abs/2501.01709), CVPR 2025; this is an independent implementation."

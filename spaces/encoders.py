@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from images import shared_crop
 from PIL import Image
 from student import Student
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
@@ -35,27 +36,16 @@ class Encoder:
         self.name, self.follows_layer = name, follows_layer
         self.model: PreTrainedModel = getattr(loaded, "vision_model", loaded).to(student.model.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
-        images = student.processor.image_processor
-        self.tiles = student.model.config.image_aspect_ratio == "anyres"
-        self.pads = getattr(images, "do_pad", False)
-        # Rounded down, as by the student's image processor
-        self.mean = tuple(int(255 * value) for value in images.image_mean)
+        self.student_images = student.processor.image_processor
 
     def caption(self, layer: int) -> str:
         return f"{self.name}, layer {layer + 1}" if self.follows_layer else f"{self.name}, last layer"
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Crop, pad or stretch the image as the student's processor does, then resize and normalize it as our own."""
-        side = max(image.size)
-        if self.tiles:
-            square = image.resize((side, side), Image.Resampling.BICUBIC)
-        elif self.pads:
-            square = Image.new("RGB", (side, side), self.mean)
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        else:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
+        square = shared_crop(image, self.student_images)
+        if square is image and image.width != image.height:  # anyres
+            square = image.resize((max(image.size),) * 2, Image.Resampling.BICUBIC)
         settings: dict[str, Any] = {}
         if getattr(self.processor, "do_center_crop", False):
             # The crop would show another part of the image than the student sees.

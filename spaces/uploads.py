@@ -1,23 +1,20 @@
 """Read and limit what visitors send. Each `ValueError` here is a sentence for the visitor."""
 
 import time
-import warnings
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from errors import NOT_ANSWERED
 from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
-from PIL import Image, ImageOps, UnidentifiedImageError
+from images import decode_in_time
+from PIL import Image
 
 
-# Formats of photographs. Pillow starts other programs for some other formats (EPS).
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_MB = 20
-MAX_SIDE = 10_000
-MAX_MEGAPIXELS = 64
+MAX_SIDE = 8000
+DECODING_SECONDS = 10  # for all images of a conversation
 KEPT_SIDE = 2048  # larger images are reduced to this side, which is several times that of any tower
 MAX_IMAGES = 8
 MAX_CHARACTERS = 4_000
@@ -35,63 +32,33 @@ def refuse_addresses(inputs: Any) -> None:
     traverse(inputs, check, is_file_obj_with_meta)
 
 
-def decode(path: str | None, name: str = "The image") -> Image.Image:
+def decode(path: str | None, name: str = "The image", end: float | None = None) -> Image.Image:
     """
     Decode an image as RGB, upright and with no side above `KEPT_SIDE`.
 
-    Images of 16 bits keep their upper 8, as in training. Values without a known range are refused: floats and 32-bit
-    integers, which Pillow also makes of a 16-bit PGM.
+    Args:
+        path (`str`, *optional*): The file.
+        name (`str`, *optional*, defaults to `"The image"`): Name in errors.
+        end (`float`, *optional*): When to give up, by `time.monotonic`. Defaults to `DECODING_SECONDS` from now.
     """
     if not path:
         raise ValueError(f"{name} is missing: choose one first.")
+    most = MAX_FILE_MB * 2**20
     try:
-        most = MAX_FILE_MB * 2**20
         if (size := Path(path).stat().st_size) > most:
-            raise _Refused(
+            raise ValueError(
                 f"{name} has {size:,} bytes; at most {most:,} ({MAX_FILE_MB} MB) are taken. Send it smaller."
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the sides are checked below
-            with Image.open(path, formats=_readable()) as opened:
-                _check_sides(opened, name)
-                if opened.mode in ("I", "F"):
-                    raise _Refused(f"{name} has values without a known range. Send it with 8 bits per channel.")
-                image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16"):
-                    # `convert` alone would clip at 255.
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: at most {MAX_MEGAPIXELS} megapixels are taken.") from error
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{name} is no longer kept here. Clear the conversation and send it again.") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that can be read here ({', '.join(FORMATS)}).") from error
-    except _Refused as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:
-        # Pillow raises nearly any exception for a broken file.
-        raise ValueError(f"{name} is broken and cannot be read.") from error
+    left = DECODING_SECONDS if end is None else end - time.monotonic()
+    try:
+        image = decode_in_time(content, left, max_side=MAX_SIDE)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used: {error}.") from error
     image.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS)
     return image
-
-
-class _Refused(Exception):
-    pass
-
-
-def _readable() -> list[str]:
-    """Return the formats of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _check_sides(image: Image.Image, name: str) -> None:
-    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
-        raise _Refused(
-            f"{name} has {image.width} x {image.height} pixels; sides of {MAX_SIDE} and {MAX_MEGAPIXELS} megapixels "
-            "are the limits. Send it smaller."
-        )
 
 
 def delete_old(folder: Path, own: Collection[bytes], seconds: float = KEPT_SECONDS) -> None:
@@ -147,12 +114,12 @@ def read_conversation(history: Sequence[dict[str, Any]], message: dict[str, Any]
         raise ValueError(
             f"The conversation has {count} images; at most {MAX_IMAGES} are taken. Clear it, or send fewer."
         )
-    messages, number = [], 0
+    messages, number, end = [], 0, time.monotonic() + DECODING_SECONDS
     for role, paths, text in turns:
         content: list[dict[str, Any]] = []
         for path in paths:
             number += 1
             name = "The image" if count == 1 else f"Image {number} of the conversation"
-            content.append({"type": "image", "image": decode(path, name)})
+            content.append({"type": "image", "image": decode(path, name, end)})
         messages.append({"role": role, "content": [*content, {"type": "text", "text": text}]})
     return messages

@@ -1,7 +1,9 @@
 """Every kind of image a data set of millions holds: read as RGB, or refused with the reason."""
 
 import io
+import re
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_movekd.images import MAX_SIDE, decode_image
+from modeling_movekd import images
+from modeling_movekd.images import MAX_SIDE, decode_image, decode_in_time
 
 
 def stored(image: Image.Image, format: str = "PNG", **kwargs: object) -> dict[str, object]:
@@ -189,3 +192,85 @@ def test_formats_that_no_photograph_has_are_not_opened(format: str) -> None:
     """EPS would start Ghostscript."""
     with pytest.raises(ValueError, match="not an image of a known format"):
         decode_image(stored(noise(), format))
+
+
+# --- Work that the size of an image does not bound -----------------------------------------------------------------
+
+
+def progressive(repeats: int = 0) -> bytes:
+    """A progressive JPEG file whose last scan comes so many times more."""
+    content = stored(noise(size=(64, 64)), "JPEG", progressive=True)["bytes"]
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * repeats + b"\xff\xd9"
+
+
+def test_jpeg_files_with_more_scans_than_any_encoder_writes() -> None:
+    assert decode_image({"bytes": progressive()}).size == (64, 64)
+    assert decode_image({"bytes": progressive(50)}).size == (64, 64)
+    for content in (progressive(4000), b"\xff\xd8" + b"\xff\xfe\x00\x02" * 10**6 + progressive()[2:]):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="more than 100 scans or 5000 segments"):
+            decode_image({"bytes": content})
+        assert time.monotonic() - start < 2
+    # Markers in a comment, and behind the end of the image, are no scans.
+    comment = b"\xff\xfe\xff\xfe" + b"\xff\xda\x00\x02" * 16_383
+    content = progressive()
+    inside = content[:2] + comment + content[2:] + b"\xff\xda\x00\x02" * 1000
+    assert_same(decode_image({"bytes": inside}), decode_image({"bytes": content}))
+
+
+@pytest.mark.parametrize(
+    ("format", "settings"),
+    [
+        ("GIF", {}),
+        ("GIF", {"duration": 20}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"big_tiff": True}),
+        ("AVIF", {}),
+        ("MPO", {}),
+    ],
+)
+def test_images_of_more_frames_than_usual(format: str, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    frames = [Image.fromarray(random.integers(0, 256, (16, 16, 3)).astype(np.uint8)) for _ in range(6)]
+    image = stored(frames[0], format, save_all=True, append_images=frames[1:], **settings)
+    monkeypatch.setattr(images, "MAX_FRAMES", 6)
+    assert decode_image(image).size == (16, 16)
+    monkeypatch.setattr(images, "MAX_FRAMES", 5)
+    with pytest.raises(ValueError, match="more than 5 frames: send the first one alone"):
+        decode_image(image)
+
+
+def test_jpeg_2000_files_that_are_larger_than_their_header_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = stored(noise(size=(96, 64)), "JPEG2000", tile_size=(16, 16))["bytes"]
+    header = content.index(b"ihdr") + 4
+    small = content[:header] + struct.pack(">II", 8, 8) + content[header + 8 :]
+    with pytest.raises(ValueError, match="an image of 96 x 64 pixels; its sides may have 1 to 90"):
+        decode_image({"bytes": small}, max_side=90)
+    assert decode_image({"bytes": content}).size == (96, 64)
+    monkeypatch.setattr(images, "MAX_TILES", 20)
+    with pytest.raises(ValueError, match="more than 20 tiles"):
+        decode_image({"bytes": content})
+
+
+def test_decoding_in_another_process(tmp_path: Path) -> None:
+    """The same pixels, orientation and reasons; the process that takes too long is ended."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for image in (stored(noise(size=(30, 20)), exif=exif), stored(Image.new("I;16", (4, 4), 40_000))):
+        assert_same(decode_in_time(image["bytes"], 60), decode_image(image))
+    for content in (b"", b"no image", stored(noise())["bytes"][:-30], progressive(4000)):
+        with pytest.raises(ValueError) as expected:
+            decode_image({"bytes": content})
+        with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+            decode_in_time(content, 60)
+    with pytest.raises(ValueError, match="20 x 12 pixels; its sides may have 1 to 19"):
+        decode_in_time(stored(noise())["bytes"], 60, max_side=19)
+    # A text format, which Pillow reads number by number
+    slow = b"P3 3000 3000 255\n" + b"1 " * 27_000_000
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="decoding takes too long"):
+        decode_in_time(slow, 1)
+    assert time.monotonic() - start < 4

@@ -325,7 +325,7 @@ def test_what_cannot_be_read_gets_a_sentence_and_the_next_question_an_answer(vis
     text.write_text("no image")
     page = visit()
     set_length(page, 8)
-    for path, sentence in ((broken, "is broken"), (huge, "has 10001 x 8 pixels")):
+    for path, sentence in ((broken, "cannot be decoded"), (huge, "10001 x 8 pixels")):
         attach(page, path)
         ask(page, QUESTION)
         expect(page.locator("#chatbot").get_by_text(sentence)).to_be_visible()
@@ -339,7 +339,7 @@ def test_what_cannot_be_read_gets_a_sentence_and_the_next_question_an_answer(vis
     page.get_by_role("tab", name=TABS[1]).click()
     page.locator("#picture").get_by_role("button", name="Remove Image").click()
     page.locator("#picture input[type=file]").first.set_input_files(broken)
-    expect(page.locator("#pictures").get_by_role("alert")).to_contain_text("is broken")
+    expect(page.locator("#pictures").get_by_role("alert")).to_contain_text("cannot be decoded")
 
 
 def test_a_phone_shows_it_all_within_400_pixels(visit, generate):

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.images import decode_image
 from modeling_movekd.processing import build_processor
 
 
@@ -184,22 +185,46 @@ def test_files_above_the_bound_are_refused(modules, tmp_path):
         modules["uploads"].decode(str(path))
 
 
+def test_the_file_that_decodes_images_is_a_copy():
+    """So that pixels are those of training, and of the commands."""
+    assert (SPACE / "images.py").read_bytes() == (ROOT / "modeling_movekd" / "images.py").read_bytes()
+
+
 @pytest.mark.parametrize("ending", ["png", "tif"])
-@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_sixteen_bits_keep_the_upper_eight(modules, tmp_path, mode, ending):
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "LA", "P", "1", "RGBA"])
+def test_pixels_are_those_of_training(modules, tmp_path, mode, ending):
     values = torch.arange(48 * 32).view(48, 32) * 40
-    picture = Image.frombytes(mode, (32, 48), values.numpy().astype(">u2" if mode.endswith("B") else "<u2").tobytes())
-    picture.save(path := tmp_path / f"deep.{ending}")
-    seen = torch.frombuffer(bytearray(modules["uploads"].decode(str(path)).tobytes()), dtype=torch.uint8)
-    assert torch.equal(seen.view(48, 32, 3), (values // 256)[..., None].expand(-1, -1, 3).byte())
+    if mode.startswith("I;16"):
+        order = ">u2" if mode.endswith("B") else "<u2"
+        picture = Image.frombytes(mode, (32, 48), values.numpy().astype(order).tobytes())
+    else:
+        picture = Image.fromarray((values // 256).byte().numpy()).convert(mode)
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(path := tmp_path / f"deep.{ending}", exif=exif)
+    decoded = decode_image(path)
+    assert modules["uploads"].decode(str(path)).tobytes() == decoded.tobytes()
+    if mode.startswith("I;16"):
+        seen = torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8).view(32, 48, 3)
+        assert torch.equal(seen, torch.rot90(values // 256, -1)[..., None].expand(-1, -1, 3).byte())
 
 
 @pytest.mark.parametrize(("mode", "ending"), [("I", "tif"), ("F", "tif"), ("I;16", "pgm")])
 def test_values_without_a_known_range_are_refused(modules, tmp_path, mode, ending):
     """They would all be clipped to black or white, and that would be answered."""
     Image.new(mode, (8, 8), 1).save(path := tmp_path / f"deep.{ending}")
-    with pytest.raises(ValueError, match="The image has values without a known range. Send it with 8 bits"):
+    with pytest.raises(ValueError, match="The image cannot be used: .* no known range: store it with 8 bits"):
         modules["uploads"].decode(str(path))
+
+
+def test_decoding_ends_in_time(modules, tmp_path, monkeypatch):
+    """All images of a conversation share the time."""
+    (path := tmp_path / "slow.ppm").write_bytes(b"P3 2000 2000 255\n" + b"1 " * 10_000_000)
+    monkeypatch.setattr(modules["uploads"], "DECODING_SECONDS", 1)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="Image 1 of the conversation cannot be used: .* takes too long"):
+        modules["uploads"].read_conversation([], {"text": COUNT, "files": [str(path), str(FIRST)]})
+    assert time.monotonic() - start < 5
 
 
 def test_old_files_are_deleted(modules, tmp_path):
