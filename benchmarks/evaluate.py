@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def write_results(
-    results: Mapping[str, Any],
+    results: dict[str, Any],
     samples: Mapping[str, Sequence[Any]],
     output: Path,
     weights: str,
