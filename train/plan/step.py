@@ -3,7 +3,7 @@
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from trl.trainer.utils import add_fused_lm_head
 
-from modeling_movekd import MoveKDForConditionalGeneration
-from train.config import ModelArguments, MoveKDSFTConfig
-from train.forward import add_distilling_forward
-from train.plan.models import build_planned_run, teacher_inputs
-from train.teachers.cached import Teacher
+from train.plan.models import PlannedRun
+from train.teachers.cached import CachedTeacher, Teacher
 
 
 class LiveBytes(TorchDispatchMode):
@@ -40,21 +36,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return outputs
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.known:
-            return
-        self.known[storage] = True
-        size = storage.nbytes()
-        weakref.finalize(storage, self._free, size)
+    def _add(self, size: int) -> None:
         self.current += size
         self.peak = max(self.peak, self.current)
-
-    def _free(self, size: int) -> None:
-        self.current -= size
 
 
 # Kernels of a CPU that torch's counter does not know; TRL's head adds up its gradients by in-place products
@@ -68,15 +58,7 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-def measure_activations(
-    args: MoveKDSFTConfig,
-    model_args: ModelArguments,
-    batch_size: int,
-    sequence_length: int,
-    dtype: torch.dtype,
-    autocast: bool,
-    checkpointing: bool,
-) -> int:
+def measure_activations(run: PlannedRun, tokens: int, autocast: bool) -> int:
     """
     Bytes at the peak of one micro-batch beside weights, gradients and optimizer: activations, inputs, the teachers'
     features, and temporary tensors. Each row has one image; text fills the rest of the sequence.
@@ -85,83 +67,83 @@ def measure_activations(
     float32 on a GPU alone; and every position goes through the head, where a GPU takes only the labelled ones.
 
     Args:
-        batch_size (`int`): Rows.
-        sequence_length (`int`): Tokens of a row, with those of its image.
-        dtype (`torch.dtype`): Of the student's and the distiller's weights.
+        run (`PlannedRun`): The models. They recompute activations in the backward if the recipe does.
+        tokens (`int`): Length of a row with its image.
         autocast (`bool`): Whether to compute under bfloat16 autocast.
-        checkpointing (`bool`): Whether to recompute activations in the backward.
-
-    Raises:
-        ValueError: if the image alone is longer than `sequence_length`.
     """
-    mode, model, teachers = build_planned_run(args, model_args, dtype, torch.float32 if autocast else dtype)
     memory = LiveBytes()
-    with mode:
-        _check_length(model, args, sequence_length)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            memory.ignore(*(() if parameter.grad is None else (parameter.grad,)))
-        for module in (model, *teachers.values()):
+    with run.mode:
+        if run.args.activation_checkpointing:
+            run.model.activation_checkpointing_enable({"use_reentrant": False})
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                memory.ignore(parameter.grad)
+        for module in (run.model, *run.teachers.values()):
             memory.ignore(*module.parameters(), *module.buffers())
         with memory, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            for _ in step_phases(model, teachers, args, batch_size, sequence_length):
+            for _ in step_phases(run, run.args.per_device_train_batch_size, tokens):
                 pass
     return memory.peak
 
 
-def measure_flops(args: MoveKDSFTConfig, model_args: ModelArguments, sequence_length: int) -> dict[str, int]:
+def measure_flops(run: PlannedRun, tokens: int) -> dict[str, int]:
     """
     FLOPs of one row: the forward of each teacher by name, and as `"student"` its forward and backward without
-    recomputation. A product counts as two; attention counts in full, causal or not. Arguments and errors as above.
+    recomputation. A product counts as two; attention counts in full, causal or not.
     """
     # Not together with the bytes: the counter's hooks keep activations alive
-    mode, model, teachers = build_planned_run(args, model_args, torch.bfloat16, torch.bfloat16)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     flops: dict[str, int] = {}
-    with mode:
-        _check_length(model, args, sequence_length)
-        with counter:
-            for phase in step_phases(model, teachers, args, 1, sequence_length):
-                flops[phase] = counter.get_total_flops() - sum(flops.values())
+    with run.mode, counter:
+        for phase in step_phases(run, 1, tokens):
+            flops[phase] = counter.get_total_flops() - sum(flops.values())
     return flops
 
 
-def image_shape(
-    model: MoveKDForConditionalGeneration, args: MoveKDSFTConfig
-) -> tuple[tuple[int, ...], list[list[int]] | None, int]:
+def image_shape(run: PlannedRun) -> tuple[tuple[int, ...], list[list[int]] | None, int]:
     """
     The shape of the student's pixels of one image, for `anyres` of the size with the most tiles; this size; and the
     number of its crops that the teachers see.
     """
-    size = model.config.vision_config.image_size
-    if model.config.image_aspect_ratio != "anyres":
+    config = run.model.config
+    size, grids = config.vision_config.image_size, config.image_grid_pinpoints
+    if config.image_aspect_ratio != "anyres":
         return (3, size, size), None, 1
-    grids = model.config.image_grid_pinpoints
     largest = max(grids, key=lambda grid: image_size_to_num_patches(grid, grids, size))
     crops = image_size_to_num_patches(largest, grids, size)
-    return (crops, 3, size, size), [list(largest)], crops if args.distill_tiles == "all" else 1
+    return (crops, 3, size, size), [list(largest)], crops if run.args.distill_tiles == "all" else 1
 
 
-def input_bytes(
-    model: MoveKDForConditionalGeneration, teachers: Mapping[str, Teacher], args: MoveKDSFTConfig, sequence_length: int
-) -> int:
+def teacher_inputs(teacher: Teacher, num_images: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    """A batch as the collator makes it for this teacher: pixels, or the tensors that the feature cache holds."""
+    if isinstance(teacher, CachedTeacher):
+        tensors = teacher.cache.index["teachers"][teacher.name]["tensors"]
+        return {
+            name: torch.empty(num_images, *shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in tensors.items()
+        }
+    size = teacher.preprocessor.image_size
+    return torch.empty(num_images, 3, size, size)
+
+
+def input_bytes(run: PlannedRun, tokens: int) -> int:
     """Bytes of one row as the collator makes it: pixels of student and teachers, ids, labels and mask of the text."""
-    shape, _, taught = image_shape(model, args)
+    shape, _, taught = image_shape(run)
     with torch.device("meta"):
-        of_teachers = tree_leaves([teacher_inputs(teacher, taught) for teacher in teachers.values()])
-    return 4 * math.prod(shape) + 3 * 8 * sequence_length + sum(tensor.nbytes for tensor in of_teachers)
+        of_teachers = tree_leaves([teacher_inputs(teacher, taught) for teacher in run.teachers.values()])
+    return 4 * math.prod(shape) + 3 * 8 * tokens + sum(tensor.nbytes for tensor in of_teachers)
 
 
 @torch.no_grad()
-def _check_length(model: MoveKDForConditionalGeneration, args: MoveKDSFTConfig, sequence_length: int) -> None:
-    shape, image_sizes, _ = image_shape(model, args)
-    (image,) = model.get_image_features(torch.empty(1, *shape, dtype=model.dtype), image_sizes).pooler_output
-    if len(image) >= sequence_length:
-        raise ValueError(
-            f"An image takes {len(image)} tokens, the whole sequence has {sequence_length}; plan for more."
-        )
+def check_length(run: PlannedRun, tokens: int) -> None:
+    """Raise a `ValueError` if the image alone is longer than `tokens`."""
+    shape, image_sizes, _ = image_shape(run)
+    with run.mode:
+        pixels = torch.empty(1, *shape, dtype=run.model.dtype)
+        (image,) = run.model.get_image_features(pixels, image_sizes).pooler_output
+    if len(image) >= tokens:
+        raise ValueError(f"An image takes {len(image)} tokens, the whole sequence has {tokens}; plan for more.")
 
 
 @contextmanager
@@ -175,25 +157,16 @@ def _without_checks_of_values() -> Iterator[None]:
         os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = before
 
 
-def step_phases(
-    model: MoveKDForConditionalGeneration,
-    teachers: Mapping[str, Teacher],
-    args: MoveKDSFTConfig,
-    batch_size: int,
-    sequence_length: int,
-) -> Iterator[str]:
+def step_phases(run: PlannedRun, batch_size: int, tokens: int) -> Iterator[str]:
     """One micro-batch in the order of the trainer: each teacher's forward, then the student's forward and backward."""
-    shape, image_sizes, taught = image_shape(model, args)
+    shape, image_sizes, taught = image_shape(run)
     features = {}
-    for name, teacher in teachers.items():
+    for name, teacher in run.teachers.items():
         features[name] = teacher(teacher_inputs(teacher, batch_size * taught))
         yield name
-    model.train()
-    add_fused_lm_head(model)
-    add_distilling_forward(model, args.preset_options()["balance_form"], args.distill_tiles)
-    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
+    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
     with _without_checks_of_values():
-        outputs = model(
+        outputs = run.model(
             input_ids=ids,
             labels=ids,
             pixel_values=torch.empty(batch_size, *shape),
@@ -202,8 +175,8 @@ def step_phases(
             teacher_features=features,
             fused_lm_head=True,
         )
-    loss = outputs.loss + args.lambda_kd * outputs.kd.sum()
+    loss = outputs.loss + run.args.lambda_kd * outputs.kd.sum()
     if outputs.balance is not None:
-        loss = loss + args.lambda_balance * outputs.balance.sum()
+        loss = loss + run.args.lambda_balance * outputs.balance.sum()
     loss.backward()
     yield "student"

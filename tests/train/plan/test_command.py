@@ -1,12 +1,12 @@
 """What the command prints, what it refuses, and that every recipe can be planned."""
 
-import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from datasets import Dataset
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -17,11 +17,12 @@ from transformers import (
 )
 from trl import TrlParser
 
+from train.cache_writer import CacheArguments, cache_features
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
-from train.data.datasets import DataSource
 from train.plan import __main__ as plan
 from train.plan import memory as plan_memory
-from train.plan.models import build_planned_student
+from train.plan.models import build_planned_run, build_planned_student
+from train.plan.step import teacher_inputs
 from train.teachers.eva02 import Eva02DetectionConfig
 
 
@@ -34,7 +35,7 @@ def test_days_and_sizes() -> None:
     assert plan.parse_memory("80GB") == 80 * 10**9
     assert plan.parse_memory("1.5 GiB") == 3 * 2**29
     for text in ("80", "80MB", "GB"):
-        with pytest.raises(ValueError, match="80GB or 80GiB"):
+        with pytest.raises(ArgumentTypeError, match="80GB or 80GiB"):
             plan.parse_memory(text)
 
 
@@ -55,22 +56,6 @@ def test_flags_of_the_command(flags: list[str], message: str, capsys: pytest.Cap
     assert message in capsys.readouterr().err
 
 
-def test_rows_are_counted_where_the_data_is_at_hand(dataset_folder: str, tmp_path: Path) -> None:
-    def count(*names: str) -> tuple[int | None, str]:
-        return plan.count_rows([DataSource(name, split="train") for name in names])
-
-    file = tmp_path / "llava_v1_5_mix665k.json"
-    assert count(str(file)) == (665_000, "as the file is named, to be checked with `--rows`")
-    file.write_text(json.dumps([{"id": str(index)} for index in range(7)]))
-    assert count(str(file)) == (7, "counted")
-    Dataset.from_list([{"id": 1}, {"id": 2}]).to_parquet(tmp_path / "rows.parquet")
-    assert count(str(tmp_path / "rows.parquet"), dataset_folder) == (50, "counted")
-    rows, origin = count(dataset_folder, "elsewhere/blip_laion_cc_sbu_558k.json")
-    assert rows == 558_048 and origin.startswith("counted and as the file is named")
-    assert count(dataset_folder, "somebody/something")[0] is None
-    assert plan.count_rows([DataSource(dataset_folder, weight=1.0, split="train")])[0] is None
-
-
 def run_command(parts: dict[str, str], capsys: pytest.CaptureFixture, tmp_path: Path, *flags: str) -> str:
     recipe = (RECIPES / "small-finetune.yaml").read_text()
     for model in ("openai/clip-vit-base-patch16", "facebook/dinov2-base", "google/siglip2-base-patch16-224"):
@@ -82,52 +67,55 @@ def run_command(parts: dict[str, str], capsys: pytest.CaptureFixture, tmp_path: 
 
 
 def test_command_prints_the_plan(parts, capsys, tmp_path) -> None:
-    report = run_command(parts, capsys, tmp_path, "--gpus", "4", "--gpu-memory", "24GB", "--memory-tokens", "300")
+    size = ["--gpus", "4", "--gpu-memory", "24GB", "--tokens", "300", "--rows", "665000"]
+    report = run_command(parts, capsys, tmp_path, *size)
     assert "global batch 128 = 8 per GPU x 4 accumulated x 4" in report
     for backend in plan_memory.BACKENDS:
         assert f"\n{backend} " in report
     assert "fit: DDP, ZeRO-2, ZeRO-3, FSDP2." in report and "activations recomputed" in report
     # ceil(665,000 / 128)
-    assert "665,000 rows (as the file is named" in report and "5,196 steps at 40% of 312 TFLOP/s" in report
+    assert "665,000 rows, 1 times" in report and "5,196 steps at 40% of 312 TFLOP/s" in report
     assert "estimated" in report and "`optim` adamw_torch" in report
 
 
-def test_command_without_teachers_packed_and_unknown_rows(parts, capsys, tmp_path) -> None:
-    """4-bit weights, cached features, 8-bit states; and nothing fits."""
+def test_command_with_packed_weights_and_unknown_rows(parts, capsys, tmp_path) -> None:
+    """4-bit weights and 8-bit states; and nothing fits."""
     flags = ["--language_lora_rank", "4", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
-    flags += ["--feature_cache", str(tmp_path / "features"), "--activation_checkpointing", "false"]
-    size = ["--gpus", "1", "--gpu-memory", "0.01GB", "--memory-tokens", "300", "--dataset_name", "mine"]
+    flags += ["--activation_checkpointing", "false"]
+    size = ["--gpus", "1", "--gpu-memory", "0.01GB", "--tokens", "300"]
     report = run_command(parts, capsys, tmp_path, *size, *flags)
     assert "fit: none." in report and "activations kept" in report
     assert "\nDDP " in report and "\nZeRO" not in report and "\nFSDP2" not in report
-    assert "give `--rows`" in report
+    assert "Give `--rows`" in report
     assert "LoRA of the language model" in report and "`optim` paged_adamw_8bit" in report
-    assert f"read from {tmp_path / 'features'}, which is not there yet, in float16" in report
-    lines = [line.split() for line in report.splitlines()]
-    assert ["teacher", "dinov2", "0.00", "0.00"] in lines and ["teacher", "dinov2,", "forward", "0.000"] in lines
 
 
-def test_a_cache_that_is_there_is_planned_as_it_is(arguments, tmp_path: Path) -> None:
-    from train.cache_writer import CacheArguments, cache_features
-    from train.plan.models import build_planned_run, teacher_inputs
-
+def test_a_feature_cache_is_planned_as_it_is(arguments, tmp_path: Path) -> None:
     settings = arguments(feature_cache=str(tmp_path / "cache"))
     cache_features(*settings, CacheArguments("int8"))
-    mode, _, teachers = build_planned_run(*settings[1:], plan.torch.float32)
-    with mode:
-        features = {name: teacher(teacher_inputs(teacher, 3)) for name, teacher in teachers.items()}
-        codes = teacher_inputs(teachers["vit"], 3)["tokens"]
+    run = build_planned_run(*settings[1:])
+    with run.mode:
+        features = {name: teacher(teacher_inputs(teacher, 3)) for name, teacher in run.teachers.items()}
+        codes = teacher_inputs(run.teachers["vit"], 3)["tokens"]
     assert {name: tuple(value.tokens.shape) for name, value in features.items()} == {
         "clip": (3, 16, 32),
         "vit": (3, 36, 24),
     }
-    assert codes.dtype == plan.torch.int8 and not list(teachers["vit"].parameters())
+    assert codes.dtype == torch.int8 and not list(run.teachers["vit"].parameters())
     assert features["clip"].cls_attention is not None and features["vit"].cls_attention is None
     other = arguments(
         feature_cache=str(tmp_path / "cache"), teachers=[{"name": "eye", "model": settings[1].teachers[1]["model"]}]
     )
     with pytest.raises(ValueError, match=r"has the teachers \['clip', 'vit'\], this run needs eye"):
-        build_planned_run(*other[1:], plan.torch.float32)
+        build_planned_run(*other[1:])
+    step = plan.measure_step(*settings[1:], tokens=64)
+    report = plan.format_plan(step, 1, 10**9, None, 312, 0.4)
+    assert f"read from {tmp_path / 'cache'}." in report
+    lines = [line.split() for line in report.splitlines()]
+    assert ["teacher", "vit", "0.00", "0.00"] in lines and ["teacher", "vit,", "forward", "0.000"] in lines
+    missing = arguments(feature_cache=str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"has no index.json\. Run `python -m train.feature_cache`"):
+        build_planned_run(*missing[1:])
 
 
 def test_a_stage_whose_student_is_not_there_yet(arguments, parts, tmp_path) -> None:
@@ -148,7 +136,7 @@ def test_a_stage_whose_student_is_not_there_yet(arguments, parts, tmp_path) -> N
     ("settings", "message"),
     [
         ({"optim": "lomo"}, "`optim` is lomo"),
-        ({"max_length": None}, "memory-tokens"),
+        ({"max_length": None}, "--tokens"),
         ({"max_length": 16}, "An image takes 16 tokens"),
     ],
 )
@@ -217,16 +205,14 @@ def test_every_recipe_can_be_planned(name: str, configurations, tmp_path: Path) 
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     _, args, model_args = parser.parse_args_and_config(tiny_recipe(name, configurations, tmp_path))
     # Enough for the image of every recipe; longer rows only take longer to trace
-    step = plan.measure_step(args, model_args, memory_tokens=128)
-    single, several = (plan.plan_run(args, step, gpus) for gpus in (1, 8))
-    assert set(single.memory) == set(plan_memory.usable_backends(args))
-    assert (args.distill and len(args.teachers)) == len(single.teacher_flops) or not args.distill
-    assert single.student_flops > 0 and all(value > 0 for value in single.teacher_flops.values())
+    step = plan.measure_step(args, model_args, tokens=128)
+    single, several = (plan.backend_memory(step, gpus) for gpus in (1, 8))
+    assert set(single) == set(plan_memory.usable_backends(args))
+    assert len(step.row_flops) == 1 + (len(args.teachers) if args.distill else 0)
+    assert all(value > 0 for value in step.row_flops.values())
     if args.global_batch_size is not None:
-        assert single.global_batch == several.global_batch == args.global_batch_size
-        assert single.accumulation == 8 * several.accumulation
-        assert several.flops == single.flops
-    assert several.memory["DDP"][True].communication > single.memory["DDP"][True].communication == 0
-    if "ZeRO-3" in several.memory:
-        assert several.memory["ZeRO-3"][True].optimizer < single.memory["ZeRO-3"][True].optimizer
-    assert all(by[True].activations <= by[False].activations for by in several.memory.values())
+        assert plan.accumulated(args, 1) == 8 * plan.accumulated(args, 8)
+        assert plan.accumulated(args, 8) * 8 * args.per_device_train_batch_size == args.global_batch_size
+    assert several["DDP"]["buffers"] > single["DDP"]["buffers"] == 0
+    if "ZeRO-3" in several:
+        assert several["ZeRO-3"]["optimizer"] < single["ZeRO-3"]["optimizer"]

@@ -31,6 +31,7 @@ from train.cache_writer import CacheArguments, cache_features
 from train.data.datasets import load_conversations
 from train.language_lora import language_lora_layers
 from train.plan import memory as plan_memory
+from train.plan.__main__ import measure_step
 from train.plan.models import build_planned_run
 from train.plan.step import FLOP_FORMULAS, LiveBytes, input_bytes, measure_activations, measure_flops
 from train.teachers.config import TEACHERS
@@ -173,10 +174,10 @@ def scale_bytes(layer: Any) -> int:
         {"stage": "pretrain"},
         {"stage": "finetune", "bf16": True},
         {"stage": "finetune", "distillation_preset": "student_heads"},
-        {"stage": "finetune", "distill": False, "teachers": None, "num_experts": 0, "optim": "sgd"},
-        {"language_lora_rank": 16, "optim": "adafactor"},
+        {"stage": "finetune", "distill": False, "teachers": None, "num_experts": 0},
+        {"language_lora_rank": 16},
         {"language_lora_rank": 16, "load_in_4bit": True, "activation_checkpointing": True},
-        {"feature_cache": "features", "optim": "adagrad"},
+        {"feature_cache": "features"},
         {"teachers": ["clip", "pix2struct"]},
     ],
     ids=["kept", "recomputed", "pretrain", "autocast", "student_heads", "plain", "lora", "qlora", "cached", "patches"],
@@ -195,29 +196,24 @@ def test_bytes_agree_with_torchs_tracker(arguments, parts, settings: dict[str, A
     measured = watch.peak()
     length = trainer.data_collator(list(trainer.train_dataset)[:8])["input_ids"].shape[1]
 
-    checkpointing = bool(args.activation_checkpointing)
-    _, model, teachers = build_planned_run(args, model_args, torch.float32)
-    counts = plan_memory.count_parameters(model, optimizer=plan_memory.optimizer_name(args))
-    activations = measure_activations(
-        args, model_args, 8, length, torch.float32, autocast=args.bf16, checkpointing=checkpointing
-    )
-    teacher_bytes = sum(value.nbytes for teacher in teachers.values() for value in teacher.parameters())
-    planned = plan_memory.sharded_memory("DDP", counts, 1, teacher_bytes, activations)
-    for counted, real in zip((counts.trained, counts.frozen), parameter_groups(trainer.model), strict=True):
+    run = build_planned_run(args, model_args)
+    activations = measure_activations(run, length, autocast=args.bf16)
+    planned = plan_memory.sharded_memory("DDP", run.model, args, 1)
+    for counted, real in zip(parameter_groups(run.model), parameter_groups(trainer.model), strict=True):
         assert counted.keys() == real.keys()
         assert sum(counted.values()) == pytest.approx(sum(real.values()), rel=1e-3)
     # The tracker does not see the scales of packed weights, which are no parameters
-    scales = [value for name, value in model.named_buffers() if name.endswith(".scales")]
-    assert sum(value.nbytes for value in scales) == sum(map(scale_bytes, language_lora_layers(trainer.model).values()))
-    weights = planned.weights - sum(value.nbytes for value in scales)
-    assert weights + planned.teachers == pytest.approx(measured["Parameter"], rel=1e-3)
-    assert planned.gradients == pytest.approx(measured["Gradient"], rel=1e-3)
+    weights = planned["weights"] - sum(map(scale_bytes, language_lora_layers(trainer.model).values()))
+    teacher_bytes = sum(value.nbytes for teacher in run.teachers.values() for value in teacher.parameters())
+    assert weights + teacher_bytes == pytest.approx(measured["Parameter"], rel=1e-3)
+    assert planned["gradients"] == pytest.approx(measured["Gradient"], rel=1e-3)
     # The tracker counts the step numbers too
-    assert planned.optimizer == pytest.approx(measured["Optstate"], rel=1e-3, abs=4000)
+    assert planned["optimizer"] == pytest.approx(measured["Optstate"], rel=1e-3, abs=4000)
     total = measured["Activation"] + measured["Temp"]
     print(f"activations: planned {activations:,}, tracked {total:,} ({activations / total - 1:+.1%})")
     assert activations == pytest.approx(total, rel=0.15)
-    assert planned.total == pytest.approx(measured["Total"] - measured["Buffer"], rel=0.15)
+    in_all = sum(planned.values()) + teacher_bytes + activations
+    assert in_all == pytest.approx(measured["Total"] - measured["Buffer"], rel=0.15)
 
 
 def test_flops_agree_with_a_real_step(arguments, parts) -> None:
@@ -226,7 +222,7 @@ def test_flops_agree_with_a_real_step(arguments, parts) -> None:
     (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         trainer.training_step(trainer.model, dict(batch), count)
-    planned = measure_flops(args, model_args, batch["input_ids"].shape[1])
+    planned = measure_flops(build_planned_run(args, model_args), batch["input_ids"].shape[1])
     assert set(planned) == {"clip", "vit", "student"}
     assert 8 * sum(planned.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -240,7 +236,7 @@ def test_flops_of_the_student_are_six_per_parameter_and_token(arguments, full_si
         teachers=None,
         num_experts=0,
     )
-    flops = measure_flops(args, model_args, 1024)["student"]
+    flops = measure_flops(build_planned_run(args, model_args), 1024)["student"]
     linear = 6 * (6.607e9 * 1024 + 0.29e9 * 577 + 21e6 * 576)
     assert 1.0 < flops / linear < 1.1
 
@@ -251,9 +247,9 @@ def test_tiles_of_anyres_are_planned(arguments, parts) -> None:
     _, args, model_args = arguments(**named, image_aspect_ratio="anyres")
     tokens = 144 + 24 * 25
     with pytest.raises(ValueError, match=f"An image takes {tokens} tokens, the whole sequence has {tokens}"):
-        measure_flops(args, model_args, tokens)
-    assert measure_flops(args, model_args, tokens + 1)["student"] > 0
-    assert measure_activations(args, model_args, 1, tokens + 1, torch.float32, False, True) > 0
+        measure_step(args, model_args, tokens)
+    step = measure_step(args, model_args, tokens + 1)
+    assert step.row_flops["student"] > 0 and step.activations["DDP"] > 0
 
 
 def test_teachers_see_every_tile_if_asked_to(arguments, parts) -> None:
@@ -269,7 +265,7 @@ def test_teachers_see_every_tile_if_asked_to(arguments, parts) -> None:
             teacher_weighting="equal",
             token_weighting="none",
         )
-        flops[tiles] = measure_flops(args, model_args, 800)
+        flops[tiles] = measure_flops(build_planned_run(args, model_args), 800)
     assert flops["all"]["vit"] == 5 * flops["base"]["vit"]
     assert flops["all"]["student"] > flops["base"]["student"]
 
@@ -277,10 +273,9 @@ def test_teachers_see_every_tile_if_asked_to(arguments, parts) -> None:
 def test_inputs_are_what_the_collator_makes(arguments, parts) -> None:
     trainer, args, model_args = real_trainer(arguments, parts, per_device_train_batch_size=4)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    _, model, teachers = build_planned_run(args, model_args, torch.float32)
     tensors = [batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "labels")]
     tensors += batch["teacher_pixel_values"].values()
-    planned = 4 * input_bytes(model, teachers, args, batch["input_ids"].shape[1])
+    planned = 4 * input_bytes(build_planned_run(args, model_args), batch["input_ids"].shape[1])
     assert planned == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -294,17 +289,17 @@ def test_parameters_of_the_paper(arguments, full_size_parts, name: str, language
         language_model=full_size_parts[f"vicuna-{name}"],
         teachers=[{"name": "clip", "model": full_size_parts["clip"]}, "convnext"],
     )
-    _, model, teachers = build_planned_run(args, model_args, torch.float32)
-    counts = plan_memory.count_parameters(model)
+    run = build_planned_run(args, model_args)
+    trained, frozen = parameter_groups(run.model)
     width = {"7b": 4096, "13b": 5120}[name]
     router, experts = 3 * 1024 + 3, 2 * 3 * 32 * (1024 + 4096)
-    assert counts.frozen["language model"] == language + 2 * width
-    assert counts.trained["experts and routers"] == 23 * (router + experts)
-    assert counts.trained["projector"] == 1024 * width + width + width * width + width
-    assert counts.trained["distiller"] == 3072 * 1024 + 1024 + 1024 * 576 + 576
-    assert set(counts.trained) == {"experts and routers", "projector", "distiller"}
-    assert counts.frozen["vision tower"] == sum(value.numel() for value in teachers["clip"].model.parameters())
-    convnext = sum(value.numel() for value in teachers["convnext"].model.parameters())
+    assert frozen["language model"] == language + 2 * width
+    assert trained["experts and routers"] == 23 * (router + experts)
+    assert trained["projector"] == 1024 * width + width + width * width + width
+    assert trained["distiller"] == 3072 * 1024 + 1024 + 1024 * 576 + 576
+    assert set(trained) == {"experts and routers", "projector", "distiller"}
+    assert frozen["vision tower"] == sum(value.numel() for value in run.teachers["clip"].model.parameters())
+    convnext = sum(value.numel() for value in run.teachers["convnext"].model.parameters())
     assert convnext == pytest.approx(TEACHERS["convnext"].num_parameters, rel=1e-3)
 
 
