@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl import TrlParser
-
+from train.arguments import TrainingParser
 from train.build import parameter_groups
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, accumulation_steps
+from train.config import ModelArguments, MoveKDSFTConfig, accumulation_steps
 from train.plan.memory import optimizer_name, sharded_memory, usable_backends
 from train.plan.models import PlannedRun, build_planned_run
 from train.plan.step import check_length, input_bytes, measure_activations, measure_flops
@@ -183,7 +182,7 @@ def main(arguments: list[str]) -> None:
     for name, (low, high) in bounds.items():
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} is {value}; it goes from {low:g} to {high:g}.")
-    recipe_parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
+    recipe_parser = TrainingParser("python -m train.plan")
     parsed: tuple[Any, ...] = recipe_parser.parse_args_and_config([*recipe, "--use_cpu", "true"])
     _, args, model_args = parsed
     accumulated(args, options.gpus)  # refuse before measuring, which takes a minute
