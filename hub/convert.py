@@ -120,7 +120,8 @@ def make_processor(
     source: Source, config: MoveKDConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str
 ) -> ProcessorMixin:
     """The processor of the converted model, with the options of the source's image processor."""
-    template = tokenizer.chat_template if chat_template == "own" else chat_template
+    own_template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    template = own_template if chat_template == "own" else chat_template
     if template is None:
         raise ValueError(f"`chat_template` is 'own', but {source.tokenizer} has none. Choose 'vicuna_v1'.")
     clip = load_image_processor(source)

@@ -33,6 +33,7 @@ from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, save_json
 from modeling_movekd.images import decode_image
+from modeling_movekd.processing import update_processor
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -105,6 +106,7 @@ def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGen
         stock = model_class._from_config(stock_config, dtype=model.dtype)
     load_strictly(stock, state_dict, may_lack=lambda key: False, assign=True)
     stock.tie_weights()
+    model.suppress_image_token()
     stock.generation_config = model.generation_config
     check_equal(model.eval(), stock.eval())
     return stock
@@ -145,7 +147,7 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
 
 def save_processor(folder: Path, dest: Path) -> None:
     # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
-    AutoProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(dest)
+    update_processor(AutoProcessor.from_pretrained(folder, trust_remote_code=False)).save_pretrained(dest)
 
 
 def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:

@@ -1,5 +1,6 @@
 """The LLaVA-style vision-language model of MoVE-KD (arXiv 2501.01709), around the distilled vision tower."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +213,16 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         """See [`MoveKDModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
+    def suppress_image_token(self) -> None:
+        """Keep `<image>` from being generated."""
+        suppressed = self.generation_config.suppress_tokens or []
+        self.generation_config.suppress_tokens = sorted({*suppressed, self.config.image_token_id})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with a generation config that suppresses `<image>`."""
+        self.suppress_image_token()
+        super().save_pretrained(*args, **kwargs)
+
     def visualize(self, pixel_values: torch.Tensor, layer: int = -1, **kwargs: Any) -> MoveKDPictures:
         """See [`MoveKDVisionModel.visualize`]."""
         if pixel_values.dim() == 5:  # the first tile of `anyres` is the whole image
@@ -262,7 +273,11 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         load_strictly(model, state_dict, may_lack=lambda key: key.startswith(new), assign=True)
         model.to(language.device)
         model.tie_weights()
-        model.generation_config = language.generation_config
+        model.generation_config = copy.deepcopy(language.generation_config)
+        # Nor may it generate rows that fill the embedding up to `<image>`
+        fillers = range(vocab_size, image_token_id)
+        model.generation_config.suppress_tokens = [*(language.generation_config.suppress_tokens or []), *fillers]
+        model.suppress_image_token()
         if language.device.type != "meta":
             model._check_against(language)
         if image_token_id >= vocab_size:

@@ -14,7 +14,13 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from .chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, set_chat_template
+from .chat_templates import (
+    CHAT_TEMPLATES,
+    IMAGE_TOKEN,
+    chat_template_name,
+    set_chat_template,
+    set_own_chat_template,
+)
 from .configuration_movekd import MoveKDConfig
 
 
@@ -38,10 +44,11 @@ def build_processor(
         config (`MoveKDConfig`): Configuration of the model, which gives the image size.
         image_processor (`BaseImageProcessor`): The CLIP checkpoint's, which gives mean and standard deviation.
         tokenizer (`PreTrainedTokenizerBase`): The language model's tokenizer.
-        chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): Name in `CHAT_TEMPLATES`, or a jinja template.
+        chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): Name in `CHAT_TEMPLATES`, or a jinja template for
+            [`~chat_templates.set_own_chat_template`].
 
     Raises:
-        ValueError: If `<image>` has another id in the tokenizer than in the model.
+        ValueError: If `<image>` has another id in the tokenizer than in the model, or the template cannot be used.
     """
     image_token_id = add_image_token(tokenizer)
     if image_token_id != config.image_token_index:
@@ -51,6 +58,7 @@ def build_processor(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # for `generate`; training pads on the right itself
     size = config.vision_config.image_size
     settings = {
         "image_mean": image_processor.image_mean,
@@ -70,9 +78,10 @@ def build_processor(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # [CLS], which the default strategy removes again
         image_token=IMAGE_TOKEN,
-        chat_template=chat_template,
     )
-    return set_chat_template(processor, chat_template) if chat_template in CHAT_TEMPLATES else processor
+    if chat_template in CHAT_TEMPLATES:
+        return set_chat_template(processor, chat_template)
+    return set_own_chat_template(processor, chat_template)
 
 
 def load_processor(source: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
@@ -86,3 +95,13 @@ def load_processor(source: str | os.PathLike, revision: str | None = None) -> Pr
         source, revision=revision, backend="pil", trust_remote_code=False
     )
     return processor
+
+
+def update_processor(processor: ProcessorMixin) -> ProcessorMixin:
+    """
+    Bring a processor that an earlier release saved to the present form, and return the same object: padding on the
+    left, and the beginning-of-sequence token in the chat template. Its ids stay the same.
+    """
+    processor.tokenizer.padding_side = "left"
+    name = chat_template_name(processor)
+    return processor if name is None else set_chat_template(processor, name)

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.utils import cached_file
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.chat_templates import CHAT_TEMPLATES, chat_template_for, set_chat_template
+from modeling_movekd.chat_templates import chat_template_name, set_chat_template, set_own_chat_template
 from modeling_movekd.files import DISTILLER_NAME
-from modeling_movekd.processing import add_image_token, build_processor, load_processor
+from modeling_movekd.processing import add_image_token, build_processor, load_processor, update_processor
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
@@ -86,7 +86,7 @@ def build_student(
     # The new weights (experts, routers, projector) must depend on the seed alone
     set_seed(args.seed)
     language, tokenizer = load_language_model(str(args.language_model), **model_kwargs)
-    own_template = tokenizer.chat_template
+    own_template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     image_token_id = add_image_token(tokenizer)
     model = join_parts(args, str(args.vision_model), language, image_token_id, model_args.attn_implementation)
     chat_template = own_template if args.chat_template == "own" else args.chat_template
@@ -110,14 +110,15 @@ def _load_student(
             "saved values."
         )
     processor = load_processor(source, revision)
-    templates = {name: chat_template_for(processor, name) for name in CHAT_TEMPLATES}
-    asked = args.chat_template
-    if asked != "own" and templates.get(asked, asked) != processor.chat_template:
-        template = next((name for name, text in templates.items() if text == processor.chat_template), "another")
+    saved_template = chat_template_name(processor)
+    if args.chat_template not in ("own", saved_template):
         raise ValueError(
-            f"`chat_template` is {asked!r}, but {source} was saved with {template!r}, which a run that continues it "
-            "keeps. Set it to 'own'."
+            f"`chat_template` is {args.chat_template!r}, but {source} was saved with {saved_template or 'another'!r}, "
+            "which a run that continues it keeps. Set it to 'own'."
         )
+    update_processor(processor)
+    if saved_template is None:
+        set_own_chat_template(processor, processor.chat_template)
     return model, processor
 
 

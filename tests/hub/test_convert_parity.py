@@ -93,10 +93,10 @@ def test_processor(original: Path, folder: Path, expected: Golden) -> None:
     assert (list(images.image_mean), list(images.image_std)) == (clip["image_mean"], clip["image_std"])
     assert (int(images.resample), images.rescale_factor) == (clip["resample"], clip["rescale_factor"])
     assert dict(images.size) == clip["size"] and dict(images.crop_size) == clip["crop_size"]
-    assert processor.tokenizer.padding_side == config["tokenizer_padding_side"]
+    assert processor.tokenizer.padding_side == "left", "for batches that `generate` continues"
     for index, prompt in enumerate(metadata["prompts"]):
-        # As in the chat template: the text behind an image begins a new word
-        ids = processor.tokenizer(prompt.replace("<image>", "<image> "), return_tensors="pt").input_ids
+        # As in the chat template: the text behind a special token begins a new word
+        ids = processor.tokenizer("<s> " + prompt.replace("<image>", "<image> "), return_tensors="pt").input_ids
         theirs = tensors[f"prompt{index}.input_ids"]
         assert torch.equal(ids.masked_fill(ids == processor.image_token_id, IMAGE_POSITION), theirs), prompt
 

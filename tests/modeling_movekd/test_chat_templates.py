@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import jinja2
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_movekd.chat_templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_PROMPT, set_chat_template
 
@@ -69,7 +71,6 @@ def test_vicuna_without_a_system_prompt() -> None:
     "message",
     [
         user("<image>", "Look at  here."),
-        user("Look at ", "<image>", " here."),
         {"role": "user", "content": "<image>\nLook at  here."},
         {"role": "user", "content": "Look at <image> here."},
     ],
@@ -153,3 +154,55 @@ def test_a_vocabulary_without_the_image_token_is_refused() -> None:
 def test_an_unknown_template_is_refused() -> None:
     with pytest.raises(ValueError, match="'llama_3'.*plain.*vicuna_v1"):
         set_chat_template(byte_level_tokenizer(), "llama_3")
+
+
+@pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "without"])
+def test_one_beginning_token_however_a_text_is_tokenized(kind: str, name: str, tmp_path: Path) -> None:
+    if kind == "sentencepiece":
+        tokenizer = sentencepiece_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
+        tokenizer.backend_tokenizer.post_processor = adding("<s>", 1)
+    else:
+        tokenizer = byte_level_tokenizer(bos_token="<|begin|>", eos_token="<|end|>")
+        if kind == "byte level":  # as in Llama-3's file
+            steps = [processors.ByteLevel(trim_offsets=False), adding("<|begin|>", tokenizer.bos_token_id)]
+            tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
+    has_bos = kind != "without"
+    before = tokenizer("What is this?").input_ids
+    assert (before[0] == tokenizer.bos_token_id) is has_bos
+    set_chat_template(tokenizer, name).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in ([user("<image>", "What is this?"), assistant("A cat")], [user("Hi"), assistant("A cat")]):
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == has_bos and (ids[0] == tokenizer.bos_token_id) is has_bos
+        assert tokenizer(rendered).input_ids == tokenizer(rendered, add_special_tokens=False).input_ids == ids
+    # The text behind the token keeps its ids
+    system = tokenizer.apply_chat_template([{"role": "system", "content": "What is this?"}], tokenize=False)
+    if name == "vicuna_v1":
+        assert tokenizer(system.removesuffix(" ")).input_ids == before
+
+
+def adding(token: str, index: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", [(token, index)])
+
+
+def test_a_second_template_keeps_the_beginning_token() -> None:
+    """The first stage trains a copy of the processor with `plain`."""
+    tokenizer = sentencepiece_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
+    tokenizer.backend_tokenizer.post_processor = adding("<s>", 1)
+    for name in ("vicuna_v1", "plain", "vicuna_v1"):
+        set_chat_template(tokenizer, name)
+        assert tokenizer.apply_chat_template([user("Hi"), assistant("A")], return_dict=True)["input_ids"][0] == 1
+
+
+def test_several_images_keep_their_places_and_parts_get_lines() -> None:
+    expected = "USER: Image 1:\n<image> \nImage 2:\n<image> \nWhat differs? ASSISTANT: Yes</s>"
+    for message in (
+        user("Image 1:", "<image>", "Image 2:", "<image>", "What differs?"),
+        {"role": "user", "content": "Image 1: <image> Image 2: <image>\nWhat differs?"},
+    ):
+        assert render("vicuna_v1", [message, assistant("Yes")]).endswith(expected)
+    rendered = render("vicuna_v1", [user("First.", "<image>", "Second."), assistant("Yes")])
+    assert "USER: <image> \nFirst.\nSecond. ASSISTANT" in rendered
+    assert "USER: First.\nSecond. ASSISTANT" in render("vicuna_v1", [user("First.", "Second."), assistant("Yes")])

@@ -5,7 +5,9 @@ import torch
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.processing import add_image_token, build_processor
+from tests.helpers import tiny
 
 
 SIZES = [(16, 16), (40, 16), (12, 50), (33, 30)]
@@ -46,6 +48,34 @@ def test_pixels_of_the_saved_processor(pair, make_image, tmp_path):
     assert torch.equal(same["input_ids"], expected["input_ids"])
     near = AutoProcessor.from_pretrained(tmp_path)(text="<image>", images=image, return_tensors="pt")
     torch.testing.assert_close(near["pixel_values"], expected["pixel_values"], atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+def test_a_saved_processor_pads_for_generation(make_model, make_image, tmp_path):
+    """A plain batched `generate` gives the answers of single questions, whatever side the language model padded on."""
+    model = make_model()
+    build_processor(model.config, CLIPImageProcessor(), tiny.make_tokenizer(padding_side="right")).save_pretrained(
+        tmp_path
+    )
+    processor = AutoProcessor.from_pretrained(tmp_path, backend="pil")
+    rows = [("<image>?", make_image(40, 16)), ("<image> a longer question", make_image(12, 50))]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    batch = processor(
+        text=[text for text, _ in rows], images=[[image] for _, image in rows], padding=True, return_tensors="pt"
+    )
+    together = model.generate(**batch, **settings)[:, -4:]
+    for answer, (text, image) in zip(together, rows, strict=True):
+        inputs = processor(text=text, images=image, return_tensors="pt")
+        assert torch.equal(answer, model.generate(**inputs, **settings)[0, -4:])
+
+
+def test_image_tokens_are_not_generated(make_tower, make_language):
+    language = make_language()
+    language.generation_config.suppress_tokens = [3]
+    vocab_size = language.config.vocab_size
+    model = MoveKDForConditionalGeneration.from_parts(make_tower(), language, image_token_id=vocab_size + 2)
+    assert model.generation_config.suppress_tokens == [3, vocab_size, vocab_size + 1, vocab_size + 2]
+    assert language.generation_config.suppress_tokens == [3]
 
 
 def test_token_that_is_not_the_model_s(make_model, make_tokenizer):

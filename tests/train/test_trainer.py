@@ -11,9 +11,18 @@ from datasets import Dataset
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.chat_templates import adds_bos
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import build_trainer
 from train import run as stage_run
@@ -29,6 +38,11 @@ from train.cache_writer import processor_of_recipe
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_conversations
 from train.trainer import MoveKDTrainer
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TOKENIZER = FIXTURES / "parity" / "conversation" / "tokenizer"
+FORMER_TEMPLATE = FIXTURES / "chat_templates" / "vicuna_v1_former.jinja"
 
 
 class Snapshot(TrainerCallback):
@@ -342,6 +356,36 @@ def test_a_continued_student_keeps_what_it_was_built_with(
         build_student(*arguments(**saved, **settings)[1:])
     _, processor = build_student(*arguments(**saved, chat_template="own")[1:])
     assert processor.chat_template == build_student(*arguments(**saved)[1:])[1].chat_template
+
+
+@pytest.mark.parametrize("chat_template", ["own", "vicuna_v1"])
+def test_a_continued_student_of_an_earlier_release(arguments, tmp_path: Path, chat_template: str) -> None:
+    """Its tokenizer added the beginning-of-sequence token and padded right. The ids stay, the files are today's."""
+    model, processor = build_student(*arguments()[1:])
+    former = PreTrainedTokenizerFast.from_pretrained(TOKENIZER, padding_side="right")
+    former.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    processor.tokenizer = former
+    processor.chat_template = former.chat_template = FORMER_TEMPLATE.read_text(encoding="utf-8")
+    folder = str(tmp_path / "former")
+    model.save_pretrained(folder)
+    assert GenerationConfig.from_pretrained(folder).suppress_tokens == [processor.image_token_id]
+    processor.save_pretrained(folder)
+    image = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    messages = [
+        {"role": "user", "content": [image, {"type": "text", "text": "What colour is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+    ]
+    before = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    settings = arguments(model_name_or_path=folder, chat_template=chat_template)
+    _, processor = build_student(*settings[1:])
+    assert processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"] == before
+    rendered = processor.apply_chat_template(messages)
+    for add_special_tokens in (True, False):
+        inputs = processor(text=rendered, images=image["image"], add_special_tokens=add_special_tokens)
+        assert inputs["input_ids"] == before
+    processor.save_pretrained(tmp_path / "saved")
+    saved = AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    assert saved.tokenizer.padding_side == "left" and not adds_bos(saved.tokenizer)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])

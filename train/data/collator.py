@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
+from modeling_movekd.chat_templates import has_answer_markers
 from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
 from train.teachers.cached import FeatureCache
@@ -38,7 +39,8 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
     contains the end token or the heading of an answer, or if the tokenizer splits a separate round differently.
 
     Args:
-        text (`str`): Rendered conversation, with one placeholder per image.
+        text (`str`): Rendered conversation, with one placeholder per image. Its beginning-of-sequence token counts for
+            each round, which the original code tokenizes with one.
         input_ids (`Sequence[int]`): Its ids, one per image, before truncation to `max_length`.
         tokenizer: The tokenizer of the ids.
         max_length (`int`, *optional*): From this length on, a different sum is ignored.
@@ -46,6 +48,8 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
     Returns:
         A boolean per id.
     """
+    written_bos = tokenizer.bos_token if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else ""
+    text = text.removeprefix(written_bos)
     rounds = text.split(tokenizer.eos_token) if tokenizer.eos_token else [text]
     mask = [False] * len(input_ids)
     position = 1
@@ -55,6 +59,7 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
             break
         # In the whole text a round after the first has no prefix, unless the tokenizer is a legacy one
         surplus = 1 if number > 0 and not getattr(tokenizer, "legacy", True) else 0
+        surplus -= bool(written_bos)
         round_length = len(tokenizer(round_text).input_ids) - surplus
         # Without the first token, counted by `position`, and the space that belongs to the answer
         question_length = len(tokenizer(parts[0] + ANSWER_SEPARATOR).input_ids) - 2 - surplus
@@ -167,7 +172,7 @@ class MoveKDCollator:
                 f"{'a' if self.feature_cache is not None else 'no'} feature cache. Use the geometry 'shared' and run "
                 "the teachers, or set `distill_tiles: base`."
             )
-        if "generation" not in (self.processor.chat_template or ""):
+        if not has_answer_markers(self.processor.chat_template):
             raise ValueError(
                 "The processor's chat template has no {% generation %} markers, so no token would be trained on. Set "
                 "a template with modeling_movekd.chat_templates.set_chat_template."

@@ -85,10 +85,10 @@ def test_text_tokenises_the_same_alone_and_after_an_image(parity_dir: Path) -> N
         if not text.startswith(
             " "
         ):  # a leading space merges with the word mark that the slow tokenizer puts before it
-            assert tokenizer(text).input_ids == ids, text
+            assert [tokenizer.bos_token_id, *tokenizer(text).input_ids] == ids, text
         if text:  # nor does it put a word mark before an end token
             image = "<image>" if text.startswith(tokenizer.eos_token) else "<image> "
-            assert tokenizer(image + text).input_ids[2:] == ids[1:], text
+            assert tokenizer(image + text).input_ids[1:] == ids[1:], text
 
 
 def is_regular(case: dict[str, Any]) -> bool:
@@ -110,7 +110,9 @@ def test_ids_and_labels(parity_dir: Path, template: str, file: str, rule: str) -
     collator = MoveKDCollator(processor, labels=rule)
     for case, row in zip(cases, load_rows(cases), strict=True):
         rendered = processor.apply_chat_template(row["messages"], tokenize=False)
-        assert rendered.replace("<image> ", "<image>") == case["prompt"], case["name"]
+        # The space after the token is the word mark that the slow tokenizer puts before a text
+        rendered = rendered.removeprefix("<s>").removeprefix(" ").replace("<image> ", "<image>")
+        assert rendered == case["prompt"], case["name"]
         ids, labels = short_form(collator([row]), 0, processor.image_token_id)
         assert ids == case["input_ids"], case["name"]
         if rule == "released" or is_regular(case):
