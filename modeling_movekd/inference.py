@@ -15,6 +15,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .processing import load_processor
@@ -107,9 +108,17 @@ def load_tower(
 
 
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    """Return a user's turn as chat templates take it: the images, then the text."""
+    """
+    Return a user's turn as chat templates take it: the images, then the text. Several images go where the text has
+    `<image>`, if it has one for each.
+    """
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    pieces = text.split(IMAGE_TOKEN)
+    if len(images) < 2 or len(pieces) != len(images) + 1:
+        return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    for place, piece in reversed(list(enumerate(pieces))):
+        content[place:place] = [{"type": "text", "text": piece}] if piece.strip() else []
+    return {"role": "user", "content": content}
 
 
 def prepare(

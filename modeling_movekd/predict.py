@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import resolve_revision
 
+from .chat_templates import IMAGE_TOKEN
 from .files import new_file
 from .images import decode_image, path_in_folder
 from .inference import (
@@ -95,7 +96,10 @@ def parse_question(number: int, line: bytes) -> Question:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"`image` must be a file name or a list of file names, got {row['image']!r}")
-    return Question(number, row["question_id"], row["text"].replace("<image>", "").strip(), images)
+    text = row["text"]
+    if len(images) < 2 or text.count(IMAGE_TOKEN) != len(images):  # several keep their places
+        text = text.replace(IMAGE_TOKEN, "")
+    return Question(number, row["question_id"], text.strip(), images)
 
 
 def load_image(folder: Path, name: str) -> Image.Image:

@@ -284,7 +284,7 @@ def test_data_and_options_in_json_and_yaml_are_read(work: Path) -> None:
             if "dataset_name" in options:
                 fields = {field.name for field in dataclasses.fields(DataArguments)}
                 assert set(options) <= fields and len(data_sources(DataArguments(**options))) == 2
-    assert rows == 4 and {"teachers", "dataset_name"} <= keys
+    assert rows == 6 and {"teachers", "dataset_name"} <= keys
 
 
 def table(page: str, heading: str) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_movekd import MoveKDVisionModel, chat, predict
 from modeling_movekd.inference import Conversation, load_checkpoint, prepare, user_message
@@ -294,3 +295,16 @@ def test_encoder_output_is_unchanged_by_folding(checkpoint, pixels):
     with torch.no_grad():
         expected = plain.model.vision_tower(pixels).last_hidden_state
         torch.testing.assert_close(folded.model.vision_tower(pixels).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_images_of_a_question_keep_their_places() -> None:
+    images = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    asked = {"question_id": 1, "image": ["a.png", "b.png"], "text": "Image 1: <image> Image 2: <image> What differs?"}
+    question = predict.parse_question(1, json.dumps(asked).encode())
+    content = user_message(question.text, images)["content"]
+    assert [part.get("text", part.get("image")) for part in content] == [
+        *("Image 1: ", images[0], " Image 2: ", images[1], " What differs?")
+    ]
+    one = predict.parse_question(1, json.dumps(asked | {"image": "a.png"}).encode())
+    assert user_message(one.text, images[:1])["content"][0] == {"type": "image", "image": images[0]}
+    assert "<image>" not in one.text

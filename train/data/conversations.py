@@ -1,7 +1,8 @@
-"""Converts a row of LLaVA (`conversations`) or TRL (`messages`, `prompt` and `completion`) to messages and images."""
+"""Converts a row of one of `FORMATS` to messages and images."""
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, Image, List, Value
@@ -12,7 +13,14 @@ from train.data.sources import parse_line
 
 
 IMAGE_TOKEN = "<image>"
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+FORMATS = (
+    "'conversations' of 'from' and 'value' (LLaVA, ShareGPT)",
+    "'messages' of 'role' and 'content', or 'prompt' and 'completion' (TRL)",
+    "'texts' of 'user' and 'assistant' (FineVision, The Cauldron)",
+    "an image with a 'text' or 'caption' (ImageFolder)",
+)
+CAPTIONS = ("text", "caption")
 
 FEATURES = Features(
     {
@@ -47,7 +55,7 @@ def convert_row(
     Convert a row to the columns of `FEATURES`. A bad row gets its `problem`, stand-in messages and no images.
 
     Args:
-        row (`Mapping`): Fields of LLaVA or TRL, or only `line` with a line of JSON Lines.
+        row (`Mapping`): Fields of one of `FORMATS`, or only `line` with a line of JSON Lines.
         index (`int`): Position in the data set.
         folder (`str`, *optional*): Absolute path of the image folder.
         name (`str`, *optional*): Name of the data set in reports.
@@ -63,8 +71,8 @@ def convert_row(
     if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
         row = parse_line(row["line"])
     if sharded and isinstance(row, Mapping):
-        turns = row.get("conversations") or row.get("messages") or (row.get("prompt"), row.get("completion"))
-        checksum = f"checksum {zlib.crc32(repr(turns).encode('utf-8', 'replace')):08x}"
+        texts = {field: row[field] for field in sorted(set(row) - {"image", "images"}, key=str)}
+        checksum = f"checksum {zlib.crc32(repr(texts).encode('utf-8', 'replace')):08x}"
         known_as = checksum if row.get("id") is None else f"id {row['id']}"
         source += f" of its shard ({known_as})"
     messages: list[dict[str, Any]] = []
@@ -76,11 +84,15 @@ def convert_row(
         if not isinstance(row, Mapping):
             raise _BadRow(f"expected a mapping, got {type(row).__name__}")
         images = _images(row, source, folder)
-        if row.get("conversations") is not None:
-            messages, length = _from_llava(row["conversations"], len(images))
-        else:
-            messages, length = _from_trl(row, len(images))
-        _check_roles(messages)
+        turns = _turns(row, bool(images))
+        # The original sampler counts words before a leading answer is dropped
+        counted = [part for turn in turns for part in turn.parts if turn.must_place or part != IMAGE_TOKEN]
+        length = sum(len(part.split()) for part in counted)
+        turns = turns[1:] if turns[0].role == "assistant" else turns
+        _check_turns(turns)
+        messages = [
+            _message(turn, shown) for turn, shown in zip(turns, _images_of_turns(turns, len(images)), strict=True)
+        ]
         length = max(length, 1) if images else -max(length, 1)
     except _BadRow as reason:
         messages, images, length, problem = STAND_IN, [], 0, str(reason)
@@ -137,29 +149,63 @@ def _check_text(text: str, field: str) -> None:
         raise _BadRow(f"{field} holds half a character ({text[error.start]!r})") from None
 
 
-def _turn(role: str, text: str, num_images: int) -> dict[str, Any]:
-    """A message with its images in front of its text, as in the original code."""
-    content: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(num_images)]
-    if num_images:
-        text = text.replace(IMAGE_TOKEN, "").strip()
-    if text or not content:
-        content.append({"type": "text", "text": text})
-    return {"role": role, "content": content}
+@dataclass
+class _Turn:
+    """
+    A message as it stands in a row.
+
+    Args:
+        role (`str`): `"user"`, `"assistant"` or `"system"`.
+        parts (`list[str]`): Its texts in order, with `<image>` where an image belongs.
+        field (`str`): Name in reports.
+        must_place (`bool`, defaults to `False`): Whether the format places every image by `<image>`.
+    """
+
+    role: str
+    parts: list[str]
+    field: str
+    must_place: bool = False
+
+    @property
+    def placeholders(self) -> int:
+        return sum(part.count(IMAGE_TOKEN) for part in self.parts)
 
 
-def _placeholders(counts: list[int], num_images: int) -> list[int]:
-    """Images of each turn: its placeholders, or at most one per turn if only that fits (the original rule)."""
-    if sum(counts) == num_images:
-        return counts
-    single = [min(count, 1) for count in counts]
-    if sum(single) == num_images:
-        return single
-    raise _BadRow(f"{sum(counts)} image placeholders for {num_images} images")
+def _turns(row: Mapping[str, Any], has_images: bool) -> list[_Turn]:
+    if row.get("conversations") is not None:
+        conversations = row["conversations"]
+        if isinstance(conversations, list | tuple) and any(
+            isinstance(turn, Mapping) and turn.get("from") is None and turn.get("role") is not None
+            for turn in conversations
+        ):
+            return _from_trl(conversations)
+        return _from_llava(conversations)
+    if row.get("messages") is not None:
+        return _from_trl(row["messages"])
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return _from_trl(_prompt_and_completion(row["prompt"], row["completion"]))
+    if row.get("texts") is not None:
+        return _from_texts(row["texts"])
+    for field in CAPTIONS:
+        if has_images and row.get(field) is not None:
+            return [_Turn("user", [], "question"), _Turn("assistant", [_text(row[field], repr(field))], repr(field))]
+    raise _BadRow(
+        f"its fields {sorted(map(str, row))} have neither 'conversations' nor 'messages' nor another known format. "
+        f"Rows may have {'; '.join(FORMATS)}"
+    )
 
 
-def _from_llava(conversations: Any, num_images: int) -> tuple[list[dict[str, Any]], int]:
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(f"{field} is a {type(value).__name__}, expected a text")
+    _check_text(value, field)
+    return value
+
+
+def _from_llava(conversations: Any) -> list[_Turn]:
     if not isinstance(conversations, list | tuple) or not conversations:
         raise _BadRow("'conversations' is not a list of turns")
+    turns = []
     for number, turn in enumerate(conversations):
         field = f"'conversations'[{number}]"
         if not isinstance(turn, Mapping):
@@ -170,70 +216,105 @@ def _from_llava(conversations: Any, num_images: int) -> tuple[list[dict[str, Any
             raise _BadRow(f"{field} has an unknown 'from' {turn['from']!r}, expected one of {sorted(ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise _BadRow(f"{field} is without a text in 'value'")
-        _check_text(turn["value"], f"{field}['value']")
-    # The original sampler counts words before anything is dropped
-    length = sum(len(turn["value"].split()) for turn in conversations)
-    turns = conversations[1:] if conversations[0]["from"] == "gpt" else conversations
-    shown = _placeholders([turn["value"].count(IMAGE_TOKEN) for turn in turns], num_images)
-    return [_turn(ROLES[turn["from"]], turn["value"], n) for turn, n in zip(turns, shown, strict=True)], length
+        turns.append(_Turn(ROLES[turn["from"]], [_text(turn["value"], f"{field}['value']")], field, must_place=True))
+    return turns
 
 
-def _from_trl(row: Mapping[str, Any], num_images: int) -> tuple[list[dict[str, Any]], int]:
-    if row.get("messages") is not None:
-        messages = row["messages"]
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        completion = (
-            [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-        )
-        if any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in prompt):
-            raise _BadRow("answers inside 'prompt' would be trained on: write the row as 'messages'")
-        messages = [*prompt, *completion]
-    else:
-        raise _BadRow("neither 'conversations' nor 'messages' nor 'prompt' and 'completion'")
+def _prompt_and_completion(prompt: Any, completion: Any) -> list[Any]:
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    if any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in prompt):
+        raise _BadRow("answers inside 'prompt' would be trained on: write the row as 'messages'")
+    return [*prompt, *completion]
+
+
+def _from_texts(texts: Any) -> list[_Turn]:
+    if isinstance(texts, Mapping) and all(isinstance(values, list) for values in texts.values()):
+        # A column of lists, as older data sets store it
+        texts = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=False)]
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(turn, Mapping) for turn in texts):
+        raise _BadRow("'texts' is not a list of 'user' and 'assistant'")
+    return [
+        _Turn(role, [_text(turn.get(role), f"'texts'[{number}][{role!r}]")], f"'texts'[{number}][{role!r}]")
+        for number, turn in enumerate(texts)
+        for role in ("user", "assistant")
+    ]
+
+
+def _from_trl(messages: Any) -> list[_Turn]:
     if not isinstance(messages, list | tuple) or not messages:
         raise _BadRow("'messages' is not a list of messages")
-    parsed = [_parse_message(message, f"message {number}") for number, message in enumerate(messages)]
-    length = sum(len(text.split()) for _, text, _ in parsed)
-    if parsed[0][0] == "assistant":
-        parsed = parsed[1:]
-    counts = [count for _, _, count in parsed]
-    if num_images and not any(counts):
-        # TRL's rule for messages of plain strings: the images belong to the first question
-        first_user = next((number for number, (role, _, _) in enumerate(parsed) if role == "user"), None)
-        counts = [num_images if number == first_user else 0 for number in range(len(parsed))]
-    shown = _placeholders(counts, num_images)
-    return [_turn(role, text, n) for (role, text, _), n in zip(parsed, shown, strict=True)], length
+    return [_parse_message(message, f"message {number}") for number, message in enumerate(messages)]
 
 
-def _parse_message(message: Any, field: str) -> tuple[str, str, int]:
-    """Role, text and number of image placeholders of a TRL message."""
-    if not isinstance(message, Mapping) or message.get("role") not in list(ROLES.values()):
-        raise _BadRow(f"{field} is without a role among {sorted(ROLES.values())}")
+def _parse_message(message: Any, field: str) -> _Turn:
+    roles = sorted(set(ROLES.values()))
+    if not isinstance(message, Mapping) or message.get("role") not in roles:
+        raise _BadRow(f"{field} is without a role among {roles}")
     content = message.get("content")
     if not isinstance(content, str | list | tuple):
         raise _BadRow(f"{field} has a 'content' that is neither text nor a list of parts")
-    text, count = "", 0
+    parts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image" and not any(part.get(key) is not None for key in ("image", "url", "path", "base64")):
-            count += 1
+            parts.append(IMAGE_TOKEN)
         elif kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-            count += part["text"].count(IMAGE_TOKEN)
+            parts.append(_text(part["text"], f"{field}, 'content'"))
         else:
             raise _BadRow(
                 f"{field} has a content part that is neither {{'type': 'image'}} nor a text; "
                 "pictures belong in 'images'"
             )
-    _check_text(text, f"{field}, 'content'")
-    return message["role"], text, count
+    return _Turn(message["role"], parts, field)
 
 
-def _check_roles(messages: list[dict[str, Any]]) -> None:
-    """Check that questions and answers alternate and end with an answer; a system message may come first."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles and roles[0] == "system" else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+def _check_turns(turns: list[_Turn]) -> None:
+    """
+    Check that questions and answers alternate and end with an answer, that an answer has a text, and that questions
+    alone have images. A system message may come first.
+    """
+    roles = [turn.role for turn in turns]
+    asked = roles[1:] if roles and roles[0] == "system" else roles
+    if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
         raise _BadRow(f"wrong order of roles {roles}: questions and answers take turns, and an answer is last")
+    for turn in turns:
+        if turn.role != "user" and turn.placeholders:
+            raise _BadRow(f"{turn.field}, of role {turn.role!r}, contains {IMAGE_TOKEN}, which belongs in a question")
+    if not any(part.strip() for turn in turns if turn.role == "assistant" for part in turn.parts):
+        raise _BadRow("every answer is empty")
+
+
+def _images_of_turns(turns: list[_Turn], num_images: int) -> list[int]:
+    """Images of each turn: its placeholders, or at most one per turn if only that fits (the original rule)."""
+    counts = [turn.placeholders for turn in turns]
+    if num_images and not any(counts) and not turns[0].must_place:
+        # TRL's rule: the images belong to the first question
+        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+        return [num_images if number == first else 0 for number in range(len(turns))]
+    single = [min(count, 1) for count in counts]
+    for shown in (counts, single):
+        if sum(shown) == num_images:
+            return shown
+    raise _BadRow(f"{sum(counts)} image placeholders for {num_images} images")
+
+
+def _message(turn: _Turn, num_images: int) -> dict[str, Any]:
+    """
+    A turn as a message. A single image comes before the text, as in the original code; several keep their places.
+    """
+    image: dict[str, str | None] = {"type": "image", "text": None}
+    text = "\n".join(part for part in turn.parts if part)
+    content: list[dict[str, str | None]]
+    if num_images > 1 and num_images == turn.placeholders:
+        content = []
+        for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+            content += [image] if number else []
+            content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+        return {"role": turn.role, "content": content}
+    if num_images:
+        text = "\n".join(filter(None, (part.replace(IMAGE_TOKEN, "") for part in turn.parts))).strip()
+    content = [image] * num_images
+    if text or not content:
+        content = [*content, {"type": "text", "text": text}]
+    return {"role": turn.role, "content": content}

@@ -193,17 +193,18 @@ def load_conversations(
     """
     Read a data set and convert its rows to messages and undecoded images. No image file is opened.
 
-    As in the original code, images are put in front of the text of their turn, the placeholders are removed, and a
-    leading answer is dropped. Malformed rows, and rows whose placeholders and images disagree, are skipped and
-    reported.
+    As in the original code, the image of a turn is put in front of its text, its placeholder is removed, and a leading
+    answer is dropped. Several images of a turn keep their places. Malformed rows, and rows whose placeholders and
+    images disagree, are skipped and reported.
 
     Args:
         source: LLaVA file (`.json`, `.jsonl`), `.parquet` file or folder of them, folder written by
-            `Dataset.save_to_disk`, id of a data set on the Hub, `datasets.Dataset`, or list of rows. Rows have the
-            fields of LLaVA (`conversations`, and `image` as path, picture or list of them) or TRL (`messages`, or
-            `prompt` and `completion`, and `images`).
+            `Dataset.save_to_disk`, folder of images with `metadata.csv` (ImageFolder), id of a data set on the Hub,
+            `datasets.Dataset`, or list of rows. Rows have the fields of one of `conversations.FORMATS`, and `image` or
+            `images` as path, picture or list of them.
         image_folder (`str`, *optional*, defaults to the folder of a LLaVA file): Folder that relative image paths
-            start from. A path that leads out of it as written raises; links inside the folder are followed.
+            start from; an ImageFolder is its own. A path that leads out of it as written raises. Links inside it
+            are followed.
         split (`str`, defaults to `"train"`): Split of a data set that has splits.
         max_bad_row_share (`float`, defaults to 0.01): Largest share of bad rows, if `bad_rows` is not given.
         num_proc (`int`, *optional*): Processes that convert the rows of a `datasets.Dataset`.
@@ -226,6 +227,8 @@ def load_conversations(
     bad_rows = BadRows(max_share=max_bad_row_share) if bad_rows is None else bad_rows
     folder = _image_root(source, image_folder)
     rows = open_rows(source, split, subset, streaming)
+    if isinstance(source, str | os.PathLike) and os.path.isdir(source) and _is_image_folder(rows):
+        folder = os.path.abspath(source)
     name = _report_name(source, split, subset) if name is None else name
     fn_kwargs: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
@@ -281,6 +284,10 @@ def _convert_rows(
     return concatenate_datasets(
         [Dataset.from_list([convert_row(rows[i], i, **fn_kwargs) for i in chunk], FEATURES) for chunk in chunks]
     )
+
+
+def _is_image_folder(rows: Any) -> bool:
+    return isinstance(rows, Dataset | IterableDataset) and rows.info.builder_name == "imagefolder"
 
 
 def split_rows(rows: Any, share: float, seed: int, first_index: int = 0) -> tuple[Any, Any]:

@@ -128,8 +128,7 @@ def test_the_language_model_sees_through_pictures_what_it_learnt_in_words() -> N
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": answer})
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    # The processor adds the token that begins a sequence
-    assert ids == [*before[1:], tokenizer.convert_tokens_to_ids("<image>"), *after]
+    assert ids == [*before, tokenizer.convert_tokens_to_ids("<image>"), *after]
     assert tokenizer.unk_token_id not in ids and len(labels) == len(after)
     assert demo_language_model(tokenizer=build_tokenizer(world.WORDS)).config.vocab_size == len(tokenizer) - 1
 

@@ -22,6 +22,11 @@ def turns(*values: str, first: str = "human") -> list[dict[str, str]]:
     return [{"from": names[number % 2], "value": value} for number, value in enumerate(values)]
 
 
+def said(*texts: str) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
 GOOD = {"conversations": turns("Hi", "Hello.")}
 
 
@@ -99,7 +104,24 @@ def test_a_leading_answer_is_dropped_and_a_system_turn_kept() -> None:
         ({"conversations": turns("a", "b", "c")}, "wrong order of roles"),
         ({"conversations": turns("a", first="gpt")}, "wrong order of roles"),
         ({"conversations": [*turns("a", "b"), *turns("c", first="gpt")]}, "wrong order of roles"),
-        ({"id": "1"}, "neither 'conversations' nor 'messages'"),
+        (
+            {"id": "1"},
+            r"its fields ['id'] have neither 'conversations' nor 'messages' nor another known format. Rows may",
+        ),
+        ({"text": "no image"}, "'texts' of 'user' and 'assistant' (FineVision, The Cauldron); an image with a 'text'"),
+        ({"image": picture(), "texts": "a"}, "'texts' is not a list of 'user' and 'assistant'"),
+        ({"image": picture(), "texts": [{"user": "a"}]}, "'texts'[0]['assistant'] is a NoneType, expected a text"),
+        (
+            {"image": picture(), "conversations": turns("a", "an <image>")},
+            "[1], of role 'assistant', contains <image>",
+        ),
+        (
+            {"image": picture(), "messages": said("a", "an <image>")},
+            "message 1, of role 'assistant', contains <image>",
+        ),
+        ({"messages": [{"role": "system", "content": "<image>"}, *said("a", "b")]}, "of role 'system', contains"),
+        ({"conversations": turns("a", "", "b", " ")}, "every answer is empty"),
+        ({"image": picture(), "text": ""}, "every answer is empty"),
         ({"image": "", "conversations": turns("<image>", "b")}, "an empty image path"),
         ({"image": {"bytes": None, "path": None}, "conversations": turns("<image>", "b")}, "neither bytes nor path"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "without a role among"),
@@ -292,3 +314,57 @@ def test_unknown_sources(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('{"conversations": []}')
     with pytest.raises(ValueError, match="holds a JSON dict, expected a list"):
         load_conversations(tmp_path / "data.json")
+
+
+def placed(dataset: Any, row: int = 0, message: int = 0) -> list[str]:
+    """The parts of a message, an image as `<image>`."""
+    return [part["text"] or "<image>" for part in dataset[row]["messages"][message]["content"]]
+
+
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("human", "gpt"), ("human", "assistant")])
+def test_share_gpt_names(roles: tuple[str, str]) -> None:
+    values = ("<image>\nWhat?", "Yes")
+    by_from = [{"from": role, "value": value} for role, value in zip(roles, values, strict=True)]
+    expected = load_conversations([{"image": picture(), "conversations": turns(*values)}])["messages"][:]
+    assert load_conversations([{"image": picture(), "conversations": by_from}])["messages"][:] == expected
+    rows = [{"image": picture(), "conversations": said(*values)}]
+    assert load_conversations(rows)["messages"][:] == expected
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_fine_vision_rows(columns: bool) -> None:
+    texts: Any = [{"user": "What?", "assistant": "A cat.", "source": "x"}, {"user": "Sure?", "assistant": "Yes."}]
+    if columns:
+        texts = {"user": ["What?", "Sure?"], "assistant": ["A cat.", "Yes."]}
+    dataset = load_conversations([{"images": [picture(), picture()], "texts": texts}, {"images": [], "texts": texts}])
+    assert [message["role"] for message in dataset[0]["messages"]] == ["user", "assistant"] * 2
+    assert placed(dataset) == ["<image>", "<image>", "What?"] and placed(dataset, message=3) == ["Yes."]
+    assert placed(dataset, row=1) == ["What?"] and dataset[1]["images"] == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_images_with_captions(tmp_path: Path, streaming: bool) -> None:
+    for number in range(3):
+        (tmp_path / "captioned" / "sub").mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / "captioned" / "sub" / f"{number}.png")
+    lines = [f"sub/{number}.png,picture {number}" for number in range(3)]
+    (tmp_path / "captioned" / "metadata.csv").write_text("\n".join(["file_name,text", *lines]), encoding="utf-8")
+    rows = list(load_conversations(tmp_path / "captioned", streaming=streaming))
+    assert [row["messages"][1]["content"][0]["text"] for row in rows] == [f"picture {number}" for number in range(3)]
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image"]
+    assert decode_image(rows[2]["images"][0]).tobytes() == picture(2).tobytes()
+
+
+def test_several_images_keep_their_places_and_one_comes_first() -> None:
+    several = "Image 1: <image> Image 2: <image>\nWhat differs?"
+    image, text = {"type": "image"}, lambda value: {"type": "text", "text": value}
+    parts = [text("Image 1:"), image, text("Image 2:"), image, text("What differs?")]
+    rows = [
+        {"image": [picture()] * 2, "conversations": turns(several, "Color.")},
+        {"images": [picture()] * 2, "messages": [{"role": "user", "content": parts}, *said("", "Color.")[1:]]},
+    ]
+    dataset = load_conversations(rows)
+    for row in range(2):
+        assert placed(dataset, row) == ["Image 1:", "<image>", "Image 2:", "<image>", "What differs?"]
+    glued = [{"role": "user", "content": [text("First."), image, text("Second.")]}, *said("", "Yes.")[1:]]
+    assert placed(load_conversations([{"images": [picture()], "messages": glued}])) == ["<image>", "First.\nSecond."]
