@@ -188,9 +188,15 @@ def teacher_configs(args: MoveKDSFTConfig) -> list[TeacherConfig]:
 
 
 def build_collator(
-    args: MoveKDSFTConfig, processor: ProcessorMixin, teachers: Mapping[str, Teacher]
+    args: MoveKDSFTConfig,
+    processor: ProcessorMixin,
+    teachers: Mapping[str, Teacher],
+    max_positions: int | None = None,
 ) -> MoveKDCollator:
-    """Build the collator of a stage. Stage `pretrain` trains with the template `plain`, whatever is published."""
+    """
+    Build the collator of a stage. Stage `pretrain` trains with the template `plain`, whatever is published. Rows must
+    fit into `max_positions` of the language model.
+    """
     if args.stage == "pretrain":
         processor = set_chat_template(copy.deepcopy(processor), "plain")
     return MoveKDCollator(
@@ -205,6 +211,7 @@ def build_collator(
         apply_orientation=args.distillation_preset != "released",
         distill_tiles=args.distill_tiles,
         feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
+        max_positions=max_positions,
     )
 
 

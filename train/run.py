@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from modeling_movekd.inference import longest_context
 from train.build import build_collator, build_distiller, build_student, build_teachers, fit_feature_statistics
 from train.callbacks import PictureCallback, check_pictures
 from train.checkpoints import checkpoint_to_resume, disk_errors_named, prepare_output_folder
@@ -50,7 +51,7 @@ def train(
     train_dataset, eval_dataset = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
     )
-    collator = build_collator(args, processor, teachers)
+    collator = build_collator(args, processor, teachers, longest_context(model))
     if collator.feature_cache is not None:
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:

@@ -39,6 +39,10 @@ from train.publish import PublishingMixin
 from train.teachers.cached import Teacher
 
 
+# From this number of rows on, a step without a usable row is no chance
+MIN_ROWS_OF_STEP = 8
+
+
 class MoveKDTrainer(PublishingMixin, SFTTrainer):
     """
     Trains a MoVE-KD student with the loss text + `lambda_kd` * distillation + `lambda_balance` * balance.
@@ -128,24 +132,37 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also count the images of the step over all processes."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._images, shown = self._count(batch_samples, device)
+        self._images, shown = self._count(batch_samples, device, is_step=True)
         self.gradient_guard.count_images(shown)
         self._images_since_log += self._images
         return batch_samples, num_items_in_batch
 
-    def _count(self, batches: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _count(
+        self, batches: list[dict[str, Any]], device: torch.device, is_step: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Count the distilled images and the images in the text, over all processes. Moves the bad rows of the batches to
-        `bad_rows`.
+        `bad_rows`, and stops at a training step in which no token is trained.
         """
         found = [row for batch in batches for row in batch.pop("bad_rows", [])]
         images = sum((batch["image_weights"].sum() for batch in batches), torch.zeros((), device=device))
+        tokens = sum(((batch["labels"] != -100).sum() for batch in batches), torch.zeros((), device=device))
         shown = sum(len(batch["image_weights"]) - batch["num_blank_images"] for batch in batches)
-        counts = torch.stack([images, *torch.tensor([float(shown), float(len(found))], device=device)])
-        images, shown, bad = self.accelerator.reduce(counts, reduction="sum")
+        rows = sum(len(batch["labels"]) for batch in batches)
+        numbers = torch.tensor([float(shown), float(len(found)), float(rows)], device=device)
+        counts = torch.stack([images.float(), tokens.float(), *numbers])
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        _, tokens, _, bad, rows = counts.tolist()
         if bad:
             self.bad_rows.add_from_all(found)
-        return images, shown
+        # A few rows may all be bad by chance, once the first step has trained
+        if is_step and not tokens and (self.state.global_step == 0 or rows >= MIN_ROWS_OF_STEP):
+            reasons = list(dict.fromkeys(self.bad_rows.reasons.values()))
+            raise ValueError(
+                f"No token is trained in step {self.state.global_step + 1}, which has {int(rows)} rows: "
+                f"{'; '.join(reasons[:3])}. Repair the data, raise `max_length`, or set another `chat_template`."
+            )
+        return counts[0], counts[2]
 
     def compute_loss(
         self,

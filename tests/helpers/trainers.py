@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from modeling_movekd.inference import longest_context
 from train import run as stage_run
 from train.build import build_collator, build_distiller, build_student, build_teachers
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
@@ -38,7 +39,7 @@ def build_trainer(
     teachers = build_teachers(args)
     distiller = build_distiller(args, model, teachers, model_args.model_name_or_path)
     dataset = load_conversations(data_args.dataset_name)
-    collator = build_collator(args, processor, teachers)
+    collator = build_collator(args, processor, teachers, longest_context(model))
     stage_run.fit_feature_statistics(args, distiller, teachers, dataset, collator)
     prepare(model, teachers, distiller)
     return trainer_class(

@@ -24,6 +24,7 @@ from transformers import (
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.chat_templates import adds_bos
 from tests.helpers.colored_rows import llava_rows
+from tests.helpers.own_templates import OWN_TEMPLATES
 from tests.helpers.trainers import build_trainer
 from train import run as stage_run
 from train.build import (
@@ -356,6 +357,39 @@ def test_a_continued_student_keeps_what_it_was_built_with(
         build_student(*arguments(**saved, **settings)[1:])
     _, processor = build_student(*arguments(**saved, chat_template="own")[1:])
     assert processor.chat_template == build_student(*arguments(**saved)[1:])[1].chat_template
+
+
+@pytest.mark.parametrize("max_length", [16, 32, 48])
+def test_a_run_that_trains_no_token_stops(arguments, max_length: int) -> None:
+    """Each of its rows is a bad row that names `max_length`, however many may be bad."""
+    data, args, model_args = arguments(max_length=max_length, max_steps=1, distill=False, teachers=[])
+    with pytest.raises(ValueError, match=rf"(?s)rows cannot be used.*max_length {max_length}"):
+        stage_run.train(data, args, model_args)
+    data.max_bad_row_share = 1.0
+    with pytest.raises(ValueError, match=rf"No token is trained in step 1, .* 4 rows: .*max_length {max_length}"):
+        stage_run.train(data, args, model_args)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma", "mistral"])
+def test_both_stages_train_with_the_language_model_s_own_template(
+    arguments, parts: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    language = shutil.copytree(parts["language"], tmp_path / "language")
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer.chat_template = OWN_TEMPLATES[name]
+    tokenizer.save_pretrained(language)
+    common = {"chat_template": "own", "max_steps": 1, "distill": False, "teachers": []}
+    first = arguments(stage="pretrain", language_model=str(language), vision_model=parts["clip"], **common)
+    stage_run.train(*first)
+    second = arguments(model_name_or_path=str(tmp_path / "output"), output_dir=str(tmp_path / "second"), **common)
+    trainer = stage_run.train(*second)
+    assert entries(trainer)[0]["text"] > 1
+    collated = trainer.data_collator([trainer.train_dataset[0]])
+    answer = trainer.processing_class.decode(collated["labels"][0][collated["labels"][0] != -100])
+    assert trainer.train_dataset[0]["messages"][1]["content"][0]["text"] in answer
+    assert collated["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+    processor = AutoProcessor.from_pretrained(tmp_path / "second", trust_remote_code=False)
+    assert processor.chat_template == trainer.processing_class.chat_template
 
 
 @pytest.mark.parametrize("chat_template", ["own", "vicuna_v1"])

@@ -1,6 +1,5 @@
 """Collates rows to a batch: ids, labels, the student's pixels, and the teachers' pixels or cached features."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from train.data.conversations import STAND_IN
 from train.teachers.cached import FeatureCache
 from train.teachers.preprocessing import TeacherPreprocessor
 
-
-logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 GEOMETRIES = ("shared", "per_teacher")
@@ -125,6 +122,7 @@ class MoveKDCollator:
         distill_tiles (`str`, defaults to `"base"`): `"base"`, or `"all"`: with anyres the teachers also get each tile.
         pad_to_multiple_of (`int`, *optional*): Pad the batch to a multiple of this many tokens.
         feature_cache (`FeatureCache`, *optional*): Read the teachers' features instead of making their pixels.
+        max_positions (`int`, *optional*): Positions of the language model, which a row must fit into.
 
     Returns (of a call):
         `input_ids`, `attention_mask`, `labels`: int64 `(batch_size, length)`, padded on the right. Labels are -100
@@ -137,8 +135,10 @@ class MoveKDCollator:
         `cached_features`: With a feature cache instead, by teacher the result of `FeatureCache.read`.
         `image_weights`: float32 `(num_images,)`, 0 for the black image of a batch without any other image, else 1.
         `bad_rows`: List of (row, reason) for the rows that cannot be used: an image cannot be decoded, the image
-            tokens exceed `max_length`, or the row has a `problem`. Such a row is replaced by a short text without
-            labels. The caller records the list in [`~train.data.bad_rows.BadRows`].
+            tokens exceed `max_length`, the row exceeds `max_positions`, no token of it is trained, or it has a
+            `problem`. Such a row is replaced by a short text without labels; a row that the original label rule skips
+            is only listed, and its image is distilled as in the original code. The caller records the list in
+            [`~train.data.bad_rows.BadRows`].
         `image_rows`: int64 `(num_images,)`, the position in the batch of each image's row.
     """
 
@@ -152,6 +152,7 @@ class MoveKDCollator:
     distill_tiles: str = "base"
     pad_to_multiple_of: int | None = None
     feature_cache: FeatureCache | None = None
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:
@@ -217,14 +218,16 @@ class MoveKDCollator:
         is_image = encoded["input_ids"] == self.processor.image_token_id
         self._check_image_tokens(encoded, is_image, image_rows, numbers)
 
-        if too_long := self._too_long(is_image):
-            kept = [[] if position in too_long else of_row for position, of_row in enumerate(images)]
-            return self._collate(rows, kept, problems | too_long)
+        if too_long := self._too_long(is_image, encoded["attention_mask"]):
+            return self._without(rows, images, problems | too_long)
 
         trained = encoded["assistant_masks"].bool()
         if self.labels == "released" and ANSWER_SEPARATOR.strip() in self.processor.chat_template:
             trained = self._released(conversations, encoded["input_ids"], is_image)
         trained = trained & encoded["attention_mask"].bool() & ~is_image
+        untrained = self._untrained(trained, problems)
+        if untrained and self.labels == "answers":
+            return self._without(rows, images, problems | untrained)
         trained[list(problems)] = False
         batch: dict[str, Any] = {
             "input_ids": encoded["input_ids"],
@@ -235,7 +238,7 @@ class MoveKDCollator:
             batch = {name: values[:, : self.max_length] for name, values in batch.items()}
         batch["bad_rows"] = [
             (rows[position].get("source") or f"row {numbers[position]}", reason)
-            for position, reason in problems.items()
+            for position, reason in (problems | untrained).items()
         ]
         flat = [image for of_row in images for image in of_row]
         black_rows = []
@@ -246,6 +249,12 @@ class MoveKDCollator:
             shown = [(number, row["images"]) for number, row, kept in zip(numbers, rows, images, strict=True) if kept]
             batch["cached_features"] = self.feature_cache.read(shown, batch["num_blank_images"])
         return batch
+
+    def _without(
+        self, rows: Sequence[Mapping[str, Any]], images: list[list[Image.Image]], problems: dict[int, str]
+    ) -> dict[str, Any]:
+        kept = [[] if position in problems else of_row for position, of_row in enumerate(images)]
+        return self._collate(rows, kept, problems)
 
     def _pixels(
         self, images: list[Image.Image], encoded: Mapping[str, Any], image_rows: list[int], black_rows: list[int]
@@ -335,15 +344,32 @@ class MoveKDCollator:
                     "image. Use a template of modeling_movekd.chat_templates."
                 )
 
-    def _too_long(self, is_image: torch.Tensor) -> dict[int, str]:
-        """The rows whose image tokens exceed `max_length`, by position."""
+    def _too_long(self, is_image: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, str]:
+        """The rows whose image tokens exceed `max_length`, or that exceed `max_positions`, by position."""
         problems = {}
-        for position, of_row in enumerate(is_image):
+        for position, (of_row, length) in enumerate(zip(is_image, attention_mask.sum(dim=1).tolist(), strict=True)):
             columns = of_row.nonzero()
             needed = int(columns[-1]) + 1 if len(columns) else 0
+            kept = length if self.max_length is None else min(length, self.max_length)
             if self.max_length is not None and needed > self.max_length:
                 problems[position] = f"its image tokens end at token {needed}, above max_length {self.max_length}"
+            elif self.max_positions is not None and kept > self.max_positions:
+                problems[position] = f"it has {kept} tokens, but the language model takes {self.max_positions}"
         return problems
+
+    def _untrained(self, trained: torch.Tensor, problems: Mapping[int, str]) -> dict[int, str]:
+        """The other rows without a trained token, by position."""
+        reasons = {}
+        for position in range(len(trained)):
+            if position in problems or trained[position, : self.max_length].any():
+                continue
+            if trained[position].any():
+                reasons[position] = f"max_length {self.max_length} cuts off its answers"
+            elif self.labels == "released":
+                reasons[position] = "the label rule of the original code trains on no token of it"
+            else:
+                reasons[position] = "its answers have no token"
+        return reasons
 
     def _released(
         self, conversations: list[list[dict[str, Any]]], input_ids: torch.Tensor, is_image: torch.Tensor
@@ -357,8 +383,6 @@ class MoveKDCollator:
             if self.processor.image_token_id not in short_ids:
                 short_ids = short_ids[: self.max_length]
             mask = released_label_mask(text, short_ids, tokenizer, self.max_length)
-            if not any(mask):
-                logger.warning("No token of the row %r is trained on under the released label rule.", text[-80:])
             # An image is many tokens in the batch and one token here; neither is trained on
             words = [
                 keep for keep, token in zip(mask, short_ids, strict=True) if token != self.processor.image_token_id

@@ -213,11 +213,44 @@ def test_a_row_cut_into_its_image_is_bad() -> None:
     example = row(picture()) | {"row_index": 41}
     ids = MoveKDCollator(processor)([example])["input_ids"][0]
     end = int((ids == processor.image_token_id).nonzero().max()) + 1
-    assert MoveKDCollator(processor, max_length=end)([example])["bad_rows"] == []
-    batch = MoveKDCollator(processor, max_length=end - 1)([row(), example])
+    cut_off = ("row 41", f"max_length {end} cuts off its answers")
+    assert MoveKDCollator(processor, max_length=end)([example])["bad_rows"] == [cut_off]
+    batch = MoveKDCollator(processor, max_length=end - 1)([row(question="?"), example])
     assert batch["bad_rows"] == [("row 41", f"its image tokens end at token {end}, above max_length {end - 1}")]
     assert batch["num_blank_images"] == 1 and (batch["input_ids"] != processor.image_token_id).all()
     assert (batch["labels"] != -100).any(dim=1).tolist() == [True, False]
+
+
+def test_a_row_whose_answers_are_cut_off_is_bad() -> None:
+    processor = build_processor()
+    example = row(picture()) | {"row_index": 41}
+    labels = MoveKDCollator(processor)([example])["labels"][0]
+    first = int((labels != -100).nonzero().min())
+    assert MoveKDCollator(processor, max_length=first + 1)([example])["bad_rows"] == []
+    batch = MoveKDCollator(processor, TEACHERS, max_length=first)([example, row(question="?", answer="No.")])
+    assert batch["bad_rows"] == [("row 41", f"max_length {first} cuts off its answers")]
+    assert batch["num_blank_images"] == 1 and (batch["labels"] != -100).any(dim=1).tolist() == [False, True]
+    # The original code trains on nothing of such a row, but on its image
+    batch = MoveKDCollator(processor, TEACHERS, max_length=first, labels="released")([example])
+    assert batch["bad_rows"] == [("row 41", f"max_length {first} cuts off its answers")]
+    assert batch["num_blank_images"] == 0 and (batch["labels"] == -100).all()
+
+
+def test_a_row_with_empty_answers_is_bad() -> None:
+    assert MoveKDCollator(build_processor())([row(answer="")])["bad_rows"] == [("row 0", "its answers have no token")]
+
+
+@pytest.mark.parametrize("max_length", [None, 2048])
+def test_a_row_longer_than_the_language_model_takes_is_bad(max_length: int | None) -> None:
+    processor = build_processor()
+    example = row(picture(), answer="A cat " * 20)
+    length = MoveKDCollator(processor)([example])["input_ids"].shape[1]
+    assert MoveKDCollator(processor, max_length=max_length, max_positions=length)([example])["bad_rows"] == []
+    batch = MoveKDCollator(processor, max_length=max_length, max_positions=length - 1)([example, row()])
+    reason = f"it has {length} tokens, but the language model takes {length - 1}"
+    assert batch["bad_rows"] == [("row 0", reason)] and batch["input_ids"].shape[1] < length
+    cut = MoveKDCollator(processor, max_length=length - 1, max_positions=length - 1)([example])
+    assert cut["bad_rows"] == [] and cut["input_ids"].shape[1] == length - 1
 
 
 def test_labels_of_an_empty_turn() -> None:
@@ -227,7 +260,8 @@ def test_labels_of_an_empty_turn() -> None:
     example = {"messages": messages, "images": [picture()]}
     labels = MoveKDCollator(processor)([example])["labels"]
     assert processor.tokenizer.decode(labels[labels != -100]).strip() == "A dog.</s>"
-    assert (MoveKDCollator(processor, labels="released")([example])["labels"] == -100).all()
+    batch = MoveKDCollator(processor, labels="released")([example])
+    assert (batch["labels"] == -100).all() and "original code trains on no token" in batch["bad_rows"][0][1]
 
 
 def test_images_may_be_paths_bytes_or_pictures(tmp_path: Path) -> None:
