@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -178,7 +178,7 @@ def _count_gif_frames(content: bytes) -> int:
 
 def _count_pages(content: bytes) -> int:
     """Count the pages of a TIFF file up to one above `MAX_FRAMES`, which also ends a circle."""
-    order = "little" if content.startswith(b"II") else "big"
+    order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
     is_big = int.from_bytes(content[2:4], order) == 43  # BigTIFF
     start, address, entry = (8, 8, 20) if is_big else (4, 4, 12)
     count_bytes = address if is_big else 2

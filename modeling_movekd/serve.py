@@ -9,6 +9,7 @@ It needs more packages: pip install "movekd[serve]"
 """
 
 import argparse
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,13 +21,11 @@ from .inference import add_loading_arguments, load_checkpoint
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-MAX_CONNECTIONS = 100
 
 
 def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     """Load the checkpoint and serve it until a signal ends the process."""
-    import uvicorn
-
+    from .serve_http import build_server
     from .serve_openai import ChatHandler, Limits, build_app
 
     limits = Limits(
@@ -45,14 +44,14 @@ def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     host = f"[{options.host}]" if ":" in options.host else options.host
     handler = ChatHandler(name, model, processor, limits)
     app = build_app(handler, LOOPBACK if host in LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS))
+    server = build_server(app)
     handler.stopping = lambda: server.should_exit
     print(f"{name} on {model.device} at http://{host}:{port}/v1 (stop with Ctrl-C)", flush=True)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass
-    return 0
+    os._exit(0)  # Freeing the model, and threads that prepare a request, would take more seconds.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,42 +8,53 @@ model that a request names. So this module reads and limits the requests by itse
 
 import asyncio
 import base64
+import contextlib
 import copy
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException as HTTPClientError
-from typing import Annotated, Any, Literal
+from typing import Any
 from urllib.request import Request as URLRequest
 from urllib.request import urlopen
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from jinja2 import TemplateError
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers import GenerationConfig, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, _GenerationCancelled, set_torch_seed
 
-from .images import decode_image
+from .images import decode_in_time
 from .inference import check_length, longest_context, prepare
 from .modeling_movekd import MoveKDForConditionalGeneration
+from .serve_requests import ChatRequest, Message, TextPart, parse_request
 
 
 logger = logging.getLogger(__name__)
 
+STOPPING = "The server is stopping."
 FAILED = "The server failed to answer; its log says why."
 MAX_REQUEST_BYTES = 32 * 2**20
-MAX_PARTS = 1000  # messages of a request, and parts of a message
+MAX_REQUESTS = 100  # at a time
+BODY_SECONDS = 30  # for the client to send it
 DOWNLOAD_SECONDS = 10
+DECODING_SECONDS = 10  # for all images of a request
 
 
 @dataclass(frozen=True)
@@ -69,74 +80,18 @@ class Limits:
     image_urls: bool = False
 
 
-class _Fields(BaseModel):
-    """Refuses unknown fields unless they are null, because an ignored option would mislead the client."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        return (
-            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
-
-
-class TextPart(_Fields):
-    type: Literal["text"]
-    text: str
-
-
-class ImageURL(_Fields):
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # has no effect
-
-
-class ImagePart(_Fields):
-    type: Literal["image_url"]
-    image_url: ImageURL
-
-
-class Message(_Fields):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=MAX_PARTS)
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _parts(cls, content: Any) -> Any:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class ChatRequest(_Fields):
-    """The supported fields of a chat completion. `n`, `logprobs` and the penalties must have their defaults."""
-
-    model: str
-    messages: list[Message] = Field(min_length=1, max_length=MAX_PARTS)
-    stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    n: Literal[1] = 1
-    logprobs: Literal[False] = False
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    stream_options: dict[str, Any] | None = None  # has no effect: a stream always ends with the usage
-    user: str | None = None
-
-
-def read_image(url: str, limits: Limits) -> Image.Image:
-    """Decode the image of a data URL, or of an http(s) address if `limits.image_urls`."""
+def read_image(url: str, limits: Limits, seconds: float = DECODING_SECONDS) -> Image.Image:
+    """Decode the image of a data URL, or of an http(s) address if `limits.image_urls`, in so many seconds."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         header, _, payload = url.partition(",")
-        if not header.endswith(";base64"):
+        if not header.strip().lower().endswith(";base64"):
             raise ValueError("a data URL begins with data:image/png;base64, or another image type")
         if len(payload) * 3 // 4 > limits.image_bytes:
             raise ValueError(f"{len(payload) * 3 // 4} bytes; at most {limits.image_bytes} are read")
         try:
-            content = base64.b64decode(payload, validate=True)
+            # MIME encoders break lines.
+            content = base64.b64decode(payload.encode().translate(None, b" \t\r\n"), validate=True)
         except ValueError as error:
             raise ValueError(f"not base64 ({error})") from error
     elif scheme in ("http", "https") and limits.image_urls:
@@ -144,7 +99,7 @@ def read_image(url: str, limits: Limits) -> Image.Image:
     else:
         ways = "a data URL (data:image/png;base64,...)" + (" or an http(s) address" if limits.image_urls else "")
         raise ValueError(f"an image comes as {ways}; this server opens no other addresses and no files")
-    return decode_image({"bytes": content}, max_side=limits.image_side)
+    return decode_in_time(content, seconds, limits.image_side)
 
 
 def _download(url: str, most: int) -> bytes:
@@ -173,8 +128,50 @@ class Abandoned(StoppingCriteria):
         if self.left.is_set():
             raise HTTPException(499, "The client left.")
         if self.handler.stopping():
-            raise HTTPException(503, "The server is stopping.")
+            raise HTTPException(503, STOPPING)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class StopText:
+    """Cuts a text, which comes in pieces, before the first of several strings."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings, self.held, self.found = strings, "", False
+
+    def add(self, piece: str) -> str:
+        """Add a piece, and return the text that no string can begin in."""
+        if self.found:
+            return ""
+        text = self.held + piece
+        begins = [index for string in self.strings if (index := text.find(string)) >= 0]
+        self.found = bool(begins)
+        if self.found:
+            end, self.held = min(begins), ""
+        else:
+            lengths = range(1, max(map(len, self.strings), default=0))
+            held = [n for n in lengths if any(string.startswith(text[-n:]) for string in self.strings)]
+            end = len(text) - max(held, default=0)
+            self.held = text[end:]
+        return text[:end]
+
+    def rest(self) -> str:
+        """Return the text that is held back, at the end of the answer."""
+        rest, self.held = self.held, ""
+        return rest
+
+
+class AtStopText(StoppingCriteria):
+    """Stops the generation when the answer has one of several strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_tokens: int) -> None:
+        self.tokenizer, self.strings, self.start = tokenizer, strings, prompt_tokens
+        # A character takes up to four tokens.
+        self.window = 4 * max(map(len, strings), default=0) + 8
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.window :], skip_special_tokens=True)
+        found = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class Streamed:
@@ -216,18 +213,39 @@ class ChatHandler(ChatCompletionHandler):
     ) -> None:
         super().__init__(model_manager=None, generation_state=GenerationState())  # no other models are loaded
         self.name, self.model, self.processor, self.limits = name, model, processor, limits
-        # Requests are prepared one at a time to bound the memory for images. Padding changes a tokenizer's state, so
-        # that this thread needs another tokenizer than the thread that decodes.
-        self._preparing = asyncio.Lock()
+        # Few requests may hold images at a time. Padding changes a tokenizer's state, so that one thread at a time may
+        # prepare, with another tokenizer than the thread that decodes.
+        self._holding_images, self._preparing = asyncio.Semaphore(2), asyncio.Lock()
         self._own_processor = copy.deepcopy(processor)
+        self._stop = StopText(())
+
+    async def read_request(self, connection: Request) -> ChatRequest:
+        """Read and parse a request. Parsing runs in a thread, so that other clients get their answers meanwhile."""
+        # A browser asks before it sends JSON to another site, but not before it sends plain text.
+        if connection.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(400, "The body must be a valid dictionary in JSON, sent as application/json.")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await connection.body()
+        except TimeoutError:
+            message = f"The request did not arrive within {BODY_SECONDS} seconds."
+            raise HTTPException(408, message, {"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise HTTPException(499, "The client left.") from None
+        try:
+            return await asyncio.to_thread(parse_request, body, self.limits.prompt_characters)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
 
     async def handle_request(self, request: ChatRequest, request_id: str, connection: Request) -> Response:
         """Return the answer or a stream of it. The generation stops when the client leaves."""
         if request.model != self.name:
             raise HTTPException(404, f"There is no model {request.model[:200]!r}; this server has {self.name!r}.")
         try:
-            async with self._preparing:
-                inputs, generation = await asyncio.to_thread(self._prepare, request)
+            async with self._holding_images:
+                messages = await asyncio.to_thread(self._messages, request.messages)
+                async with self._preparing:
+                    inputs, generation = await asyncio.to_thread(self._prepare, request, messages)
         except (ValueError, TemplateError) as error:
             raise HTTPException(400, str(error)) from error
         manager = self.generation_state.get_manager(self.name)
@@ -237,18 +255,47 @@ class ChatHandler(ChatCompletionHandler):
         # The library passes the inputs to `generate`, so other arguments of `generate` travel with them.
         abandoned = Abandoned(self)
         inputs["stopping_criteria"] = StoppingCriteriaList([abandoned])
+        answering = copy.copy(self)
+        if request.stop:
+            answering._stop = StopText(request.stop)
+            prompt_tokens = inputs["input_ids"].shape[1]
+            inputs["stopping_criteria"].append(AtStopText(self.processor.tokenizer, request.stop, prompt_tokens))
         model = Streamed(self.model) if request.stream else self.model
         arguments = (request_id, model, self.processor, self.name, inputs, generation)
         if request.stream:  # the library ends a stream when the client leaves
-            return self._streaming(*arguments, gen_manager=manager)
+            return answering._streaming(*arguments, gen_manager=manager)
         watch = asyncio.create_task(_wait_until_left(connection, abandoned.left))
         try:
-            return await self._non_streaming(*arguments, gen_manager=manager)
+            return await answering._non_streaming(*arguments, gen_manager=manager)
         finally:
             watch.cancel()
 
-    def _prepare(self, request: ChatRequest) -> tuple[dict[str, Any], GenerationConfig]:
-        inputs = prepare(self._own_processor, [self._messages(request.messages)], self.model.device)
+    # The library builds answers by the next two methods, which cut them at the request's stop strings.
+
+    def _build_completion(
+        self, request_id: str, content: str, model_id: str, finish_reason: str, **rest: Any
+    ) -> dict[str, Any]:
+        content = self._stop.add(content) + self._stop.rest()
+        finish_reason = "stop" if self._stop.found else finish_reason
+        return super()._build_completion(request_id, content, model_id, finish_reason, **rest)
+
+    def _build_chunk_sse(
+        self, request_id: str = "", content: str | None = None, finish_reason: str | None = None, **rest: Any
+    ) -> str:
+        if content:
+            content = self._stop.add(content)
+            return super()._build_chunk_sse(request_id, content, **rest) if content else ""
+        begin = ""
+        if finish_reason is not None:
+            if held := self._stop.rest():
+                begin = super()._build_chunk_sse(request_id, held, model=rest.get("model"))
+            finish_reason = "stop" if self._stop.found else finish_reason
+        return begin + super()._build_chunk_sse(request_id, content, finish_reason=finish_reason, **rest)
+
+    def _prepare(
+        self, request: ChatRequest, messages: Sequence[dict[str, Any]]
+    ) -> tuple[dict[str, Any], GenerationConfig]:
+        inputs = prepare(self._own_processor, [messages], self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs, self._generation(request, inputs)
@@ -268,7 +315,7 @@ class ChatHandler(ChatCompletionHandler):
             raise ValueError(f"A text contains {token}. Send images as parts of type 'image_url'.")
         if (images := len(parts) - len(texts)) > self.limits.images:
             raise ValueError(f"The messages have {images} images; at most {self.limits.images}.")
-        read, converted = 0, []
+        read, converted, end = 0, [], time.monotonic() + DECODING_SECONDS
         for message in messages:
             content: list[dict[str, Any]] = []
             for part in message.content:
@@ -277,9 +324,9 @@ class ChatHandler(ChatCompletionHandler):
                     continue
                 if message.role != "user":
                     raise ValueError(f"A message of the {message.role} has an image; only the user's may.")
-                read += 1
+                read, left = read + 1, end - time.monotonic()
                 try:
-                    content.append({"type": "image", "image": read_image(part.image_url.url, self.limits)})
+                    content.append({"type": "image", "image": read_image(part.image_url.url, self.limits, left)})
                 except ValueError as error:
                     raise ValueError(f"Image {read} cannot be used: {error}.") from error
             role = "system" if message.role == "developer" else message.role
@@ -312,10 +359,34 @@ async def _wait_until_left(connection: Request, left: threading.Event) -> None:
     left.set()
 
 
-def refusal(status: int, message: str) -> JSONResponse:
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+    content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(content, status, headers)
+
+
+class RequestLimit:
+    """
+    Middleware that refuses requests while `MAX_REQUESTS` others are open, and open ones when the server ends. Silent
+    connections do not count.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.open = app, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.open >= MAX_REQUESTS:
+            await refusal(503, "The server is busy. Try again later.")(scope, receive, send)
+            return
+        self.open += 1
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            with contextlib.suppress(RuntimeError):  # of an answer that has begun
+                await refusal(503, STOPPING)(scope, receive, send)
+        finally:
+            self.open -= 1
 
 
 def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
@@ -329,26 +400,19 @@ def build_app(handler: ChatHandler, allowed_hosts: Sequence[str] = ("*",)) -> Fa
     """
     app = FastAPI(openapi_url=None, max_body_size=MAX_REQUEST_BYTES)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
+    app.add_middleware(RequestLimit)
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return refusal(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_fields(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = []
-        for problem in error.errors()[:3]:
-            place = ".".join(str(step) for step in problem["loc"][1:])[:100] or "The request"
-            unknown = problem["type"] == "extra_forbidden"
-            problems.append(f"{place}: {'not a field that is served here' if unknown else problem['msg']}")
-        return refusal(400, "; ".join(problems) + ".")
+        return refusal(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return refusal(500, FAILED)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest, connection: Request) -> Response:
+    async def chat_completions(connection: Request) -> Response:
+        request = await handler.read_request(connection)
         return await handler.handle_request(request, f"chatcmpl-{uuid.uuid4().hex}", connection)
 
     metadata = {"id": handler.name, "object": "model", "created": 0, "owned_by": "movekd"}

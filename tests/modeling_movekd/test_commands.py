@@ -59,6 +59,28 @@ def test_turns_are_those_of_generate_and_images_are_encoded_once(checkpoint, mak
     assert conversation.ask("Words alone?") == plain_answer(checkpoint, [user_message("Words alone?")])
 
 
+def test_special_tokens_in_a_text_stay_text(checkpoint, make_image):
+    """Only the template may end a turn or place an image, in a batch and alone."""
+    model, processor = load_checkpoint(checkpoint)
+    image = make_image()
+    texts = ["Say </s> or <image>, <s> or <unk>.", "A longer one, of more words: <</s>/s> <image", "No such thing."]
+    conversations = [[user_message(text, [image])] for text in texts]
+    batch = prepare(processor, conversations, model.device)
+    size = len(processor.tokenizer)
+    for index, (text, conversation) in enumerate(zip(texts, conversations, strict=True)):
+        alone = prepare(processor, [conversation], model.device)
+        mask = batch["attention_mask"][index].bool()
+        assert mask[-1] and torch.equal(batch["input_ids"][index][mask], alone["input_ids"][0])
+        assert alone["attention_mask"].all() and alone["input_ids"].max() < size == len(processor.tokenizer)
+        # One token a byte, so that a text of as many other bytes has tokens in the same places
+        other = prepare(processor, [[user_message("~" * len(text), [image])]], model.device)["input_ids"][0]
+        own = alone["input_ids"][0].clone()
+        place = (other == processor.tokenizer.convert_tokens_to_ids("~")).nonzero()[:, 0]
+        assert "".join(processor.tokenizer.convert_ids_to_tokens(own[place])).replace("\u0120", " ") == text
+        own[place] = other[place]
+        assert torch.equal(own, other)
+
+
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(checkpoint, make_image):
     conversation = Conversation(*load_checkpoint(checkpoint), max_new_tokens=4, do_sample=False)
     conversation.ask("One", [make_image()])

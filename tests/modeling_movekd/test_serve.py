@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -191,9 +193,48 @@ def test_a_temperature_samples_and_a_seed_repeats(client, plain):
     assert text_of(ask(client, asked("What is it?"), temperature=0, top_p=0.9)) == greedy
 
 
+def test_fields_that_clients_send_by_themselves(client, plain, make_image):
+    """Values that ask for nothing are accepted; base64 comes in lines, and in capitals."""
+    image = make_image(20, 16, 1)
+    header, payload = data_url(image).split(",")
+    lines = "\n".join(payload[start : start + 76] for start in range(0, len(payload), 76))
+    url = f"{header.replace('base64', 'BASE64')},{lines}\r\n"
+    said = {"role": "assistant", "content": "Yes.", "tool_calls": [], "refusal": None}
+    neutral = {"stop": [], "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False}
+    neutral |= {"n": 1, "logprobs": False, "logit_bias": {}, "parallel_tool_calls": True, "frequency_penalty": 0}
+    for stream in (False, True):
+        turns = [asked("Well?") | {"name": "Ann"}, said, asked("What?", [url])]
+        answer = streamed(client, *turns, **neutral) if stream else text_of(ask(client, *turns, **neutral))
+        told = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+        assert answer == plain([user_message("Well?"), told, user_message("What?", [image])])
+
+
+def test_stop_ends_the_answer_before_it(client, plain):
+    answer = plain([user_message("What is it?")])
+    for stop in (answer[4:7], [answer[7], answer[4:7], "never"], answer[4:6]):
+        end = min(answer.find(string) for string in ([stop] if isinstance(stop, str) else stop) if string in answer)
+        completion = ask(client, asked("What is it?"), stop=stop)
+        assert text_of(completion) == answer[:end] and completion.choices[0].finish_reason == "stop"
+        assert completion.usage.completion_tokens < NEW_TOKENS
+        with ask(client, asked("What is it?"), stop=stop, stream=True) as stream:
+            chunks = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer[:end]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    # A string that only begins at the end of the answer is no stop
+    assert streamed_text(client, stop=answer[-2:] + "\0") == answer
+    completion = ask(client, asked("What is it?"), stop=answer[-2:] + "\0")
+    assert text_of(completion) == answer and completion.choices[0].finish_reason == "length"
+
+
+def streamed_text(client, **settings) -> str:
+    with ask(client, asked("What is it?"), stream=True, **settings) as stream:
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
 GOOD = data_url(Image.new("RGB", (8, 8), "red"))
 BASE64 = "data:image/png;base64,"
 PART = {"type": "text"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 REFUSED = {
     "no image": ([asked("?", [BASE64 + base64.b64encode(b"no image").decode()])], {}, "Image 1 .*not an image"),
     "cut short": ([asked("?", [GOOD, GOOD[:-40]])], {}, "Image 2 .*(decoded|base64)"),
@@ -216,8 +257,14 @@ REFUSED = {
     "system last": ([asked("?"), {"role": "system", "content": "?"}], {}, "Unknown role system"),
     "no messages": ([], {}, "messages: List should have at least 1 item"),
     "part": ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], {}, "messages.0.content.0"),
-    "unserved": ([asked("?")], {"stop": ["."]}, "stop: not a field that is served"),
+    "unserved": ([asked("?")], {"reasoning_effort": "low"}, "reasoning_effort: not a field that is served"),
     "two answers": ([asked("?")], {"n": 2}, "n: Input should be 1"),
+    "log probabilities": ([asked("?")], {"logprobs": True}, "logprobs: Input should be False"),
+    "tools": ([asked("?")], {"tools": [TOOL]}, "tools: List should have at most 0 items"),
+    "a forced tool": ([asked("?")], {"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+    "a form": ([asked("?")], {"response_format": {"type": "json_object"}}, "response_format.type: Input should be"),
+    "stored": ([asked("?")], {"store": True}, "store: Input should be False"),
+    "empty stop": ([asked("?")], {"stop": ""}, "stop.0: String should have at least 1 character"),
     "temperature": ([asked("?")], {"temperature": 3}, "temperature: Input should be less than or equal to 2"),
     "more fields": ([asked("?")], {"extra_body": {"generation_config": "{}"}}, "generation_config: not a field"),
     "templates": ([asked("?")], {"extra_body": {"chat_template_kwargs": {}}}, "chat_template_kwargs: not a field"),
@@ -247,7 +294,19 @@ def test_bodies_that_no_client_sends(server):
         fields.replace("temperature", "t" * 10_000): "ttt: not a field",
         fields.replace('"CONTENT"', "[" + ", ".join(['{"type": "text", "text": ""}'] * 1001) + "]"): "at most 1000",
     }
+    part = '{"type": "text", "text": ""}'
+    message = f'{{"role": "user", "content": [{", ".join([part] * 900)}]}}'
+    keys = ", ".join(f'"k{index}": 1' for index in range(2000))
+    bodies |= {
+        f"{{{', '.join(f'{index}: 1' for index in range(10**6))}}}".replace(" ", ""): "more than 20000 fields",
+        f'{{"model": "tiny", "messages": [{", ".join([message] * 900)}]}}': "more than 20000 fields",
+        f'{{"model": "tiny", "messages": [{", ".join([f"{{{keys}}}"] * 1000)}]}}': "more than 20000 fields",
+        f'{{"model": "tiny", {keys}}}': "not a field that is served here",
+        fields.replace("1}", '{"a": ' * 20 + "1" + "}" * 21): "nested deeper than 10",
+        fields.replace("1}", "9" * 5000 + "}"): "JSON decode error",
+    }
     for body, reason in bodies.items():
+        start = time.monotonic()
         request = urllib.request.Request(f"{server.url}/chat/completions", body.encode())
         request.add_header("Content-Type", "application/json")
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -255,6 +314,7 @@ def test_bodies_that_no_client_sends(server):
         answer = json.load(refused.value)
         assert refused.value.code == 400 and reason in answer["error"]["message"], answer
         assert len(answer["error"]["message"]) < 500
+        assert time.monotonic() - start < 5
 
 
 def test_no_address_or_file_is_opened(client, server, tmp_path):
@@ -286,6 +346,24 @@ def test_other_models_and_paths(client, server):
             client.post(path, body={"model": "tiny"}, cast_to=object)
 
 
+def test_silent_and_slow_clients_hold_nobody_up(server, client, plain):
+    """Two hundred connections without a request, and some with a part of one, are closed after a while."""
+    host, port = server.url.split("/")[2].split(":")
+    parts = [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "]
+    silent = [socket.create_connection((host, int(port))) for _ in range(200)]
+    try:
+        for index, connection in enumerate(silent):
+            connection.sendall(parts[index % 3])
+        assert text_of(ask(client, asked("Still there?"))) == plain([user_message("Still there?")])
+        end = time.monotonic() + 30
+        for connection in silent:
+            connection.settimeout(max(0.1, end - time.monotonic()))
+            assert connection.recv(1) == b"", "closed by the server"
+    finally:
+        for connection in silent:
+            connection.close()
+
+
 def test_pages_of_other_origins_are_refused(client):
     """What a browser would send for a page that is not the server's: another host name, or JSON called text."""
     for headers, reason in [({"Host": "example.com"}, "Invalid host"), ({"Content-Type": "text/plain"}, "valid dict")]:
@@ -296,6 +374,29 @@ def test_pages_of_other_origins_are_refused(client):
 
 def test_after_all_that_it_answers(client, plain):
     assert text_of(ask(client, asked("Still there?"))) == plain([user_message("Still there?")])
+
+
+def test_a_signal_ends_it_in_time(checkpoint):
+    """While an image is decoded that would take a minute, and while half a request is there."""
+    slow = BASE64 + base64.b64encode(b"P3 3000 3000 255\n" + b"1 " * 7_000_000).decode()
+    body = json.dumps({"model": "tiny", "messages": [asked("?", [slow])]}).encode()
+    command = [*MODULE, str(checkpoint), "--name", "tiny", "--port", "0"]
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = ("127.0.0.1", int(re.search(r":(\d+)/v1", process.stdout.readline())[1]))
+        with socket.create_connection(address) as whole, socket.create_connection(address) as half:
+            whole.sendall(request)
+            half.sendall(request[:300])
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == -signal.SIGTERM
+            assert b"503 Service Unavailable" in whole.recv(1000)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--port", "0"], "config.json"), (["--port", "70000"], "port")])
