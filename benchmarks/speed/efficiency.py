@@ -2,8 +2,7 @@
 What the student costs beside plain CLIP and its teachers: `python -m benchmarks.speed.efficiency CHECKPOINT`.
 
 Parameters, FLOPs of one image, latency and memory, as a table and as a picture. The teachers are those that the
-checkpoint's `training_facts.json` names, or those of `--teachers`; `--random_weights` takes CLIP, EVA-02, ConvNeXt and
-SAM of full size with random weights.
+checkpoint's `training_facts.json` names, or those of `--teachers`.
 """
 
 import statistics
@@ -17,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import cached_file
 
 from benchmarks.speed.measure import in_words, machine, paired_times, parser, peak_memory, write_json
-from benchmarks.speed.teachers import ENCODERS, flops, image_size, runner
+from benchmarks.speed.teachers import flops, runner
 from modeling_movekd import MoveKDConfig, MoveKDVisionModel
 from modeling_movekd.files import TRAINING_FACTS_NAME, read_json
 from train.demo.run import save_figure
@@ -57,22 +56,19 @@ def teacher_specs(checkpoint: str) -> list[Any]:
     named = read_json(found).get("teachers") if found else None
     if not named:
         raise ValueError(
-            f"{checkpoint} has no {TRAINING_FACTS_NAME} that names teachers. Name them with `--teachers`, or give "
-            "`--random_weights`."
+            f"{checkpoint} has no {TRAINING_FACTS_NAME} that names teachers. Name them with `--teachers`."
         )
     return [{field: row[field] for field in ("name", "model", "revision") if row.get(field)} for row in named]
 
 
-def build(kind: str, checkpoint: str, spec: Any = None, toy: bool = False) -> tuple[nn.Module, int]:
-    """A model and its image size; `kind` is `"student"`, `"plain CLIP"`, `"teacher"` or `"random"`."""
+def build(kind: str, checkpoint: str, spec: Any = None) -> tuple[nn.Module, int]:
+    """A model and its image size; `kind` is `"student"`, `"plain CLIP"` or `"teacher"`."""
     if kind == "student":
         tower = student(checkpoint)
         return tower, tower.config.image_size
     if kind == "plain CLIP":
         clip = plain_clip(checkpoint)
         return clip, clip.config.image_size
-    if kind == "random":
-        return ENCODERS[spec](toy), image_size(spec, toy)
     teacher = load_teacher(resolve_teacher(spec))
     return teacher, teacher.preprocessor.image_size
 
@@ -89,7 +85,7 @@ def building_and_forward(case: dict[str, Any], device: str, dtype: str) -> Calla
     return lambda: forward(*build(**case), device, dtype)()
 
 
-def measure(case: dict[str, Any], device: str, dtype: str, repeats: int) -> dict[str, float]:
+def measure(case: dict[str, Any], device: str, dtype: str, repeats: int, toy: bool) -> dict[str, float]:
     """One row of the table; `case` holds the arguments of [`build`]."""
     model, size = build(**case)
     parameters = sum(value.numel() for value in model.parameters())
@@ -98,7 +94,7 @@ def measure(case: dict[str, Any], device: str, dtype: str, repeats: int) -> dict
     seconds = statistics.median(paired_times({"forward": run}, repeats, warm_up=0)["forward"])
     del model, run
     arguments = {"case": case, "device": device, "dtype": dtype}
-    memory = peak_memory("benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=case["toy"])
+    memory = peak_memory("benchmarks.speed.efficiency:building_and_forward", arguments, beyond=True, toy=toy)
     return {
         "parameters": parameters / 1e6,
         "FLOPs": operations / 1e9,
@@ -139,18 +135,15 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser(__doc__, repeats=3)
     flags.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
     flags.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
-    flags.add_argument("--random_weights", action="store_true", help="teachers: CLIP, EVA-02, ConvNeXt, SAM")
     flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
     options = flags.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    common = {"checkpoint": options.checkpoint, "toy": options.toy}
-    cases = {kind: {**common, "kind": kind} for kind in ("student", "plain CLIP")}
-    if options.random_weights:
-        cases |= {f"teacher {name}": {**common, "kind": "random", "spec": name} for name in ENCODERS}
-    else:
-        for spec in options.teachers or teacher_specs(options.checkpoint):
-            cases[f"teacher {resolve_teacher(spec).name}"] = {**common, "kind": "teacher", "spec": spec}
-    table = {name: measure(case, options.device, options.dtype, options.repeats) for name, case in cases.items()}
+    cases = {kind: {"checkpoint": options.checkpoint, "kind": kind} for kind in ("student", "plain CLIP")}
+    for spec in options.teachers or teacher_specs(options.checkpoint):
+        teacher = {"checkpoint": options.checkpoint, "kind": "teacher", "spec": spec}
+        cases[f"teacher {resolve_teacher(spec).name}"] = teacher
+    how = (options.device, options.dtype, options.repeats, options.toy)
+    table = {name: measure(case, *how) for name, case in cases.items()}
     taught = [values for name, values in table.items() if name.startswith("teacher")]
     table["all teachers"] = {column: sum(values[column] for values in taught) for column in COLUMNS}
     table["all teachers"]["memory"] = max(values["memory"] for values in taught)  # one process after the other
