@@ -304,7 +304,7 @@ class ChatHandler(ChatCompletionHandler):
         """Convert messages to the form that chat templates take, and decode their images."""
         parts = [part for message in messages for part in message.content]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        text = "".join(texts)  # templates join the parts of a message, too
+        text = "".join(texts)  # some templates join the parts of a message
         if len(text) > self.limits.prompt_characters:
             raise ValueError(f"The messages have {len(text)} characters; at most {self.limits.prompt_characters}.")
         try:

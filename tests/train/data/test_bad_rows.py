@@ -203,7 +203,7 @@ def test_training_from_a_stream(arguments, spoiled: Path, tmp_path: Path) -> Non
     assert trainer.state.global_step == 9 and trainer.bad_rows.total == 36
     assert len(listed(tmp_path / "output")) >= 3 and listed(tmp_path / "output").keys() <= REASONS.keys()
     assert any("eval_text" in entry for entry in trainer.state.log_history)
-    data_args.max_bad_row_share = 0.05
+    data_args.max_bad_row_share, args.overwrite_output_dir = 0.05, True
     with pytest.raises(ValueError, match=r"[2-5] of 36 rows cannot be used"):
         stage_run.train(data_args, args, model_args)
 
