@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoImageProcessor, BaseImageProcessor, CLIPImageProcessor
 from transformers import initialization as init
 
 from hub.files import weight_files
+from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.files import read_json
 from modeling_movekd.vision_movekd import load_strictly
@@ -28,6 +28,14 @@ def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
     )
 
 
+def read_weights(folder: Path) -> WeightFiles:
+    """The weights of a MoVE-KD checkpoint, which has them in safetensors."""
+    paths = weight_files(folder)
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        raise ValueError(f"{folder} holds no weights in safetensors. Save the model with `save_pretrained`.")
+    return WeightFiles(paths)
+
+
 def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionModel:
     """The vision tower of a whole model or of an encoder, by default in the dtype of its weights. Only it is read."""
     config = read_config(folder)
@@ -35,15 +43,13 @@ def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionMo
     if isinstance(config, MoveKDConfig):
         vision_config, prefix = config.vision_config, TOWER_PREFIX
     vision_config.feature_layer = feature_layer(config)
+    files = read_weights(folder)
     state_dict = {}
-    paths = weight_files(folder)
-    if not paths or any(path.suffix != ".safetensors" for path in paths):
-        raise ValueError(f"{folder} holds no weights in safetensors. Save the model with `save_pretrained`.")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                if key.startswith(prefix):
-                    state_dict[key.removeprefix(prefix)] = file.get_tensor(key)
+    for key in files.tensors:
+        if key.startswith(prefix):
+            files.check_dtype(key)
+            state_dict[key.removeprefix(prefix)] = files.read(key)
+    files.close()
     dtype = dtype or next((tensor.dtype for tensor in state_dict.values()), torch.float32)
     state_dict = {key: tensor.to(dtype) for key, tensor in state_dict.items()}
     with init.no_init_weights():

@@ -32,6 +32,7 @@ from hub.convert_sources import (
     STAGE_1_FILES,
     Source,
     build_config,
+    count_tokens,
     load_generation_config,
     load_image_processor,
     load_tokenizer,
@@ -95,6 +96,7 @@ def convert(
         return convert_to_original(folder, dest, vision_model, language_model, max_shard_size)
     read = read_source(folder, vision_model, language_model, image_aspect_ratio, experts)
     tokenizer = load_tokenizer(read)
+    num_tokens = count_tokens(read, tokenizer)
     config = build_config(read, keep_all_layers, add_image_token(tokenizer), pad_vocabulary_to)
     processor = make_processor(read, config, tokenizer, chat_template)
     origin = {
@@ -102,7 +104,7 @@ def convert(
         "revision": folder.name if folder.parent.name == "snapshots" else revision,
     }
     set_seed(seed)
-    record = write_checkpoint(read, config, processor, origin, Path(dest), max_shard_size)
+    record = write_checkpoint(read, config, processor, num_tokens, origin, Path(dest), max_shard_size)
     print(summary(dest, record))
     return Path(dest)
 
@@ -138,6 +140,7 @@ def write_checkpoint(
     source: Source,
     config: MoveKDConfig,
     processor: ProcessorMixin,
+    num_tokens: int,
     origin: dict[str, Any],
     dest: Path,
     max_shard_size: int,
@@ -145,7 +148,7 @@ def write_checkpoint(
     """Write the converted checkpoint. Returns the content of its `conversion.json`, which begins with `origin`."""
     model = empty_model(config)
     mapping = map_keys(source.weights, model)
-    conversions, distiller, new = make_conversions(mapping, model, source.may_be_new)
+    conversions, distiller, new = make_conversions(mapping, model, source.may_be_new, min_rows=num_tokens)
     for part in (config, config.text_config, config.vision_config):
         part.dtype = embedding_dtype(mapping, model)
     config.architectures = [type(model).__name__]

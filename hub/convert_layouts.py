@@ -139,13 +139,17 @@ def _reason_to_drop(target: str, model: MoveKDForConditionalGeneration) -> str |
 
 
 def make_conversions(
-    mapping: KeyMapping, model: MoveKDForConditionalGeneration, may_be_new: tuple[str, ...] = ()
+    mapping: KeyMapping,
+    model: MoveKDForConditionalGeneration,
+    may_be_new: tuple[str, ...] = (),
+    min_rows: int = 0,
 ) -> tuple[list[WeightConversion], list[WeightConversion], list[str]]:
     """
     The conversions that fill every weight of the model.
 
     Args:
         may_be_new: Parts of keys. A weight with one of them in its key is initialized where the sources lack it.
+        min_rows: Rows that the embedding and the head must have. Rows are only added for `<image>` and padding.
 
     Returns:
         The conversions for the model, those for the distiller, and the keys that are initialized.
@@ -165,6 +169,8 @@ def make_conversions(
     }
     for key in sorted(mapping.inputs, key=lambda key: first_file[key]):
         rows = expected[key].shape[0] if key in vocabulary else None
+        if rows is not None:
+            _check_rows(mapping.inputs[key], min_rows)
         conversion = _conversion(key, mapping.inputs[key], rows)
         shape = conversion.shapes()[key].shape
         if key.startswith(DISTILLER):
@@ -179,6 +185,16 @@ def make_conversions(
         initialized = new_weights(model, new, embedding_dtype(mapping, model))
         conversions.append(WeightConversion([], lambda _: initialized))
     return conversions, distiller, new
+
+
+def _check_rows(inputs: Inputs, min_rows: int) -> None:
+    for files, key in inputs.values():
+        shape = files.tensors[key].shape
+        if shape[:1].numel() < min_rows:
+            raise ValueError(
+                f"`{key}` of {files.paths[key]} has the shape {tuple(shape)}, but the configuration or the tokenizer "
+                f"says {min_rows} tokens. Download the weights again, or take the tokenizer that belongs to them."
+            )
 
 
 def _conversion(key: str, inputs: Inputs, rows: int | None) -> WeightConversion:

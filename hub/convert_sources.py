@@ -28,6 +28,7 @@ from hub.convert_original_keys import key_from_original
 from hub.files import resolve_source, safe_files, weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig
+from modeling_movekd.chat_templates import IMAGE_TOKEN
 from modeling_movekd.files import read_json
 
 
@@ -291,6 +292,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.tokenizer, config=source.text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source.tokenizer} has no tokenizer that transformers can load: {error}") from error
+
+
+def count_tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows that embedding and head must have: all of the configuration's and the tokenizer's but for images'."""
+    placeholders = {IMAGE_TOKEN, getattr(tokenizer, "image_token", None)}
+    ids = [index for token, index in tokenizer.get_vocab().items() if token not in placeholders]
+    return max([source.text_config.vocab_size - 1, *ids]) + 1
 
 
 def load_image_processor(source: Source) -> CLIPImageProcessor:

@@ -62,9 +62,16 @@ def convert_to_original(
 
 def _conversions(folder: Path, config: MoveKDConfig, vocab_size: int) -> list[WeightConversion]:
     files, model = WeightFiles(weight_files(folder)), empty_model(config)
-    if differing := sorted(expected_weights(model).keys() ^ files.tensors.keys()):
+    shapes = [{key: it.shape for key, it in weights.items()} for weights in (expected_weights(model), files.tensors)]
+    if differing := sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)):
         raise ValueError(
-            f"{folder} does not hold the weights of its configuration. Missing or left over: {differing}."
+            f"{folder} does not hold the weights of its configuration. Missing, left over or of another shape: "
+            f"{differing}."
+        )
+    if vocab_size > config.text_config.vocab_size:
+        raise ValueError(
+            f"`original_vocab_size` of {folder} is {vocab_size}, but the model has {config.text_config.vocab_size} "
+            "tokens. Save or convert the checkpoint again."
         )
     num_experts, vocabulary = config.vision_config.num_experts, vocabulary_keys(model)
     return [

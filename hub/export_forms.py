@@ -24,6 +24,7 @@ from hub.checkpoint_parts import (
     load_image_processor,
     load_tower,
     read_config,
+    read_weights,
 )
 from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
 from hub.export_merged import features, merge_experts
@@ -142,6 +143,7 @@ def check_equal(model: MoveKDForConditionalGeneration, stock: LlavaForConditiona
 def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForConditionalGeneration:
     if not isinstance(read_config(folder), MoveKDConfig):
         raise ValueError(f"{folder} holds an encoder alone; the form `{form}` needs a whole model.")
+    read_weights(folder).check()
     return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
 
 

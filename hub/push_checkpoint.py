@@ -20,7 +20,7 @@ from hub.files import weight_files
 from hub.push_allowlist import PICKLES, checkpoint_files, space_files
 from hub.push_commit import SpaceSettings, create_repository, explained, folder_files, publish, publish_space
 from hub.weights import MAX_SHARD_SIZE, WeightFiles, renamed, write_weights
-from modeling_movekd.files import CARD_NAME, EVALUATION_NAME, read_json, save_json
+from modeling_movekd.files import CARD_NAME, DISTILLER_NAME, EVALUATION_NAME, read_json, save_json
 
 
 VALIDATE = Path(__file__).with_name("push_validate.py")
@@ -160,6 +160,11 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     chosen, left = checkpoint_files(folder, token)
     stage.mkdir()
     weights = weight_files(folder)
+    # Here and not in the process of its own, which reads no values of a model that does not fit into memory
+    files = WeightFiles(weights)
+    files.check()
+    if DISTILLER_NAME in chosen:
+        WeightFiles([folder / DISTILLER_NAME]).close()
     is_split = max(path.stat().st_size for path in weights) > max_shard_size
     split = {path.name for path in weights} | {"model.safetensors.index.json", EVALUATION_NAME} if is_split else set()
     for name in chosen:
@@ -169,7 +174,6 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     if (public := _without_paths(config)) != config:
         save_json(public, stage / "config.json")  # replaces the link
     if is_split:
-        files = WeightFiles(weights)
         write_weights([renamed(files, key, key) for key in files.tensors], stage, max_shard_size)
         copy_evaluation(folder, stage)
     return left

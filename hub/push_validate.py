@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def load(folder: str, meta: bool) -> dict[str, Any]:
     """Load configuration, processor and weights of a checkpoint, and check that they fit each other."""
-    import torch
     from PIL import Image
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -54,8 +53,6 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[name]:
             raise ValueError(f"the weights have {name.replace('_', ' ')}: {sorted(map(str, report[name]))}")
-    if not meta and (bad := [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]):
-        raise ValueError(f"weights that are not finite: {bad}")
     device = "meta" if meta else "cpu"
     return {"model": type(model).__name__, "parameters": model.num_parameters(), "device": device}
 

@@ -17,6 +17,8 @@ from modeling_movekd.files import save_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5 * 10**9
 SMALL_SHARD_SIZE = 10**9
+# What a weight may be. Float8 and integers are quantized: they mean nothing without scales, which no layout here has.
+WEIGHT_DTYPES = (*DTYPES.values(), torch.float64)
 
 
 class WeightFiles:
@@ -57,10 +59,41 @@ class WeightFiles:
         return self._open
 
     def read(self, key: str) -> torch.Tensor:
-        return self._open_file(self.paths[key])[key]
+        """
+        Raises:
+            ValueError: If values are not finite.
+        """
+        tensor = self._open_file(self.paths[key])[key]
+        check_finite(tensor, f"`{key}` of {self.paths[key]}")
+        return tensor
+
+    def check_dtype(self, key: str) -> None:
+        """
+        Raises:
+            ValueError: If the tensor is not of a dtype that weights have.
+        """
+        tensor = self.tensors[key]
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
+            raise ValueError(
+                f"`{key}` of {self.paths[key]} is {tensor.dtype} ({tensor.layout}); weights are "
+                f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Save the model again, not quantized."
+            )
+
+    def check(self) -> None:
+        """Check the dtypes and the values of all tensors; one file is open at a time."""
+        for key in self.tensors:
+            self.check_dtype(key)
+            self.read(key)
+        self.close()
 
     def close(self) -> None:
         self._path, self._open = None, {}
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    # Far faster than `isfinite` on each value; NaN is the smallest and the largest
+    if tensor.numel() and not all(value.isfinite() for value in tensor.aminmax()):
+        raise ValueError(f"{name} has values that are not finite. Restore the file, or train again.")
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +140,9 @@ class WeightConversion:
     convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
 
     def shapes(self) -> dict[str, torch.Tensor]:
-        """The tensors to write, on the meta device."""
+        """The tensors to write, on the meta device. Refuses inputs of a dtype that weights do not have."""
+        for files, key in self.inputs:
+            files.check_dtype(key)
         outputs = self.convert([files.tensors[key] for files, key in self.inputs])
         return {key: tensor.to("meta") for key, tensor in outputs.items()}
 

@@ -9,6 +9,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+# What no weight may be, and a part of the error that says so
+BAD_WEIGHTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "nan": (lambda weight: weight.index_fill(0, torch.tensor([0]), torch.nan), "not finite"),
+    "infinite": (lambda weight: weight.half().index_fill(0, torch.tensor([0]), -torch.inf), "not finite"),
+    "complex": (lambda weight: weight.to(torch.complex64), "torch.complex64"),
+    "bool": (lambda weight: weight > 0, "torch.bool"),
+    "integer": (lambda weight: weight.to(torch.int8), "torch.int8"),
+    "float8": (lambda weight: weight.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+}
+
+
+def change_weight(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change one tensor of `model.safetensors`."""
+    weights = load_file(folder / "model.safetensors")
+    weights[key] = change(weights[key]).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))

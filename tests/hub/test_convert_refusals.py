@@ -13,7 +13,19 @@ from transformers import CohereConfig
 
 from hub.convert import convert
 from hub.convert_layouts import language_rename
-from tests.helpers.conversions import assert_equal_weights, edit_json, nothing_left, split, weights_of
+from hub.convert_sources import count_tokens, load_tokenizer, read_source
+from tests.helpers.conversions import (
+    BAD_WEIGHTS,
+    assert_equal_weights,
+    change_weight,
+    edit_json,
+    nothing_left,
+    split,
+    weights_of,
+)
+
+
+VOCABULARY = 420  # of the original checkpoint
 
 
 def test_language_models_that_scale_their_logits() -> None:
@@ -183,6 +195,59 @@ def test_refused(copy: Path, tmp_path: Path, spoil: Callable[[Path], None], mess
         convert(copy, tmp_path / "dest")
     assert nothing_left(tmp_path)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_values_that_no_weight_has(copy: Path, tmp_path: Path, kind: str, key: str) -> None:
+    change, message = BAD_WEIGHTS[kind]
+    change_weight(copy, key, change)
+    with pytest.raises(ValueError, match=rf"`{key}` of .*model\.safetensors.*{message}"):
+        convert(copy, tmp_path / "dest")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("rows", [0, 1, 100, -1])
+@pytest.mark.parametrize("says", ["configuration", "tokenizer"])
+def test_rows_cut_from_the_vocabulary(copy: Path, tmp_path: Path, key: str, rows: int, says: str) -> None:
+    """New rows are for `<image>` and padding, not for words: neither the file nor the configuration can cut them."""
+    change_weight(copy, key, lambda weight: weight[:rows])
+    if says == "tokenizer":
+        kept = len(load_file(copy / "model.safetensors")[key])
+        change_weight(copy, "model.embed_tokens.weight", lambda weight: weight[:kept])
+        change_weight(copy, "lm_head.weight", lambda weight: weight[:kept])
+        edit_json(copy / "config.json", vocab_size=kept)
+    with pytest.raises(
+        ValueError, match=rf"weight` of .*has the shape \({rows % VOCABULARY},.*says {VOCABULARY} tokens"
+    ):
+        convert(copy, tmp_path / "dest")
+    assert nothing_left(tmp_path)
+
+
+def test_only_placeholders_of_images_may_lack_a_row(copy: Path, tmp_path: Path) -> None:
+    """A tokenizer that has a token for images already, as Gemma 3's, is larger than the embedding, and right so."""
+    source = read_source(copy)
+    tokenizer = load_tokenizer(source)
+    assert count_tokens(source, tokenizer) == VOCABULARY
+    edit_json(copy / "tokenizer_config.json", image_token="<image_soft_token>")
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    assert len(tokenizer) == VOCABULARY + 1 and count_tokens(source, tokenizer) == VOCABULARY
+    tokenizer.add_tokens(["<a word>"])
+    assert count_tokens(source, tokenizer) == VOCABULARY + 2
+
+
+def test_back_to_the_original_layout_every_shape_is_compared(converted_whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted_whole, tmp_path / "source"))
+    change_weight(folder, "lm_head.weight", lambda weight: weight[:100])
+    with pytest.raises(ValueError, match=r"of another shape: \['lm_head.weight'\]"):
+        convert(folder, tmp_path / "dest", to="original")
+    shutil.copyfile(converted_whole / "model.safetensors", folder / "model.safetensors")
+    change_weight(folder, "model.language_model.norm.weight", BAD_WEIGHTS["nan"][0])
+    with pytest.raises(ValueError, match="norm.weight` of .* not finite"):
+        convert(folder, tmp_path / "dest", to="original")
+    assert nothing_left(tmp_path)
 
 
 def test_code_in_stage_1_files(original: Path, base_models: tuple[Path, Path], tmp_path: Path) -> None:

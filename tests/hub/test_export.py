@@ -28,7 +28,7 @@ from hub.export import main
 from hub.export_forms import check_equal, export, image_files, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from tests.helpers.cards import COMMIT, RESULT, metadata
-from tests.helpers.conversions import edit_json
+from tests.helpers.conversions import BAD_WEIGHTS, change_weight, edit_json
 from tests.helpers.exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
 
 
@@ -439,6 +439,19 @@ def test_weights_missing_or_left_over(folders, tmp_path, form, change):
     with pytest.raises(ValueError, match=r"encoder.layers.\d.mlp.router.weight"):
         export(folder, tmp_path / "out", form)
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+@pytest.mark.parametrize(
+    ("form", "part"), [("encoder", "vision_tower.pre_layrnorm"), ("llava", "language_model.norm")]
+)
+def test_values_that_no_weight_has(folders, tmp_path, kind, form, part):
+    folder = Path(shutil.copytree(folders["plain"], tmp_path / "plain"))
+    change, message = BAD_WEIGHTS[kind]
+    change_weight(folder, f"model.{part}.weight", change)
+    with pytest.raises(ValueError, match=rf"`model.{part}.weight` of .*{message}"):
+        export(folder, tmp_path / "out", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
 def test_not_a_checkpoint(tmp_path, folders):
