@@ -10,6 +10,7 @@ from hub.files import weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.files import read_json
+from modeling_movekd.processing import check_image_processor
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -73,6 +74,7 @@ def load_image_processor(folder: Path, config: MoveKDConfig | MoveKDVisionConfig
             "`processor.save_pretrained(folder)`."
         )
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    check_image_processor(processor, config)
     if isinstance(config, MoveKDConfig) and config.image_aspect_ratio == "anyres":
         size = config.vision_config.image_size
         return CLIPImageProcessor(

@@ -14,6 +14,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedConfig,
+    ProcessorMixin,
 )
 from transformers import initialization as init
 
@@ -34,7 +35,7 @@ from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, save_json
 from modeling_movekd.images import decode_image
-from modeling_movekd.processing import update_processor
+from modeling_movekd.processing import check_image_processor, update_processor
 from modeling_movekd.vision_movekd import load_strictly
 
 
@@ -147,9 +148,11 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
     return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
 
 
-def save_processor(folder: Path, dest: Path) -> None:
+def load_processor(folder: Path, config: MoveKDConfig) -> ProcessorMixin:
     # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
-    update_processor(AutoProcessor.from_pretrained(folder, trust_remote_code=False)).save_pretrained(dest)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    check_image_processor(processor.image_processor, config)
+    return update_processor(processor)
 
 
 def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
@@ -184,14 +187,16 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
     config = read_config(folder)
     # Before any weights are read
     refuse_experts(config.vision_config if isinstance(config, MoveKDConfig) else config, "llava")
-    stock = stock_llava(load_whole(folder, "llava", dtype))
+    model = load_whole(folder, "llava", dtype)
+    processor = load_processor(folder, model.config)
+    stock = stock_llava(model)
     # The keys of transformers 4, which transformers 5 reads too
     state_dict = {
         re.sub(rf"^{re.escape(TOWER_PREFIX)}", f"{TOWER_PREFIX}vision_model.", key): value
         for key, value in stock.state_dict().items()
     }
     stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
-    save_processor(folder, dest)
+    processor.save_pretrained(dest)
     return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
 
 
@@ -223,7 +228,7 @@ def export_merged(
         model.model.vision_tower = merged.to(model.dtype)
         model.config.vision_config = merged.config
         model.save_pretrained(dest)
-        save_processor(folder, dest)
+        load_processor(folder, config).save_pretrained(dest)
     else:
         merged.to(dtype or merged.dtype).save_pretrained(dest)
     save_json(report, dest / "merge_report.json")

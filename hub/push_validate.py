@@ -31,6 +31,11 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
             raise ValueError(
                 f"the processor's image token is {processor.image_token_id}, the model's {config.image_token_index}"
             )
+        tiles = getattr(config, "image_aspect_ratio", None) == "anyres" or config.model_type == "llava_next"
+        expected = [list(grid) for grid in config.image_grid_pinpoints] if tiles else []
+        grids = [list(grid) for grid in getattr(processor.image_processor, "image_grid_pinpoints", None) or []]
+        if grids != expected:
+            raise ValueError(f"the processor cuts tiles by the grids {grids}, the model takes {expected}")
         if not processor.chat_template:
             raise ValueError("the processor has no chat template")
         pixels = processor(text=processor.image_token, images=image, return_tensors="pt")["pixel_values"]

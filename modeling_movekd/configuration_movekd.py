@@ -104,6 +104,7 @@ class MoveKDConfig(LlavaNextConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         self.validate_image_aspect_ratio()
+        self.validate_image_grid()
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the parts' `_name_or_path`, which may name a folder of this machine."""
@@ -115,6 +116,21 @@ class MoveKDConfig(LlavaNextConfig):
 
     def validate_image_aspect_ratio(self) -> None:
         validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))
+
+    def validate_image_grid(self) -> None:
+        """Tiles are cut at multiples of the image size: check that each grid of `anyres` is one."""
+        if self.image_aspect_ratio != "anyres":
+            return
+        size, grids = self.vision_config.image_size, self.image_grid_pinpoints
+        if not grids or not isinstance(grids, list | tuple):
+            raise ValueError(f"`image_grid_pinpoints` is {grids!r}; 'anyres' needs at least one (height, width).")
+        for grid in grids:
+            is_pair = isinstance(grid, list | tuple) and len(grid) == 2 and all(type(side) is int for side in grid)
+            if not is_pair or any(side < 1 or side % size for side in grid):
+                raise ValueError(
+                    f"`image_grid_pinpoints` holds {grid!r}; it must hold pairs of (height, width) that are multiples "
+                    f"of the tower's image size {size}."
+                )
 
 
 MoveKDVisionConfig.register_for_auto_class()

@@ -22,7 +22,7 @@ from transformers import (
 from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 from .modeling_movekd import MoveKDForConditionalGeneration
-from .processing import load_processor
+from .processing import check_image_processor, load_processor
 from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
 
 
@@ -73,7 +73,9 @@ def load_checkpoint(
     model = model.to(device).eval()
     if fold:
         model.fold_experts()
-    return model, load_processor(checkpoint, revision)
+    processor = load_processor(checkpoint, revision)
+    check_image_processor(processor.image_processor, model.config)
+    return model, processor
 
 
 class _TowerOfModel(MoveKDVisionModel):
@@ -112,6 +114,7 @@ def load_tower(
             f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP model that the "
             "student was made from into its folder."
         ) from error
+    check_image_processor(processor, config)
     return tower.to(_choose_device(device)).eval(), processor
 
 

@@ -21,7 +21,7 @@ from .chat_templates import (
     set_chat_template,
     set_own_chat_template,
 )
-from .configuration_movekd import MoveKDConfig
+from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -59,6 +59,7 @@ def build_processor(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"  # for `generate`; training pads on the right itself
+    config.validate_image_grid()  # the fields may have changed since the configuration was built
     size = config.vision_config.image_size
     settings = {
         "image_mean": image_processor.image_mean,
@@ -105,3 +106,28 @@ def update_processor(processor: ProcessorMixin) -> ProcessorMixin:
     processor.tokenizer.padding_side = "left"
     name = chat_template_name(processor)
     return processor if name is None else set_chat_template(processor, name)
+
+
+def check_image_processor(image_processor: BaseImageProcessor, config: MoveKDConfig | MoveKDVisionConfig) -> None:
+    """
+    Check that an image processor cuts images as the model takes them.
+
+    Raises:
+        ValueError: If it cuts other grids of tiles, or another image size.
+    """
+    if isinstance(config, MoveKDConfig):
+        grids = getattr(image_processor, "image_grid_pinpoints", None)
+        expected = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else None
+        if [list(grid) for grid in grids or []] != [list(grid) for grid in expected or []]:
+            raise ValueError(
+                f"The image processor cuts tiles by the grids {grids}, but the model takes {expected} "
+                f"(`image_grid_pinpoints`). Save the processor that the model was trained with."
+            )
+        config = config.vision_config
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    sides = {size.get(name) for name in ("height", "width")} - {None}
+    if sides - {config.image_size}:
+        raise ValueError(
+            f"The image processor cuts images to {dict(size)}, but the model takes {config.image_size} pixels a side. "
+            "Save the processor that the model was trained with."
+        )

@@ -24,7 +24,13 @@ from transformers.utils import cached_file
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import chat_template_name, set_chat_template, set_own_chat_template
 from modeling_movekd.files import DISTILLER_NAME
-from modeling_movekd.processing import add_image_token, build_processor, load_processor, update_processor
+from modeling_movekd.processing import (
+    add_image_token,
+    build_processor,
+    check_image_processor,
+    load_processor,
+    update_processor,
+)
 from train.config import ModelArguments, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
@@ -110,6 +116,7 @@ def _load_student(
             "saved values."
         )
     processor = load_processor(source, revision)
+    check_image_processor(processor.image_processor, model.config)
     saved_template = chat_template_name(processor)
     if args.chat_template not in ("own", saved_template):
         raise ValueError(

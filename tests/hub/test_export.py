@@ -454,6 +454,15 @@ def test_values_that_no_weight_has(folders, tmp_path, kind, form, part):
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
+@pytest.mark.parametrize("form", ["encoder", "llava"])
+def test_a_processor_with_other_grids(folders, tmp_path, form):
+    folder = Path(shutil.copytree(folders["plain anyres"], tmp_path / "plain"))
+    edit_json(folder / "config.json", image_grid_pinpoints=[[SIZE, SIZE]])
+    with pytest.raises(ValueError, match="cuts tiles by the grids"):
+        export(folder, tmp_path / "out", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
 def test_not_a_checkpoint(tmp_path, folders):
     with pytest.raises(ValueError, match=r"config.json is missing"):
         export(save_images(tmp_path / "images", 1), tmp_path / "out", "encoder")

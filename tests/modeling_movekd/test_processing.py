@@ -1,11 +1,14 @@
 """The stock LLaVA processors in front of the model: one padded crop, or tiles of any resolution."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
+from modeling_movekd.inference import load_checkpoint, load_tower
 from modeling_movekd.processing import add_image_token, build_processor
 from tests.helpers import tiny
 
@@ -209,3 +212,42 @@ def test_generates_from_a_conversation(pair, make_image):
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert isinstance(processor.decode(output[0, inputs["input_ids"].shape[1] :]), str)
+
+
+@pytest.mark.parametrize(
+    "grids", [[[32, 40]], [[32, 16], [8, 16]], [[0, 16]], [[-16, 16]], [[32]], [32, 16], [[16.0, 16]], []], ids=str
+)
+def test_grids_that_the_model_cannot_cut(make_model, make_processor, grids):
+    """Refused when the configuration is built or read, and when it was changed afterwards."""
+    with pytest.raises(ValueError, match="`image_grid_pinpoints`"):
+        make_model(image_aspect_ratio="anyres", image_grid_pinpoints=grids)
+    model = make_model(image_aspect_ratio="anyres")
+    fields = model.config.to_dict() | {"image_grid_pinpoints": grids}
+    with pytest.raises(ValueError, match="`image_grid_pinpoints`"):
+        MoveKDConfig(**fields)
+    MoveKDConfig(**fields | {"image_aspect_ratio": "pad"})  # makes no tiles
+    model.config.image_grid_pinpoints = grids
+    with pytest.raises(ValueError, match="`image_grid_pinpoints`"):
+        make_processor(model)
+
+
+def test_a_processor_that_cuts_images_otherwise_than_the_model(pair, make_model, make_processor, tmp_path):
+    model, processor = pair
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    load_checkpoint(tmp_path, device="cpu")
+    other = copy.deepcopy(processor)
+    other.image_processor.crop_size = {"height": 10**7, "width": 10**7}
+    other.save_pretrained(tmp_path)
+    for load in (load_checkpoint, load_tower):
+        with pytest.raises(ValueError, match="cuts images to .*10000000.*the model takes 16 pixels a side"):
+            load(tmp_path, device="cpu")
+    if model.config.image_aspect_ratio == "anyres":
+        other = copy.deepcopy(processor)
+        other.image_processor.image_grid_pinpoints = [[16, 32]]
+    else:
+        other = make_processor(make_model(image_aspect_ratio="anyres"))
+    other.save_pretrained(tmp_path)
+    for load in (load_checkpoint, load_tower):
+        with pytest.raises(ValueError, match=r"cuts tiles by the grids \[\[\d+, .*`image_grid_pinpoints`"):
+            load(tmp_path, device="cpu")
