@@ -33,7 +33,7 @@ from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, save_json
+from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, read_json, save_json
 from modeling_movekd.images import decode_image
 from modeling_movekd.processing import check_image_processor, update_processor
 from modeling_movekd.vision_movekd import load_strictly
@@ -148,6 +148,34 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
     return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
 
 
+def add_older_names(dest: Path) -> None:
+    """
+    Write the fields of an exported model under the names that transformers 4 and what builds on it read as well.
+
+    Without them the rotary embedding has the default base, a bfloat16 model is taken for float32, and the tokenizer
+    and the processor do not load.
+    """
+    config = read_json(dest / "config.json")
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        if "dtype" in part:
+            part["torch_dtype"] = part["dtype"]
+        if rope := dict(part.get("rope_parameters") or {}):
+            if local := rope.get("sliding_attention"):  # one base for each kind of layer
+                part["rope_local_base_freq"] = local["rope_theta"]
+                rope = dict(rope["full_attention"])
+            part |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+            part["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    save_json(config, dest / "config.json")
+    if (dest / "tokenizer.json").is_file():
+        settings = read_json(dest / "tokenizer_config.json") | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 adds BERT's token types
+        }
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        save_json(settings, dest / "tokenizer_config.json")
+
+
 def load_processor(folder: Path, config: MoveKDConfig) -> ProcessorMixin:
     # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -177,6 +205,7 @@ def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: li
 def export_clip(folder: Path, dest: Path, dtype: torch.dtype | None, **_: object) -> list[str]:
     tower = load_tower(folder, dtype)
     write_clip(tower, load_image_processor(folder, read_config(folder)), dest)
+    add_older_names(dest)
     lines = describe(tower)
     if tower.post_layernorm is None:
         lines.append("The tower is cut: its final layer norm is neutral, and its pooled output has no meaning.")
@@ -197,6 +226,8 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
     }
     stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
     processor.save_pretrained(dest)
+    processor.image_processor.save_pretrained(dest)  # transformers 5 keeps it in `processor_config.json`
+    add_older_names(dest)
     return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
 
 

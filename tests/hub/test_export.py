@@ -13,19 +13,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionModel,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    PhiConfig,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from hub.card_write import write_card
 from hub.export import main
-from hub.export_forms import check_equal, export, image_files, read_pixels, stock_llava
+from hub.export_forms import add_older_names, check_equal, export, image_files, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from tests.helpers.cards import COMMIT, RESULT, metadata
 from tests.helpers.conversions import BAD_WEIGHTS, change_weight, edit_json
@@ -335,6 +340,61 @@ def test_llava(folders, tmp_path, kind):
     parts = {".".join(key.split(".")[:2]) for key in load_file(dest / "model.safetensors")}
     parts -= {"image_newline", "language_model.lm_head"}
     assert {part for part in parts if "projector" not in part} == {"vision_tower.vision_model", "language_model.model"}
+
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 64}
+GEMMA_3 = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "older"),
+    [
+        (LlamaConfig(), {"rope_theta": 10000.0, "rope_scaling": None}),
+        (LlamaConfig(rope_parameters={"rope_theta": 1e5}), {"rope_theta": 1e5, "rope_scaling": None}),
+        (LlamaConfig(rope_parameters=LLAMA_3 | {"rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": LLAMA_3}),
+        (PhiConfig(), {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 0.5}),
+        (
+            Gemma3TextConfig(rope_parameters=GEMMA_3),
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 10000.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (GPT2Config(), {}),
+    ],
+    ids=["default", "theta", "llama3", "phi", "gemma3", "gpt2"],
+)
+def test_names_of_transformers_4(tmp_path, config, older):
+    """What transformers 4 reads beside what 5 reads, which reads the same configuration back."""
+    config.dtype = torch.bfloat16
+    expected = LlavaConfig(text_config=config)
+    expected.save_pretrained(tmp_path)
+    add_older_names(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert {name: text.get(name) for name in older} == older and text["torch_dtype"] == "bfloat16"
+    found = AutoConfig.from_pretrained(tmp_path)
+    assert found.text_config.rope_parameters == config.rope_parameters if older else "rope_theta" not in text
+    assert found.text_config.to_dict() == expected.text_config.to_dict() | {
+        name: value for name, value in found.text_config.to_dict().items() if name in older
+    }
+
+
+def test_llava_loads_in_transformers_4(folders, tmp_path):
+    """Its classes of tokenizer and image processor are those of 4, in the files that 4 reads; the ids stay."""
+    dest = export(folders["plain"], tmp_path / "llava", "llava")
+    settings = json.loads((dest / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert settings["additional_special_tokens"] == ["<image>"]
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert json.loads((dest / "preprocessor_config.json").read_text())["image_processor_type"] == "LlavaImageProcessor"
+    ours, theirs = (AutoProcessor.from_pretrained(folder).tokenizer for folder in (folders["plain"], dest))
+    for text in ("<image>\nWhat is this?</s>", "é  <s>"):
+        assert dict(ours(text)) == dict(theirs(text)) and ours.all_special_tokens == theirs.all_special_tokens
 
 
 def test_llava_of_another_type_is_to_be_evaluated_itself(folders, tmp_path):
