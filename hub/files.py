@@ -1,7 +1,6 @@
 """Checkpoint folders: which files may be read, how they are downloaded, and how a folder is written."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_movekd.files import read_json
+from modeling_movekd.files import read_json, temporary_folder
 
 
 SAFETENSORS, PICKLES = ("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")
@@ -103,16 +102,12 @@ def new_folder(dest: str | Path) -> Iterator[Path]:
     Write a folder under a temporary name beside `dest`, and rename it when the block ends well.
 
     Yields:
-        The temporary folder. It is removed when the block raises.
+        The temporary folder. It is removed when the block raises, or by the next call if the process is killed.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise ValueError(f"{dest} exists already. Give a new folder, or remove it first.")
     dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = dest.parent / f".{dest.name}.{os.getpid()}.partial"
-    temporary.mkdir()
-    try:
+    with temporary_folder(dest) as temporary:
         yield temporary
         temporary.replace(dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ from hub.files import weight_files
 from hub.push_allowlist import PICKLES, checkpoint_files, space_files
 from hub.push_commit import SpaceSettings, create_repository, explained, folder_files, publish, publish_space
 from hub.weights import MAX_SHARD_SIZE, WeightFiles, renamed, write_weights
-from modeling_movekd.files import CARD_NAME, DISTILLER_NAME, EVALUATION_NAME, read_json, save_json
+from modeling_movekd.files import CARD_NAME, DISTILLER_NAME, EVALUATION_NAME, read_json, save_json, temporary_folder
 
 
 VALIDATE = Path(__file__).with_name("push_validate.py")
@@ -74,8 +74,8 @@ def push(
     _check_arguments(folder, repo_id, create_pr, revision, tag, settings)
     token = token or get_token()
     tag_name = f"v{modeling_movekd.__version__}" if tag is True else tag or None
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as temporary:
-        _prepare(folder, Path(temporary), repo_id, settings, token, encoder_only, tag_name or revision, max_shard_size)
+    with temporary_folder(folder.resolve().with_name("push")) as temporary:
+        _prepare(folder, temporary, repo_id, settings, token, encoder_only, tag_name or revision, max_shard_size)
         if dry_run:
             print("Dry run: nothing was sent.")
             return None
@@ -229,7 +229,7 @@ def validate(folder: Path) -> dict[str, Any]:
         # Neither tokens nor the variables of a launcher
         if "TOKEN" not in name and not name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
     }
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
         own = {"HF_HOME": cache, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-P", str(VALIDATE), str(folder.resolve()), *([] if fits else ["--meta"])]
         result = subprocess.run(

@@ -1,9 +1,12 @@
 """Names of a checkpoint's files, JSON, and files that are written whole or not at all."""
 
+import glob
 import json
+import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +14,86 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 
+try:
+    import fcntl
+except ImportError:  # Windows, where leftovers of killed processes stay
+    fcntl = None  # type: ignore[assignment]
+
 CARD_NAME = "README.md"
 DISTILLER_NAME = "distiller.safetensors"
 TRAINING_FACTS_NAME = "training_facts.json"
 CONVERSION_NAME = "conversion.json"
 EVALUATION_NAME = "evaluation.json"
-# Files that are being written; the ending of the final name is kept, since libraries choose a format by it.
+# Files that earlier versions of this package were writing when they were killed
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def _lock(folder: Path) -> int | None:
+    """
+    Lock a folder until its descriptor is closed or this process ends, however it ends.
+
+    Returns:
+        The descriptor, or `None` if another process holds the lock or the file system has none.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """
+    Make a folder beside `path` for what is to become `path`, and remove the folders that killed processes left there.
+
+    Yields:
+        The folder. It is removed at the end of the block, and by the next call for `path` if the process is killed.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+        with suppress(FileNotFoundError):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+    folder, lock = _new_locked_folder(path)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_locked_folder(path: Path) -> tuple[Path, int | None]:
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    folder.mkdir()
+    try:
+        lock = _lock(folder)
+        if folder.is_dir():
+            return folder, lock
+    except FileNotFoundError:
+        pass
+    # Another process has taken it for a leftover before it was locked
+    return _new_locked_folder(path)
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """
-    Write a file under a temporary name beside it, and rename it when the block ends well.
+    Write a file in a temporary folder beside it, and move it when the block ends well.
 
     Yields:
         The temporary path. It is removed when the block raises; a file that was at `path` is then left as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary_folder(path) as folder:
+        yield folder / path.name
+        (folder / path.name).replace(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

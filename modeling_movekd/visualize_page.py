@@ -2,14 +2,13 @@
 
 import html
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .files import temporary_folder
 from .visualization_movekd import HEAT_COLORS, MoveKDPictures
 
 
@@ -132,8 +131,7 @@ def write_page(
     """
     check_writable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with temporary_folder(out) as temporary:
         sections, position = [], 0
         for layers in batches:
             for index in range(len(next(iter(layers.values())).image)):
@@ -145,8 +143,6 @@ def write_page(
             if (out / name).exists():
                 (out / name).replace(temporary / f"old-{name}")
             (temporary / name).replace(out / name)
-    finally:
-        shutil.rmtree(temporary)
     return out / PAGE_NAME
 
 

@@ -1,7 +1,6 @@
 """One run of the replication: both stages with the project's own trainer, then its answers and measures."""
 
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +16,7 @@ from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.files import temporary_folder
 from modeling_movekd.processing import load_processor
 from train.build import build_collator, build_student
 from train.cache_writer import CacheArguments, cache_features
@@ -81,11 +81,11 @@ def prepare(folder: Path, scale: Scale) -> None:
         target = folder / "data" / split
         if not target.is_dir():
             questions = {"pretrain": 0, "finetune": len(world.FAMILIES)}.get(split, 1)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            target.parent.mkdir(exist_ok=True)
+            with temporary_folder(target) as temporary:
                 rows = world.rows(split, getattr(scale, split), PICTURES_SEED.get(split, 0), questions)
-                rows.save_to_disk(Path(temporary) / split)
-                target.parent.mkdir(exist_ok=True)
-                shutil.move(Path(temporary) / split, target)
+                rows.save_to_disk(temporary / split)
+                shutil.move(temporary / split, target)
     parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
     # Their image geometries differ, and with them the cached features
     for name in ("paper", "released"):
@@ -136,9 +136,9 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
     """Train both stages, ask the questions and measure; returns one line of the results."""
     torch.set_num_threads(1)
     arm, started = ARMS[job.arm], time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with temporary_folder(folder / "run") as temporary:
         trained = train_side_by_side if arm.side_by_side else train_arm
-        model, processor, training = trained(job, arm, folder, scale, Path(temporary))
+        model, processor, training = trained(job, arm, folder, scale, temporary)
         seconds = time.perf_counter() - started
         rows = load_from_disk(str(folder / "data" / job.split))
         answers = answer_questions(model, processor, rows, batch_size=100)

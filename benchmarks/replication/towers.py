@@ -13,7 +13,6 @@ Each is an ordinary folder of `save_pretrained`, with its scores on held-out sce
 
 import multiprocessing
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ from transformers import (
 )
 
 from benchmarks.replication import world
-from modeling_movekd.files import read_json, save_json
+from modeling_movekd.files import read_json, save_json, temporary_folder
 from train.demo import networks, scene_labels
 from train.demo.scenes import Scene, render
 from train.demo.text_scenes import TextScenes, build_tokenizer, language_model_scores, with_short_template
@@ -83,8 +82,8 @@ def build_tower(name: str, folder: Path, seed: int, pictures: int, effort: float
     scenes = [world.sample_scene("towers", index, seed) for index in range(pictures)]
     held_out = [world.sample_scene("validation", index, seed) for index in range(1000)]
     steps = max(2, round(STEPS[name] * effort))
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / name
+    with temporary_folder(folder) as temporary:
+        unfinished = temporary / name
         if name == "language_model":
             model = demo_language_model(tokenizer)
             texts = TextScenes(scenes, tokenizer, world.object_words)

@@ -75,6 +75,8 @@ def test_killed(copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "dest").exists()
     (rest,) = tmp_path.glob(".dest.*.partial")
     assert list(rest.glob("model*")) and not list(rest.glob("*.json"))
+    convert(copy, tmp_path / "dest")
+    assert (tmp_path / "dest" / "config.json").is_file() and not list(tmp_path.glob(".*"))
 
 
 def test_memory(copy: Path, tmp_path: Path) -> None:

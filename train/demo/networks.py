@@ -15,7 +15,6 @@ Each is a folder written by `save_pretrained`. `scores.json` has the scores of e
 import multiprocessing
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +44,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from modeling_movekd.files import save_json
+from modeling_movekd.files import save_json, temporary_folder
 from train.demo.scene_labels import (
     COLOR_CLASSES,
     NO_DIGIT,
@@ -340,8 +339,8 @@ def build_towers(output_dir: str | Path) -> dict[str, Any]:
     start = time.time()
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
-        finished = Path(folder) / "towers"
+    with temporary_folder(output_dir) as folder:
+        finished = folder / "towers"
         # Networks this small gain nothing from a second thread, but two can be trained at a time
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             jobs = {name: pool.submit(build_tower, name, finished / name, steps) for name, steps in STEPS.items()}
