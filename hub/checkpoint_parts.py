@@ -9,7 +9,7 @@ from transformers import initialization as init
 from hub.files import weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
-from modeling_movekd.files import read_json
+from modeling_movekd.files import check_config_size, read_json, weight_shapes
 from modeling_movekd.processing import check_image_processor
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -19,7 +19,10 @@ TOWER_PREFIX = "model.vision_tower."
 
 def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
     """The configuration of a whole model or of an encoder alone."""
-    model_type = read_json(folder / "config.json").get("model_type")
+    content = read_json(folder / "config.json")
+    if paths := [path for path in weight_files(folder) if path.suffix == ".safetensors"]:
+        check_config_size(content, weight_shapes(paths), folder)
+    model_type = content.get("model_type")
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         if model_type == config_class.model_type:
             return config_class.from_pretrained(folder)

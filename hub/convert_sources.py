@@ -15,7 +15,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hub.convert_layouts import PROJECTOR, VISION, WeightSource, language_rename, rename_clip, rename_transformers
+from hub.convert_layouts import (
+    PROJECTOR,
+    VISION,
+    Rename,
+    WeightSource,
+    language_rename,
+    rename_clip,
+    rename_transformers,
+)
 from hub.convert_original_config import (
     IDENTITY_FIELDS,
     LANGUAGE_TYPES,
@@ -29,7 +37,7 @@ from hub.files import resolve_source, safe_files, weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.chat_templates import IMAGE_TOKEN
-from modeling_movekd.files import read_json
+from modeling_movekd.files import check_config_size, read_json
 
 
 STAGE_1_FILES = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")
@@ -116,12 +124,20 @@ def _from_original(
     """LLaVA's own layout, the MoVE-KD authors' checkpoints included: a whole checkpoint, or the files of stage 1."""
     dropped = {name: config[name] for name in dropped_fields(config)}
     language = folder
-    text_config = text_config_from_original(config)
     if paths := weight_files(folder):
         weights = [WeightSource(WeightFiles(paths), key_from_original)]
+        _check_size(folder, config, weights)
+        text_config = text_config_from_original(config)
     elif paths := [folder / name for name in STAGE_1_FILES if (folder / name).is_file()]:
         language = _named(folder, language_model, config.get("_name_or_path"), "--language-model", weights=True)
-        weights = _stage_1_weights(folder, paths, language, text_config)
+        weights = [
+            WeightSource(_weights(language), lambda key: (key, None)),
+            WeightSource(WeightFiles(paths), key_from_original),
+        ]
+        _check_size(folder, config, weights)
+        _check_size(language, read_json(language / "config.json"), weights)
+        text_config = text_config_from_original(config)
+        weights[0].rename = _stage_1_rename(folder, language, text_config)
     else:
         raise ValueError(f"{folder} has neither weights (safetensors or .bin) nor any of {list(STAGE_1_FILES)}.")
     has_tower = any(
@@ -130,7 +146,7 @@ def _from_original(
     vision = _named(folder, vision_model, config.get("mm_vision_tower"), "--vision-model", weights=not has_tower)
     if not has_tower:
         weights.append(WeightSource(_weights(vision), rename_clip))
-    clip_config = CLIPVisionConfig.from_pretrained(vision)
+    clip_config = _clip_config(vision, weights)
     own_files = {str(path) for path in safe_files(folder)}
     return Source(
         settings=config_from_original(config, clip_config),
@@ -148,24 +164,21 @@ def _from_original(
     )
 
 
-def _stage_1_weights(
-    folder: Path, paths: list[Path], language: Path, text_config: PreTrainedConfig
-) -> list[WeightSource]:
-    """The files of stage 1, and the language model that the stage did not train."""
+def _stage_1_rename(folder: Path, language: Path, text_config: PreTrainedConfig) -> Rename:
+    """For the language model that stage 1 did not train."""
     config = AutoConfig.from_pretrained(language, trust_remote_code=False)
     if (config.model_type, config.hidden_size) != (text_config.model_type, text_config.hidden_size):
         raise ValueError(
             f"{language} is a {config.model_type} of width {config.hidden_size}, but {folder} was trained with a "
             f"{text_config.model_type} of width {text_config.hidden_size}. Give that as `--language-model`."
         )
-    return [
-        WeightSource(_weights(language), language_rename(config)),
-        WeightSource(WeightFiles(paths), key_from_original),
-    ]
+    return language_rename(config)
 
 
 def _from_transformers(folder: Path, vision_model: str | None) -> Source:
     """The layouts of `llava-hf`."""
+    weights = [WeightSource(_weights(folder), rename_transformers)]
+    _check_size(folder, read_json(folder / "config.json"), weights)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
@@ -182,7 +195,7 @@ def _from_transformers(folder: Path, vision_model: str | None) -> Source:
         },
         text_config=config.text_config,
         clip_config=vision,
-        weights=[WeightSource(_weights(folder), rename_transformers)],
+        weights=weights,
         vision_model=vision_model or "openai/clip-vit-large-patch14-336",
         tokenizer=folder,
         generation=folder,
@@ -192,6 +205,8 @@ def _from_transformers(folder: Path, vision_model: str | None) -> Source:
 
 def _from_parts(folder: Path, vision_model: str | None) -> Source:
     """A causal language model and a CLIP vision model, joined by a new projector."""
+    files = _weights(folder)
+    _check_size(folder, read_json(folder / "config.json"), [WeightSource(files, rename_clip)])
     try:
         text_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -202,6 +217,7 @@ def _from_parts(folder: Path, vision_model: str | None) -> Source:
             "model, give that as `--vision-model`."
         )
     vision = resolve_source(vision_model)
+    weights = [WeightSource(files, language_rename(text_config)), WeightSource(_weights(vision), rename_clip)]
     return Source(
         settings={
             "image_aspect_ratio": "pad",
@@ -209,17 +225,25 @@ def _from_parts(folder: Path, vision_model: str | None) -> Source:
             "tie_word_embeddings": bool(text_config.tie_word_embeddings),
         },
         text_config=text_config,
-        clip_config=CLIPVisionConfig.from_pretrained(vision),
-        weights=[
-            WeightSource(_weights(folder), language_rename(text_config)),
-            WeightSource(_weights(vision), rename_clip),
-        ],
+        clip_config=_clip_config(vision, weights),
+        weights=weights,
         vision_model=vision_model,
         tokenizer=folder,
         generation=folder,
         image_processor=vision,
         may_be_new=PROJECTOR_PARTS,
     )
+
+
+def _check_size(folder: Path, config: dict[str, Any], weights: list[WeightSource]) -> None:
+    shapes = [tensor.shape for source in weights for tensor in source.files.tensors.values()]
+    check_config_size(config | {"vocab_size": None}, shapes, folder)  # the rows are compared with the tokenizer too
+
+
+def _clip_config(folder: Path, weights: list[WeightSource]) -> CLIPVisionConfig:
+    content = read_json(folder / "config.json")
+    _check_size(folder, content.get("vision_config") or content, weights)
+    return CLIPVisionConfig.from_pretrained(folder)
 
 
 def _weights(folder: Path) -> WeightFiles:

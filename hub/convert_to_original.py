@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hub.checkpoint_parts import load_image_processor
+from hub.checkpoint_parts import load_image_processor, read_config
 from hub.convert_layouts import DISTILLER, empty_model, expected_weights, vocabulary_keys
 from hub.convert_original_config import config_to_original
 from hub.convert_original_keys import is_packed, key_to_original, unpack_experts
@@ -27,7 +27,9 @@ def convert_to_original(
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a MoVE-KD checkpoint in the original layout. The arguments are those of [`hub.convert.convert`]."""
-    config = MoveKDConfig.from_pretrained(folder)
+    config = read_config(folder)
+    if not isinstance(config, MoveKDConfig):
+        raise ValueError(f"{folder} holds an encoder alone; the original layout needs a whole model.")
     # Without that field, `<image>` is the first token behind the original vocabulary
     vocab_size = getattr(config, "original_vocab_size", config.image_token_index)
     distiller = WeightFiles([folder / DISTILLER_NAME] if (folder / DISTILLER_NAME).is_file() else [])

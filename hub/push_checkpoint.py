@@ -20,7 +20,15 @@ from hub.files import weight_files
 from hub.push_allowlist import PICKLES, checkpoint_files, space_files
 from hub.push_commit import SpaceSettings, create_repository, explained, folder_files, publish, publish_space
 from hub.weights import MAX_SHARD_SIZE, WeightFiles, renamed, write_weights
-from modeling_movekd.files import CARD_NAME, DISTILLER_NAME, EVALUATION_NAME, read_json, save_json, temporary_folder
+from modeling_movekd.files import (
+    CARD_NAME,
+    DISTILLER_NAME,
+    EVALUATION_NAME,
+    check_config_size,
+    read_json,
+    save_json,
+    temporary_folder,
+)
 
 
 VALIDATE = Path(__file__).with_name("push_validate.py")
@@ -162,6 +170,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     weights = weight_files(folder)
     # Here and not in the process of its own, which reads no values of a model that does not fit into memory
     files = WeightFiles(weights)
+    check_config_size(read_json(folder / "config.json"), [it.shape for it in files.tensors.values()], folder)
     files.check()
     if DISTILLER_NAME in chosen:
         WeightFiles([folder / DISTILLER_NAME]).close()

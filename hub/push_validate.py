@@ -38,11 +38,12 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
             raise ValueError(f"the processor cuts tiles by the grids {grids}, the model takes {expected}")
         if not processor.chat_template:
             raise ValueError("the processor has no chat template")
+        check_sides(processor.image_processor, vision.image_size)
         pixels = processor(text=processor.image_token, images=image, return_tensors="pt")["pixel_values"]
     else:
-        pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(image, return_tensors="pt")[
-            "pixel_values"
-        ]
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+        check_sides(processor, vision.image_size)
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
     if pixels.shape[-2:] != (vision.image_size, vision.image_size):
         raise ValueError(
             f"the processor cuts images to {tuple(pixels.shape[-2:])}, the model takes {vision.image_size}"
@@ -60,6 +61,13 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
             raise ValueError(f"the weights have {name.replace('_', ' ')}: {sorted(map(str, report[name]))}")
     device = "meta" if meta else "cpu"
     return {"model": type(model).__name__, "parameters": model.num_parameters(), "device": device}
+
+
+def check_sides(image_processor: Any, image_size: int) -> None:
+    """Check the sizes before an image is resized to them, which takes memory for each pixel."""
+    sizes = {**dict(image_processor.size), **dict(getattr(image_processor, "crop_size", None) or {})}
+    if max(sizes.values(), default=0) > 4 * image_size:
+        raise ValueError(f"the processor cuts images to {sizes}, the model takes {image_size}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
 
 
+MAX_TILES = 32  # in each direction; an image becomes up to this number squared
+
+
 def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
@@ -126,10 +129,10 @@ class MoveKDConfig(LlavaNextConfig):
             raise ValueError(f"`image_grid_pinpoints` is {grids!r}; 'anyres' needs at least one (height, width).")
         for grid in grids:
             is_pair = isinstance(grid, list | tuple) and len(grid) == 2 and all(type(side) is int for side in grid)
-            if not is_pair or any(side < 1 or side % size for side in grid):
+            if not is_pair or any(side % size or not 1 <= side // size <= MAX_TILES for side in grid):
                 raise ValueError(
                     f"`image_grid_pinpoints` holds {grid!r}; it must hold pairs of (height, width) that are multiples "
-                    f"of the tower's image size {size}."
+                    f"of the tower's image size {size}, up to {MAX_TILES} times."
                 )
 
 

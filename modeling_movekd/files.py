@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError, safe_open
 
 
 try:
@@ -24,6 +25,16 @@ DISTILLER_NAME = "distiller.safetensors"
 TRAINING_FACTS_NAME = "training_facts.json"
 CONVERSION_NAME = "conversion.json"
 EVALUATION_NAME = "evaluation.json"
+# Fields of configurations that say how much is built. A layer has weights of its own, and a size is that of a weight.
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+SIZE_FIELDS = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "head_dim", "lora_rank"),
+    *("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "num_channels"),
+    *("n_embd", "n_inner", "n_head", "d_model", "ffn_dim", "patch_size", "image_size"),
+    *("moe_encoder_num_experts", "moe_encoder_lora_rank"),
+)
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+MAX_POSITIONS = 10**8
 # Files that earlier versions of this package were writing when they were killed
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -120,6 +131,48 @@ def save_json(content: dict[str, Any], path: str | Path) -> None:
     with new_file(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
         temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def weight_shapes(paths: Iterable[str | Path]) -> list[tuple[int, ...]]:
+    """The shapes of all tensors in safetensors files. Only their headers are read."""
+    shapes = []
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes += [tuple(file.get_slice(key).get_shape()) for key in file.keys()]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
+    return shapes
+
+
+def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int]], name: str | Path) -> None:
+    """
+    Check that a configuration asks for nothing larger than its weights, before anything is built of it.
+
+    A configuration may come from a stranger, and a model of a billion layers is built for days.
+
+    Args:
+        config (`Mapping`): Content of `config.json`.
+        shapes (`Collection`): Shapes of the weights.
+        name (`str` or `Path`): Name of the checkpoint, for the error.
+    """
+    largest = max((side for shape in shapes for side in shape), default=0)
+    limits = dict.fromkeys(LAYER_FIELDS, len(shapes)) | dict.fromkeys(SIZE_FIELDS, largest)
+    limits |= dict.fromkeys(POSITION_FIELDS, MAX_POSITIONS)
+    if isinstance(patch := config.get("patch_size"), int) and patch > 0:
+        limits["image_size"] = patch * int(largest**0.5)  # the position embedding has a row for each patch
+    for field, value in config.items():
+        if isinstance(value, Mapping):
+            check_config_size(value, shapes, name)
+        elif field in limits and value is not None:
+            sizes = value if isinstance(value, list) else [value]
+            if any(type(size) is not int or "expert" not in field and size < 1 for size in sizes):
+                raise ValueError(f"`{field}` of {name} is {value!r}, expected a positive number. Restore config.json.")
+            if max(sizes) > limits[field]:
+                raise ValueError(
+                    f"`{field}` of {name} is {value}, but its weights hold at most {limits[field]}. Restore "
+                    "config.json, or download the weights again."
+                )
 
 
 def cached_commit(repo_id: str, revision: str = "main", repo_type: str = "model") -> str | None:

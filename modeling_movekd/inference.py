@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
+from .files import check_config_size, read_json, weight_shapes
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .processing import check_image_processor, load_processor
 from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
@@ -30,7 +32,28 @@ from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
 BREAK = "\ufdd0"
 
 
+def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> None:
+    """
+    Check that a checkpoint's configuration asks for nothing larger than its weights.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Hub id or folder.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+    """
+
+    def find(name: str) -> str | None:
+        # What cannot be found is reported where it is loaded
+        lenient = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+        return cached_file(checkpoint, name, revision=revision, **lenient)
+
+    config, index = find("config.json"), find(SAFE_WEIGHTS_INDEX_NAME)
+    names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(read_json(index).get("weight_map", {}).values()))
+    if config is not None and (paths := [path for name in names if (path := find(name)) is not None]):
+        check_config_size(read_json(config), weight_shapes(paths), checkpoint)
+
+
 def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrainedConfig:
+    check_size(checkpoint, revision)
     # Registered classes are preferred over code in the checkpoint.
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

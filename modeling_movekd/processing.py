@@ -126,8 +126,9 @@ def check_image_processor(image_processor: BaseImageProcessor, config: MoveKDCon
         config = config.vision_config
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     sides = {size.get(name) for name in ("height", "width")} - {None}
-    if sides - {config.image_size}:
+    # A size that is resized to before the crop is a little larger, and takes memory for each pixel
+    if sides - {config.image_size} or max(dict(image_processor.size).values(), default=0) > 4 * config.image_size:
         raise ValueError(
-            f"The image processor cuts images to {dict(size)}, but the model takes {config.image_size} pixels a side. "
-            "Save the processor that the model was trained with."
+            f"The image processor cuts images to {dict(size)} of {dict(image_processor.size)}, but the model takes "
+            f"{config.image_size} pixels a side. Save the processor that the model was trained with."
         )

@@ -177,6 +177,12 @@ def add_weight(folder: Path) -> None:
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
         (lambda folder: edit(folder, "config.json", "vision_config", "image_size", value=20), "20"),
         (lambda folder: edit(folder, "config.json", "image_aspect_ratio", value="anyres"), "cuts tiles by the grids"),
+        (
+            lambda folder: edit(
+                folder, "processor_config.json", "image_processor", "size", value={"shortest_edge": 10**7}
+            ),
+            "cuts images to .*10000000",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_hold_together_is_refused(copy: Path, spoil, message: str) -> None:
