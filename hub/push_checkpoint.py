@@ -90,7 +90,7 @@ def push(
         if token is None:
             raise ValueError("Nobody is logged in. Run `hf auth login`, or set HF_TOKEN.")
         message = commit_message or f"Upload {'the encoder' if encoder_only else 'the model'}"
-        return _send(Path(temporary), repo_id, settings, token, private, message, create_pr, revision, tag_name)
+        return _send(temporary, repo_id, settings, token, private, message, create_pr, revision, tag_name)
 
 
 def _check_arguments(
