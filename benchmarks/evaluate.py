@@ -12,6 +12,7 @@ into a checkpoint's folder, for its card. After an interruption, the same comman
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -61,6 +62,8 @@ def evaluate(
         RuntimeError: if a task returns fewer rows than it has, or a number that is not finite. Errors inside a task
             are raised as they are.
     """
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ImportError("The benchmarks run in lmms-eval: `pip install -e '.[eval]'`.")
     local = Path(checkpoint).is_dir()
     # Downloaded once: the branch may move in the hours of an evaluation
     folder = Path(checkpoint if local else snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
@@ -289,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.device,
             options.dtype,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if results is not None:

@@ -263,15 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train, test = load_rows(options.data, options.image_column, options.label_column)
         functions = load_encoders(options.encoder, options.clip, options.revision)
         found = evaluate_features(functions, train, test, options.neighbors, options.batch_size)
+        print(table(found, test["label"], options.neighbors))
+        if options.out is not None:
+            content = {"neighbors": options.neighbors, "rows": {"train": len(train), "test": len(test)}}
+            content["accuracies"] = [asdict(row) for row in found]
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            save_json(content, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(found, test["label"], options.neighbors))
-    if options.out is not None:
-        content = {"neighbors": options.neighbors, "rows": {"train": len(train), "test": len(test)}}
-        content["accuracies"] = [asdict(row) for row in found]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_json(content, options.out)
     return 0
 
 

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from hub.files import weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
-from modeling_movekd.files import check_config_size, read_json, weight_shapes
+from modeling_movekd.files import check_config_size, read_json, reading, weight_shapes
 from modeling_movekd.processing import check_image_processor
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -25,7 +25,8 @@ def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
     model_type = content.get("model_type")
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         if model_type == config_class.model_type:
-            return config_class.from_pretrained(folder)
+            with reading(folder):
+                return config_class.from_pretrained(folder)
     raise ValueError(
         f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. Convert it with "
         "`python hub/convert.py`."
@@ -56,9 +57,9 @@ def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionMo
     files.close()
     dtype = dtype or next((tensor.dtype for tensor in state_dict.values()), torch.float32)
     state_dict = {key: tensor.to(dtype) for key, tensor in state_dict.items()}
-    with init.no_init_weights():
+    with reading(folder), init.no_init_weights():
         tower = MoveKDVisionModel._from_config(vision_config, dtype=dtype)
-    load_strictly(tower, state_dict, may_lack=lambda key: False, assign=True)
+        load_strictly(tower, state_dict, may_lack=lambda key: False, assign=True)
     return tower.eval()
 
 
@@ -76,7 +77,8 @@ def load_image_processor(folder: Path, config: MoveKDConfig | MoveKDVisionConfig
             f"{folder} has no image processor. Save the one the tower was trained with there: "
             "`processor.save_pretrained(folder)`."
         )
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    with reading(folder):
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     check_image_processor(processor, config)
     if isinstance(config, MoveKDConfig) and config.image_aspect_ratio == "anyres":
         size = config.vision_config.image_size

@@ -42,7 +42,7 @@ from hub.convert_to_original import TOKENIZER_FILES, convert_to_original
 from hub.files import new_folder, resolve_source
 from hub.weights import MAX_SHARD_SIZE, write_weights
 from modeling_movekd import MoveKDConfig
-from modeling_movekd.files import CONVERSION_NAME, DISTILLER_NAME, read_json, save_json
+from modeling_movekd.files import CONVERSION_NAME, DISTILLER_NAME, read_json, reading, save_json
 from modeling_movekd.processing import add_image_token, build_processor
 
 
@@ -94,11 +94,12 @@ def convert(
     folder = resolve_source(source, revision, extra_patterns=(*STAGE_1_FILES, DISTILLER_NAME))
     if to == "original":
         return convert_to_original(folder, dest, vision_model, language_model, max_shard_size)
-    read = read_source(folder, vision_model, language_model, image_aspect_ratio, experts)
-    tokenizer = load_tokenizer(read)
-    num_tokens = count_tokens(read, tokenizer)
-    config = build_config(read, keep_all_layers, add_image_token(tokenizer), pad_vocabulary_to)
-    processor = make_processor(read, config, tokenizer, chat_template)
+    with reading(folder):
+        read = read_source(folder, vision_model, language_model, image_aspect_ratio, experts)
+        tokenizer = load_tokenizer(read)
+        num_tokens = count_tokens(read, tokenizer)
+        config = build_config(read, keep_all_layers, add_image_token(tokenizer), pad_vocabulary_to)
+        processor = make_processor(read, config, tokenizer, chat_template)
     origin = {
         "source": str(source),
         "revision": folder.name if folder.parent.name == "snapshots" else revision,
@@ -146,7 +147,8 @@ def write_checkpoint(
     max_shard_size: int,
 ) -> dict[str, Any]:
     """Write the converted checkpoint. Returns the content of its `conversion.json`, which begins with `origin`."""
-    model = empty_model(config)
+    with reading(origin["source"]):
+        model = empty_model(config)
     mapping = map_keys(source.weights, model)
     conversions, distiller, new = make_conversions(mapping, model, source.may_be_new, min_rows=num_tokens)
     for part in (config, config.text_config, config.vision_config):
@@ -231,7 +233,7 @@ def main(arguments: list[str]) -> None:
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     try:
         convert(**options, experts=given)
-    except (ValueError, OSError) as error:  # OSError: the Hub's errors among them
+    except (ValueError, ImportError, OSError) as error:  # OSError: the Hub's errors among them
         raise SystemExit(f"convert.py: {error}") from error
 
 

@@ -33,7 +33,7 @@ from hub.export_onnx import check_onnx, write_onnx
 from hub.files import new_folder, resolve_source
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, read_json, save_json
+from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, read_json, reading, save_json
 from modeling_movekd.images import decode_image
 from modeling_movekd.processing import check_image_processor, update_processor
 from modeling_movekd.vision_movekd import load_strictly
@@ -145,7 +145,10 @@ def load_whole(folder: Path, form: str, dtype: torch.dtype | None) -> MoveKDForC
     if not isinstance(read_config(folder), MoveKDConfig):
         raise ValueError(f"{folder} holds an encoder alone; the form `{form}` needs a whole model.")
     read_weights(folder).check()
-    return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # transformers goes on without a file that it cannot read
+    with reading(folder):
+        return MoveKDForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
 
 
 def add_older_names(dest: Path) -> None:
@@ -178,7 +181,8 @@ def add_older_names(dest: Path) -> None:
 
 def load_processor(folder: Path, config: MoveKDConfig) -> ProcessorMixin:
     # Without `trust_remote_code`, transformers asks at the terminal whether to run the model's code
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    with reading(folder):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     check_image_processor(processor.image_processor, config)
     return update_processor(processor)
 

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif any((folder, repo, hardware, secrets, variables)):
             raise ValueError("The options of the Space do nothing without `--space`. Add it.")
         push(**given)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RecursionError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

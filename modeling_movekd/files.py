@@ -1,8 +1,10 @@
 """Names of a checkpoint's files, JSON, and files that are written whole or not at all."""
 
+import errno
 import glob
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ DISTILLER_NAME = "distiller.safetensors"
 TRAINING_FACTS_NAME = "training_facts.json"
 CONVERSION_NAME = "conversion.json"
 EVALUATION_NAME = "evaluation.json"
+# What a full disk, a quota and a limit on the size of files are to the system
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields of configurations that say how much is built. A layer has weights of its own, and a size is that of a weight.
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 SIZE_FIELDS = (
@@ -37,6 +41,12 @@ POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seque
 MAX_POSITIONS = 10**8
 # Files that earlier versions of this package were writing when they were killed
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def _is_full(error: Exception) -> bool:
+    # safetensors and tokenizers have exceptions of their own, which say the number in their text
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return (error.errno if isinstance(error, OSError) else int(found[1]) if found else None) in FULL
 
 
 def _lock(folder: Path) -> int | None:
@@ -74,6 +84,10 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
     folder, lock = _new_locked_folder(path)
     try:
         yield folder
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise OSError(f"{path} could not be written: {error}. Free disk space, and run the command again.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
@@ -119,11 +133,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; is {path.parent} a whole checkpoint?") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
         raise ValueError(f"{path} is no JSON: {error}. Restore the file.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
     return content
+
+
+@contextmanager
+def reading(checkpoint: str | Path | os.PathLike) -> Iterator[None]:
+    """Turn what libraries raise for damaged files into a `ValueError` that names the checkpoint."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if _is_full(error):
+            raise
+        # transformers, tokenizers and safetensors raise nearly any exception for a damaged file.
+        raise ValueError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {error}). Restore its files, or download it again."
+        ) from error
 
 
 def save_json(content: dict[str, Any], path: str | Path) -> None:

@@ -18,11 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
-from .files import check_config_size, read_json, weight_shapes
+from .files import check_config_size, read_json, reading, weight_shapes
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .processing import check_image_processor, load_processor
 from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
@@ -34,7 +40,7 @@ BREAK = "\ufdd0"
 
 def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> None:
     """
-    Check that a checkpoint's configuration asks for nothing larger than its weights.
+    Check that a checkpoint's configuration can be read, and asks for nothing larger than its weights.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Hub id or folder.
@@ -46,7 +52,9 @@ def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> No
         lenient = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
         return cached_file(checkpoint, name, revision=revision, **lenient)
 
-    config, index = find("config.json"), find(SAFE_WEIGHTS_INDEX_NAME)
+    if (generation := find(GENERATION_CONFIG_NAME)) is not None:
+        read_json(generation)  # transformers goes on without a file that it cannot read
+    config, index = find(CONFIG_NAME), find(SAFE_WEIGHTS_INDEX_NAME)
     names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(read_json(index).get("weight_map", {}).values()))
     if config is not None and (paths := [path for name in names if (path := find(name)) is not None]):
         check_config_size(read_json(config), weight_shapes(paths), checkpoint)
@@ -57,7 +65,8 @@ def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrai
     # Registered classes are preferred over code in the checkpoint.
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    with reading(checkpoint):
+        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -92,11 +101,12 @@ def load_checkpoint(
         )
     device = _choose_device(device)
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
-    model = MoveKDForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=dtype)
+    with reading(checkpoint):
+        model = MoveKDForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=dtype)
+        processor = load_processor(checkpoint, revision)
     model = model.to(device).eval()
     if fold:
         model.fold_experts()
-    processor = load_processor(checkpoint, revision)
     check_image_processor(processor.image_processor, model.config)
     return model, processor
 
@@ -117,26 +127,27 @@ def load_tower(
     """
     config = _read_config(checkpoint, revision)
     settings: dict[str, Any] = {"revision": revision or "main", "dtype": torch.float32}
-    if isinstance(config, MoveKDConfig):
-        tower = _TowerOfModel.from_pretrained(
-            checkpoint, config=config.vision_config, key_mapping={r"^model\.vision_tower\.": ""}, **settings
-        )
-    elif isinstance(config, MoveKDVisionConfig):
-        tower = MoveKDVisionModel.from_pretrained(checkpoint, config=config, **settings)
-    else:
-        raise ValueError(
-            f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' or 'movekd_vision' is needed. To draw "
-            "another encoder, pass it as --teacher together with a student."
-        )
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            checkpoint, revision=revision or "main", backend="pil", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP model that the "
-            "student was made from into its folder."
-        ) from error
+    with reading(checkpoint):
+        if isinstance(config, MoveKDConfig):
+            tower = _TowerOfModel.from_pretrained(
+                checkpoint, config=config.vision_config, key_mapping={r"^model\.vision_tower\.": ""}, **settings
+            )
+        elif isinstance(config, MoveKDVisionConfig):
+            tower = MoveKDVisionModel.from_pretrained(checkpoint, config=config, **settings)
+        else:
+            raise ValueError(
+                f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' or 'movekd_vision' is needed. To draw "
+                "another encoder, pass it as --teacher together with a student."
+            )
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                checkpoint, revision=revision or "main", backend="pil", trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP model that the "
+                "student was made from into its folder."
+            ) from error
     check_image_processor(processor, config)
     return tower.to(_choose_device(device)).eval(), processor
 

@@ -84,7 +84,7 @@ def parse_question(number: int, line: bytes) -> Question:
     try:
         row = json.loads(line.decode("utf-8-sig"))
         json.dumps(row, ensure_ascii=False).encode()  # tokenizers fail on lone surrogates, which JSON may escape
-    except (json.JSONDecodeError, UnicodeError) as error:
+    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got a {type(row).__name__}")

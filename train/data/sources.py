@@ -71,6 +71,8 @@ def _read_json(path: Path) -> list[Any]:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON {_position(text, error)}: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a JSON {type(rows).__name__}, expected a list of rows.")
     return rows
@@ -109,6 +111,8 @@ def parse_line(line: bytes) -> Any:
     """The row of a line of JSON Lines, or the `ValueError` that says why it has none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
+    except RecursionError:
+        return ValueError("not valid JSON: it is nested too deeply to be read")
     except ValueError as error:
         fields = re.findall(r'"(\w+)"\s*:', line[: getattr(error, "pos", 0)].decode("utf-8", "replace"))
         return ValueError(f"not valid JSON{f' in field {fields[-1]!r}' if fields else ''}: {error}")

@@ -1,0 +1,138 @@
+"""Damaged files and a full disk: each command says a sentence, and leaves nothing behind."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import evaluate
+from hub import convert as convert_script
+from hub import export as export_script
+from hub.convert import convert
+from hub.export_forms import export
+from hub.push_checkpoint import _stage
+from modeling_movekd.files import new_file, save_json
+from modeling_movekd.inference import load_checkpoint, load_tower
+from tests.helpers.exported import make_model, make_tower, save_model
+from train.data.sources import parse_line
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that can be exported in each form."""
+    return save_model(make_model(make_tower(num_experts=0)), tmp_path_factory.mktemp("run") / "checkpoint")
+
+
+@pytest.fixture
+def copy(plain: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "copy"))
+
+
+USES: dict[str, Callable[[Path], Any]] = {
+    "chat, predict, serve": lambda folder: load_checkpoint(folder, device="cpu"),
+    "visualize": lambda folder: load_tower(folder, device="cpu"),
+    "export encoder": lambda folder: export(folder, folder.parent / "dest", "encoder"),
+    "export llava": lambda folder: export(folder, folder.parent / "dest", "llava"),
+    "push": lambda folder: _stage(folder, folder.parent / "stage", None, 10**9),
+    "convert": lambda folder: convert(folder, folder.parent / "dest", to="original"),
+}
+# The uses that read a file, by its name
+READERS = {
+    "model.safetensors": tuple(USES),
+    "config.json": tuple(USES),
+    "processor_config.json": ("chat, predict, serve", "visualize", "export encoder", "export llava", "convert"),
+    "tokenizer.json": ("chat, predict, serve", "export llava"),
+    "tokenizer_config.json": ("chat, predict, serve", "export llava"),
+    "generation_config.json": ("chat, predict, serve", "export llava"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(b"\xff\x00\x81" * 1000)
+
+
+def nest(path: Path) -> None:
+    path.write_text('{"a": ' + DEEP)
+
+
+@pytest.mark.parametrize("damage", [cut, scramble, nest])
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files(copy: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(copy / name)
+    for use in READERS[name]:
+        with pytest.raises((ValueError, OSError)):
+            USES[use](copy)
+    assert not (copy.parent / "dest").exists() and not list(copy.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"vision_config": 3}, {"text_config": {"model_type": "llama", "hidden_act": "none"}}, {"dtype": "x"}]
+)
+def test_configurations_of_another_kind(copy: Path, change: dict[str, Any]) -> None:
+    content = json.loads((copy / "config.json").read_text())
+    for name, value in change.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    (copy / "config.json").write_text(json.dumps(content))
+    for use in ("chat, predict, serve", "export llava"):
+        with pytest.raises((ValueError, OSError), match="copy"):
+            USES[use](copy)
+
+
+def test_commands_say_one_sentence(copy: Path, original: Path, tmp_path: Path) -> None:
+    cut(copy / "model.safetensors")
+    with pytest.raises(SystemExit, match="model.safetensors cannot be read as safetensors: .* Download it again"):
+        export_script.main([str(copy), str(tmp_path / "dest"), "--form", "clip"])
+    source = Path(shutil.copytree(original, tmp_path / "source"))
+    nest(source / "tokenizer_config.json")
+    with pytest.raises(SystemExit, match="source.*"):
+        convert_script.main([str(source), str(tmp_path / "dest")])
+    assert isinstance(parse_line(DEEP.encode()), ValueError)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond a size, which writers meet as they meet a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [1000, 20_000])
+def test_a_full_disk(plain: Path, original: Path, tmp_path: Path, size: int) -> None:
+    writers: list[Callable[[], Any]] = [
+        *(lambda form=form: export(plain, tmp_path / "dest", form) for form in ("encoder", "llava", "clip")),
+        lambda: convert(original, tmp_path / "dest"),
+        lambda: save_json({"a": "x" * 10**6}, tmp_path / "dest"),
+    ]
+    for write in writers:
+        with full_disk(size), pytest.raises(OSError, match="dest could not be written: .*Free disk space"):
+            write()
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "dest").write_text("before")
+    with full_disk(size), pytest.raises(OSError, match="Free disk space"), new_file(tmp_path / "dest") as temporary:
+        temporary.write_text("x" * 10**6)
+    assert (tmp_path / "dest").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_evaluation_without_its_package(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    find_spec = evaluate.importlib.util.find_spec
+    monkeypatch.setattr(
+        evaluate.importlib.util, "find_spec", lambda name: None if name == "lmms_eval" else find_spec(name)
+    )
+    assert evaluate.main([str(copy), "--tasks", "mme"]) == 1
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
