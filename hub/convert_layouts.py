@@ -11,6 +11,7 @@ from transformers import initialization as init
 from hub.convert_original_keys import pack_experts, replace_prefix
 from hub.weights import WeightConversion, WeightFiles
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.modeling_movekd import refuse_scaled_logits
 from modeling_movekd.vision_movekd import CLIP_TEXT_KEYS
 
 
@@ -28,9 +29,6 @@ _TRANSFORMERS_PREFIXES = (
     ("multi_modal_projector.", PROJECTOR),
     ("image_newline", "model.image_newline"),
 )
-# Options of language models that scale or cap the logits. Our model applies the head alone.
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
 # Maps a key to ours, and to the index of the expert where ours packs all experts of a layer (else `None`)
 Rename = Callable[[str], tuple[str, int | None]]
 # The tensors (files, key) that fill one of our weights, by the index of the expert, or by `None`
@@ -71,10 +69,7 @@ def rename_clip(key: str) -> tuple[str, int | None]:
 
 def language_rename(config: PreTrainedConfig) -> Rename:
     """For a causal language model of transformers."""
-    if scaled := {name: value for name in _LOGIT_FIELDS if (value := getattr(config, name, None)) not in (None, 1)}:
-        raise ValueError(
-            f"The language model scales or caps its logits ({scaled}), which is not supported. Choose another one."
-        )
+    refuse_scaled_logits(config)
     with torch.device("meta"), init.no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())

@@ -57,8 +57,24 @@ def image_files(images: Sequence[str | Path]) -> list[Path]:
 
 
 def read_pixels(files: Sequence[Path], processor: BaseImageProcessor) -> list[torch.Tensor]:
-    """Pixels of each image, `(3, image_size, image_size)`, float32."""
-    return [processor(decode_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
+    """
+    Pixels of each image, `(3, image_size, image_size)`, float32. Images that cannot be used are counted and left out.
+
+    Raises:
+        ValueError: If none of the images can be used.
+    """
+    pixels, bad = [], []
+    for file in files:
+        try:
+            pixels.append(processor(decode_image(file), return_tensors="pt")["pixel_values"][0])
+        except ValueError as error:
+            bad.append(str(error))
+    if bad:
+        skipped = f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad[:5])}"
+        if not pixels:
+            raise ValueError(f"{skipped}. Give other images.")
+        print(f"{skipped}{' ...' if len(bad) > 5 else ''}")
+    return pixels
 
 
 @torch.no_grad()
@@ -196,13 +212,14 @@ def export_encoder(folder: Path, dest: Path, dtype: torch.dtype | None, **_: obj
 def export_dense(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
     tower = load_tower(folder, dtype)
     dense = tower.config.dense_routing
-    difference = make_dense(tower, read_pixels(images, load_image_processor(folder, read_config(folder))))
+    pixels = read_pixels(images, load_image_processor(folder, read_config(folder)))
+    difference = make_dense(tower, pixels)
     tower.save_pretrained(dest)
     if dense:
         return [*describe(tower), "The model uses dense routing already: nothing changes."]
     measured = "Give `--images` to measure the change."
     if difference is not None:
-        measured = f"On {len(images)} images the features change by {difference:.2%}."
+        measured = f"On {len(pixels)} images the features change by {difference:.2%}."
     return [*describe(tower), f"The model was trained with one expert per token, so its outputs change. {measured}"]
 
 
@@ -258,6 +275,8 @@ def export_merged(
         raise ValueError("`--form merged` needs `--images`: the MLPs are fitted and measured on images.")
     pixels = read_pixels(images, load_image_processor(folder, config))
     merged, report = merge_experts(load_tower(folder), pixels, rank)
+    if skipped := len(images) - len(pixels):
+        report["images"]["skipped"] = skipped
     if isinstance(config, MoveKDConfig):
         model = load_whole(folder, "merged", dtype)
         model.model.vision_tower = merged.to(model.dtype)

@@ -1,12 +1,13 @@
 """The LLaVA-style vision-language model of MoVE-KD (arXiv 2501.01709), around the distilled vision tower."""
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, LlavaModel, LlavaNextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import (
@@ -19,6 +20,27 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .configuration_movekd import MoveKDConfig
 from .vision_movekd import MoveKDCheckpointMixin, MoveKDVisionModel, MoveKDVisionOutput, load_strictly
 from .visualization_movekd import MoveKDPictures
+
+
+# Options of language models that scale or cap the logits. This model applies the head alone.
+_LOGIT_FIELDS = re.compile(
+    r"((final|output)_)?logits?_(softcapping|soft_cap|scale|scaling|mup_width_multiplier)|lm_head_multiplier"
+)
+
+
+def refuse_scaled_logits(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: If the configuration of a language model scales or caps the logits after the head.
+    """
+    if scaled := {
+        name: value
+        for name, value in config.to_dict().items()
+        if _LOGIT_FIELDS.fullmatch(name) and value not in (None, False, 1)
+    }:
+        raise ValueError(
+            f"The language model scales or caps its logits ({scaled}), which is not supported. Choose another one."
+        )
 
 
 @dataclass
@@ -255,6 +277,7 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         """
         if language.get_output_embeddings() is None:
             raise ValueError(f"`language` is a {type(language).__name__}; expected a causal language model.")
+        refuse_scaled_logits(language.config)
         vocab_size = language.config.vocab_size
         image_token_id = vocab_size if image_token_id is None else image_token_id
         config = cls._config_from_parts(vision, language, image_token_id, **kwargs)

@@ -15,6 +15,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def _text_or_none(text: str) -> str | None:
+    """An empty value on the command line unsets what the recipe says."""
+    return text or None
+
+
 class TrainingParser(TrlParser):
     """
     Parser of a recipe and of the flags that override it. `--help` lists this project's options first.
@@ -32,6 +37,9 @@ class TrainingParser(TrlParser):
             description="An option stands in the recipe or on the command line, which overrides the recipe.",
             formatter_class=_Formatter,
         )
+        for action in self._actions:
+            if action.type is str and action.default is None and action.nargs is None:
+                action.type = _text_or_none
 
     def format_help(self) -> str:
         own = {name for options in self.dataclass_types for name in options.__annotations__}

@@ -71,6 +71,7 @@ def test_images_to_measure_on_are_decoded_like_any_other(tmp_path):
     expected, *others = read_pixels(image_files([tmp_path]), processor)
     assert len(expected.unique()) > 100 and len(others) == 2 and all(torch.equal(it, expected) for it in others)
     Image.new("F", (8, 8)).save(tmp_path / "3.tif")
+    assert len(read_pixels(image_files([tmp_path]), processor)) == 3, "the others are used"
     with pytest.raises(ValueError, match="3.tif: an image of mode 'F', whose values have no known range"):
         read_pixels([tmp_path / "3.tif"], processor)
 

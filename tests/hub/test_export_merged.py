@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -194,6 +195,23 @@ def test_better_than_the_mean_of_the_experts_and_than_fc1_alone(pixels):
     mean = relative(means[1](mlp.activation_fn(means[0](held_back))), exact)
     mixed = relative(means[1](mlp.activation_fn(plain.fc1(held_back))), exact)
     assert facts["merged"] < 0.98 * min(mean, mixed), (facts["merged"], mean, mixed)
+
+
+def test_images_that_cannot_be_used_are_counted(images, tmp_path, capsys):
+    folder = save_tower(make_tower(), tmp_path / "tower")
+    for index, content in enumerate((b"", b"no image", next(images.iterdir()).read_bytes()[:60])):
+        mixed = tmp_path / "mixed"
+        shutil.copytree(images, mixed, dirs_exist_ok=True)
+        (mixed / f"bad-{index}.png").write_bytes(content)
+    dest = export(folder, tmp_path / "merged", "merged", images=[mixed])
+    printed = capsys.readouterr().out
+    assert "3 of 23 images cannot be used: " in printed and all(f"bad-{index}.png: " in printed for index in range(3))
+    report = json.loads((dest / "merge_report.json").read_text())
+    assert report["images"] == {"fitted": 12, "chosen": 4, "measured": 4, "skipped": 3}
+    for path in images.iterdir():
+        (mixed / path.name).write_bytes(b"")
+    with pytest.raises(ValueError, match="23 of 23 images cannot be used: .* Give other images"):
+        export(folder, tmp_path / "none", "merged", images=[mixed])
 
 
 def test_refusals(pixels):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, GraniteConfig, GraniteForCausalLM
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDModel
+from modeling_movekd.modeling_movekd import refuse_scaled_logits
 
 
 FAMILIES = ["llama", "smollm", "qwen3", "mistral", "gpt2"]
@@ -135,8 +136,19 @@ def test_language_whose_head_does_more_than_multiply(make_tower, make_language):
     """Granite divides its logits, which a plain head would leave out without a word."""
     sizes = {name: getattr(make_language().config, name) for name in ("vocab_size", "hidden_size")}
     config = GraniteConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, logits_scaling=3)
-    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps the logits"):
+    with pytest.raises(ValueError, match=r"scales or caps its logits \({'logits_scaling': 3}\)"):
         MoveKDForConditionalGeneration.from_parts(make_tower(), GraniteForCausalLM(config))
+
+
+@pytest.mark.parametrize("field", ["final_logit_softcapping", "logit_scale", "logits_soft_cap", "lm_head_multiplier"])
+def test_language_that_scales_its_logits_is_refused_by_the_name_of_the_setting(make_tower, make_language, field):
+    language = make_language()
+    for neutral in (None, 1.0):
+        setattr(language.config, field, neutral)
+        refuse_scaled_logits(language.config)
+    setattr(language.config, field, 30.0)  # a cap far above these logits changes none of them by much
+    with pytest.raises(ValueError, match=f"{field}.*30.0"):
+        MoveKDForConditionalGeneration.from_parts(make_tower(), language)
 
 
 # --- Batches -------------------------------------------------------------------------------------------------------

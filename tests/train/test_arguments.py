@@ -33,6 +33,17 @@ def test_a_wrong_argument_is_answered_in_two_lines(capsys):
     assert len(lines) == 2 and "--stage: invalid choice: 'both'" in lines[1]
 
 
+def test_an_empty_value_unsets_a_key_of_the_recipe(tmp_path):
+    parser = TrainingParser("accelerate launch train/sft.py")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: a/b\nvision_model: c/d\nfeature_cache: e\nimage_folder: f\n")
+    arguments = ["--config", str(recipe), "--dataset_name", "x", "--distill", "false", "--bf16", "false"]
+    arguments += ["--use_cpu", "true", "--output_dir", str(tmp_path), "--model_name_or_path", "", "--vision_model="]
+    data_args, args, model_args = parser.parse_args_and_config([*arguments, "--image_folder", ""])
+    assert model_args.model_name_or_path is None and args.vision_model is None and data_args.image_folder is None
+    assert args.feature_cache == "e"
+
+
 def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
     parser = TrainingParser("accelerate launch train/sft.py")
     common = ["--dataset_name", "x", "--distill", "false", "--bf16", "false", "--use_cpu", "true"]
