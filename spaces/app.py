@@ -29,6 +29,8 @@ from about import about
 from encoders import CLONE, load_encoders
 from endpoints import Endpoints, add_picture
 from errors import explained
+from limits import BodyLimits
+from starlette.middleware import Middleware
 from student import Student, load_student
 from uploads import KEPT_SECONDS, MAX_FILE_MB, keep_deleting, refuse_addresses
 
@@ -70,13 +72,17 @@ def examples() -> list[tuple[str, str]]:
 
 
 class Page(gr.Blocks):
-    """`gr.Blocks` that downloads no file from an address."""
+    """`gr.Blocks` that downloads no file from an address, and logs no text of a visitor."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *state: Any, **settings: Any) -> list[Any]:
         # Gradio opens the files among the inputs of every event here.
-        with explained():
-            refuse_addresses(inputs)
+        refuse_addresses(inputs)
         return await super().preprocess_data(block_fn, inputs, *state, **settings)
+
+    async def process_api(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        # Gradio would log errors with the inputs that caused them.
+        with explained():
+            return await super().process_api(*arguments, **settings)
 
 
 def build(student: Student, failures: Sequence[str], at_a_time: int) -> gr.Blocks:
@@ -268,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             share=False,
             ssr_mode=False,
             max_file_size=f"{MAX_FILE_MB}mb",
+            app_kwargs={"middleware": [Middleware(BodyLimits)]},
             enable_monitoring=False,
             footer_links=["api", "settings"],
             theme=THEME,

@@ -227,6 +227,35 @@ def test_files_of_the_server_stay_there(space, checkpoint):
             urlopen(f"{api}/file={path}", timeout=60)
 
 
+SHAPES = [
+    ["purple"],
+    {"purple": 1},
+    [{"path": "purple"}, "purple", "purple", 1, 4],
+    [None, ["purple"], 0, 1, 4],
+    [None, {"text": "purple"}, 0, 1, 4],
+    [None, "Which?", "purple", 1, 4],
+    [[["purple"]], "Which?", 0, 1, 4],
+    [{"purple": {}}, 1],
+    [{"text": ["purple"], "files": "purple"}, 0, 1, 4],
+    "purple",
+]
+
+
+@pytest.mark.parametrize("endpoint", ["ask", "chat", "pictures", "experts", "page", "purple"])
+def test_calls_of_a_wrong_shape_leave_no_text_in_the_log(space, endpoint):
+    """They get an error and no more than their place is logged. Large ones are not read at all."""
+    for data in SHAPES:
+        try:
+            said = call(space.url, endpoint, data)
+            assert "event: error" in said or "event: complete" in said
+        except HTTPError as error:
+            assert error.code in (422, 500)
+    assert "purple" not in space.log.read_text(errors="replace")
+    for data in (["purple"] * 200_000, [[] for _ in range(30_000)]):
+        with pytest.raises(HTTPError, match="413"):
+            call(space.url, endpoint, data)
+
+
 # --- Pictures ------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """The Space's own functions, as modules: what the page hands them, and what they refuse."""
 
 import ast
+import asyncio
 import importlib
 import inspect
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -225,6 +227,84 @@ def test_decoding_ends_in_time(modules, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Image 1 of the conversation cannot be used: .* takes too long"):
         modules["uploads"].read_conversation([], {"text": COUNT, "files": [str(path), str(FIRST)]})
     assert time.monotonic() - start < 5
+
+
+def visit(limits: Any, path: str, *chunks: bytes, client: str = "1.2.3.4", method: str = "POST") -> tuple[int, int]:
+    """Send a body, and return the status and how many bytes the application got."""
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "method": method, "headers": [], "client": (client, 1)}
+    asyncio.run(limits(scope, receive, send))
+    return sent[0]["status"], int(sent[1]["body"]) if sent[0]["status"] == 200 else 0
+
+
+def test_bodies_are_bounded_before_they_are_read(modules, capsys):
+    async def count(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message["body"]), message["more_body"]
+        if scope["path"] == "/fails":
+            raise KeyError("purple")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    module = modules["limits"]
+    limits = module.BodyLimits(count)
+    half = bytes(module.MAX_BODY // 2)
+    assert visit(limits, "/queue/join", half, half) == (200, module.MAX_BODY)
+    assert visit(limits, "/queue/join", half, half, b"1")[0] == 413
+    assert visit(limits, "/queue/join", b"[" * 20_000) == (200, 20_000)
+    assert visit(limits, "/queue/join", b"[{" * 10_000, b"[")[0] == 413
+    assert visit(limits, "/config", method="GET") == (200, 0)
+    assert visit(limits, "/fails", b"purple")[0] == 500
+    written = capsys.readouterr()
+    assert "KeyError at" in written.err and "purple" not in written.err + written.out
+    # Uploads: of one request, of one visitor, of all, and again when the files are deleted
+    whole = [bytes(2**20)] * (module.MAX_UPLOAD >> 20)
+    assert visit(limits, "/upload", *whole, b"1", client="other")[0] == 413
+    limits.sent.clear()
+    assert [visit(limits, "/upload", *whole)[0] for _ in range(3)] == [200, 200, 413]
+    assert visit(limits, "/mcp", b"1")[0] == 413 and visit(limits, "/upload", *whole, client="other")[0] == 200
+    limits.sent[0].size = module.MAX_TOGETHER
+    assert visit(limits, "/upload", b"1", client="third")[0] == 413
+    for sent in limits.sent:
+        sent.time -= 3601
+    assert visit(limits, "/upload", b"1") == (200, 1)
+
+
+def test_files_of_killed_processes_are_deleted_at_the_next_start(tmp_path):
+    """And those of running ones are not."""
+    code = "import visitors; (visitors.FOLDER / 'photo.png').touch(); print(visitors.FOLDER, flush=True); input()"
+    environment = os.environ | {"PYTHONPATH": str(SPACE), "TMPDIR": str(tmp_path)}
+    processes = []
+    try:
+        for killed in (False, True, False):
+            command = [sys.executable, "-c", code]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, env=environment, **pipes))
+            folder = Path(processes[-1].stdout.readline().strip())
+            assert (folder / "photo.png").is_file()
+            if killed:
+                processes[-1].kill()
+                processes[-1].wait()
+                assert (gone := folder).is_dir()
+        assert not gone.exists() and len(list(tmp_path.glob("movekd-*"))) == 2
+        for process in (processes[0], processes[2]):
+            process.communicate("\n")
+        assert not list(tmp_path.iterdir())
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_old_files_are_deleted(modules, tmp_path):
