@@ -1,6 +1,7 @@
 """Other encoders to compare with the student: plain CLIP and the teachers."""
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 CLONE = Path(__file__).resolve().parent.parent
 DEMO_TOWERS = CLONE / "train" / "demo" / "weights"
+
+
+class OtherWeights(ValueError):
+    """An encoder is not the one that the student started from."""
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return what `weights_fingerprint` of `train/model_card.py` wrote into the metadata of the student."""
+    digests = sorted(sha256(weight.detach().float().numpy().tobytes()).hexdigest() for weight in model.parameters())
+    return sha256("".join(digests).encode()).hexdigest()
 
 
 class Encoder:
@@ -28,13 +39,15 @@ class Encoder:
     """
 
     def __init__(self, name: str, model_id: str, revision: str | None, student: Student, follows_layer: bool) -> None:
-        loaded, info = AutoModel.from_pretrained(
-            model_id, revision=revision, dtype=student.model.dtype, output_loading_info=True
-        )
+        loaded, info = AutoModel.from_pretrained(model_id, revision=revision, dtype="auto", output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"{model_id} lacks weights of {type(loaded).__name__}: {sorted(info['missing_keys'])}")
         self.name, self.follows_layer = name, follows_layer
-        self.model: PreTrainedModel = getattr(loaded, "vision_model", loaded).to(student.model.device).eval()
+        vision: PreTrainedModel = getattr(loaded, "vision_model", loaded)
+        expected = student.metadata.get("vision_fingerprint")
+        if follows_layer and expected and weights_fingerprint(vision) != expected:
+            raise OtherWeights
+        self.model = vision.to(student.model.device, student.model.dtype).eval()
         self.processor = AutoImageProcessor.from_pretrained(model_id, revision=revision, backend="pil")
         self.student_images = student.processor.image_processor
 
@@ -75,11 +88,9 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
     The variables `CLIP_ID`, `CLIP_REVISION` and `TEACHER_IDS` name them. The default is the CLIP in the checkpoint's
     metadata, and for the demo also the teachers of the clone.
     """
-    metadata, found = student.metadata, []
-    teachers = {entry["name"]: entry for entry in metadata.get("teachers", [])}
-    origin = next((entry for entry in metadata.get("base_models", []) if entry.get("role") == "vision_model"), None)
-    origin = origin or teachers.get("clip", {})
-    clip = os.environ.get("CLIP_ID") or _locate(student, metadata.get("vision_model") or origin.get("model"))
+    origin, found = _origin(student), []
+    teachers = {entry["name"]: entry for entry in student.metadata.get("teachers", [])}
+    clip = os.environ.get("CLIP_ID") or _locate(student, origin.get("model"))
     if clip and clip != "none":
         found.append(("plain CLIP", clip, os.environ.get("CLIP_REVISION") or origin.get("revision"), True))
     if given := os.environ.get("TEACHER_IDS"):
@@ -95,6 +106,15 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
     return found
 
 
+def _origin(student: Student) -> dict[str, Any]:
+    """Return the metadata's entry of the CLIP that the student started from."""
+    metadata = student.metadata
+    teachers = {entry["name"]: entry for entry in metadata.get("teachers", [])}
+    origin = next((entry for entry in metadata.get("base_models", []) if entry.get("role") == "vision_model"), None)
+    origin = origin or teachers.get("clip", {})
+    return {**origin, "model": metadata.get("vision_model") or origin.get("model")}
+
+
 def _locate(student: Student, name: str | None) -> str | None:
     """Return a Hub id unchanged, and the folder of a tower of the demo if the student is a folder in a clone."""
     if name and name.count("/") == 1 and not os.path.exists(name):
@@ -104,16 +124,31 @@ def _locate(student: Student, name: str | None) -> str | None:
 
 
 def load_encoders(student: Student) -> tuple[list[Encoder], list[str]]:
-    """Load the encoders, and return a sentence for each that failed."""
+    """
+    Load the encoders, and return a sentence for each that is not shown.
+
+    Metadata names folders without their paths. A folder of that name is shown only if the CLIP in it has the weights
+    whose fingerprint is in the metadata, and teachers are shown only beside such a CLIP.
+    """
     encoders: list[Encoder] = []
     failures: list[str] = []
+    named = _origin(student)["model"]
+    if named and not os.environ.get("CLIP_ID") and not _locate(student, named):
+        failures.append(f"plain CLIP is not shown: there is no {Path(named).name} here. Name it by CLIP_ID.")
     for name, model_id, revision, follows in wanted(student):
+        shown_id = Path(model_id).name if os.path.exists(model_id) else model_id
+        variable = "CLIP_ID" if follows else "TEACHER_IDS"
+        is_guess = os.path.exists(model_id) and not os.environ.get(variable)
         try:
+            if is_guess and not (student.metadata.get("vision_fingerprint") if follows else encoders):
+                raise OtherWeights
             encoders.append(Encoder(name, model_id, revision, student, follows))
-        except (OSError, ValueError, KeyError) as error:
+        except OtherWeights:
             failures.append(
-                f"{name} ({Path(model_id).name if os.path.exists(model_id) else model_id}) is not shown: "
-                f"it could not be loaded ({type(error).__name__})."
+                f"{name} is not shown: the weights in {shown_id} are not known to be those that the student was made "
+                f"with. Name the right ones by {variable}."
             )
+        except (OSError, ValueError, KeyError) as error:
+            failures.append(f"{name} ({shown_id}) is not shown: it could not be loaded ({type(error).__name__}).")
             print(f"{model_id}: {error}")
     return encoders, failures

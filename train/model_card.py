@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
-from transformers import Trainer
+from transformers import CLIPVisionModel, Trainer
 
 from hub.card_facts import public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
@@ -21,6 +22,7 @@ from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit,
 from train.build import image_settings
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.data.datasets import data_sources
+from train.distributed import whole_weights
 from train.language_lora import language_lora_facts
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, hub_revision, teacher_commit
@@ -85,12 +87,16 @@ def run_facts(
     if source is None:
         roles = {"vision_model": args.vision_model, "language_model": args.language_model}
         known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
+        if args.vision_model and args.process_index == 0:  # which writes the facts
+            with whole_weights(args):
+                known["vision_fingerprint"] = weights_fingerprint(args.vision_model)
     else:
         known["base_models"] = [base_model_facts("checkpoint", source)]
         if (earlier := read_training_facts(Path(source))) is not None:
             # Facts may hold a license alone, without base models
             known["base_models"] = earlier.pop("base_models") or known["base_models"]
             stages = earlier.pop("earlier_stages")
+            known["vision_fingerprint"] = earlier.get("vision_fingerprint")
             known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
             known["license"] = args.license or earlier.get("license")
     return RunFacts(known, _seconds_before(args))
@@ -116,6 +122,17 @@ def base_model_facts(role: str, source: str) -> dict[str, Any]:
         "revision": _commit(source),
         "license": noted_license(source),
     }
+
+
+def weights_fingerprint(vision_model: str) -> str:
+    """
+    Return a SHA-256 of the weights of a CLIP vision model, whatever their names, order and dtype.
+
+    `spaces/encoders.py` computes the same of the encoder that it shows as plain CLIP.
+    """
+    clip = CLIPVisionModel.from_pretrained(vision_model)
+    digests = sorted(sha256(weight.detach().float().numpy().tobytes()).hexdigest() for weight in clip.parameters())
+    return sha256("".join(digests).encode()).hexdigest()
 
 
 def teacher_facts(config: TeacherConfig) -> dict[str, Any]:

@@ -19,11 +19,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.images import decode_image
 from modeling_movekd.processing import build_processor
+from train.model_card import weights_fingerprint
 
 
 gr = pytest.importorskip("gradio", reason="the Space needs gradio")
@@ -365,6 +366,42 @@ def test_encoders_beside_the_student(modules, checkpoint, monkeypatch, tmp_path)
     assert [encoder.name for encoder in loaded] == ["one"] and len(failures) == 1 and "three" in failures[0]
     features = loaded[0].features(Image.open(FIRST).convert("RGB"), 0)
     assert features.shape == (1, 64, 96), "96 pixels a side in patches of 12, without [CLS]"
+
+
+def test_plain_clip_is_the_one_that_the_student_started_from(modules, checkpoint, monkeypatch):
+    """Known by its weights, since the metadata of a student of folders has their names alone."""
+    monkeypatch.delenv("CLIP_ID", raising=False)
+    monkeypatch.delenv("TEACHER_IDS", raising=False)
+    student = modules["student"].load_student(str(checkpoint), None)
+    load = modules["encoders"].load_encoders
+    towers = ROOT / "train" / "demo" / "weights"
+    origin = {"role": "vision_model", "model": "clip", "revision": None}
+    teachers = [{"name": name, "model": name} for name in ("clip", "reader")]
+    own = {"vision_model": "clip", "base_models": [origin], "teachers": teachers}
+    own["vision_fingerprint"] = weights_fingerprint(str(towers / "clip"))
+    student.metadata = own
+    encoders, failures = load(student)
+    assert [encoder.name for encoder in encoders] == ["plain CLIP", "reader"] and not failures
+    other = CLIPVisionModel(CLIPVisionConfig.from_pretrained(towers / "clip"))
+    for fingerprint in (modules["encoders"].weights_fingerprint(other), None):
+        student.metadata = own | {"vision_fingerprint": fingerprint}
+        encoders, failures = load(student)
+        assert not encoders and len(failures) == 2
+        assert failures[0] == (
+            "plain CLIP is not shown: the weights in clip are not known to be those that the student was made with. "
+            "Name the right ones by CLIP_ID."
+        )
+    monkeypatch.setenv("CLIP_ID", str(towers / "clip"))
+    assert [encoder.name for encoder in load(student)[0]] == ["plain CLIP", "reader"], "the metadata does not tell"
+    student.metadata = own | {"vision_fingerprint": modules["encoders"].weights_fingerprint(other)}
+    assert not load(student)[0]
+    monkeypatch.delenv("CLIP_ID")
+    student.metadata = own | {"vision_model": "my_clip", "teachers": []}
+    assert load(student) == ([], ["plain CLIP is not shown: there is no my_clip here. Name it by CLIP_ID."])
+    # The dtype in which it is stored does not matter
+    assert modules["encoders"].weights_fingerprint(other.half()) == modules["encoders"].weights_fingerprint(
+        other.float()
+    )
 
 
 @pytest.mark.parametrize("pads", [True, False])

@@ -95,6 +95,7 @@ def test_first_stage(stages: tuple[Path, Path]) -> None:
         {"role": "vision_model", "model": "clip", "revision": None, "license": "mit"},
         {"role": "language_model", "model": "language", "revision": None, "license": "llama2"},
     ]
+    assert re.fullmatch("[0-9a-f]{64}", facts["vision_fingerprint"])
     assert [(entry["name"], entry["model"], entry["license"]) for entry in facts["teachers"]] == [
         ("clip", "clip", "mit"),
         ("vit", "vit", "bsd"),
@@ -109,6 +110,7 @@ def test_first_stage(stages: tuple[Path, Path]) -> None:
 def test_second_stage_carries_the_first_along(stages: tuple[Path, Path]) -> None:
     first, second = (facts_of(folder) for folder in stages)
     assert second["base_models"] == first.pop("base_models")
+    assert second["vision_fingerprint"] == first["vision_fingerprint"]
     assert second["earlier_stages"] == [first]
     assert (second["stage"], second["recipe"], second["evaluation"]) == ("finetune", None, None)
     assert facts_of(stages[1] / "checkpoint-1")["steps"] == 1
