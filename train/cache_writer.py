@@ -32,6 +32,7 @@ from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
+from train.distributed import ended_workers
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode, shard_checksum
 from train.teachers.cached import (
     INDEX_NAME,
@@ -190,7 +191,8 @@ def _write_cache(
         shards = [shard for shard in missing[name] if shard != BLANK][state.process_index :: state.num_processes]
         preprocessors = {name: teacher.preprocessor}
         pixels = _TeacherPixels(dataset, dataclasses.replace(collator, teacher_preprocessors=preprocessors), name)
-        _write_shards(layout, teacher, shards, pixels, args, bad_rows)
+        with ended_workers(args.dataloader_timeout):
+            _write_shards(layout, teacher, shards, pixels, args, bad_rows)
     state.wait_for_everyone()
     errors = {name: _measured_errors(layout, name) for name in teachers}
     if state.is_main_process:
@@ -225,6 +227,7 @@ def _write_shards(
             batch_sampler=list(chain(*batches.values())),
             collate_fn=_concatenate,
             num_workers=args.dataloader_num_workers,
+            timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
         )
     )
     teacher.to(args.device)

@@ -52,7 +52,9 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "checksum": checksum(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != CARD_NAME and not path.name.startswith(TEMPORARY_PREFIX)
+        if path.is_file()
+        and path.name not in (MANIFEST_NAME, CARD_NAME)
+        and not path.name.startswith(TEMPORARY_PREFIX)
     }
     save_json({"step": step, "run": dict(run), "files": files}, folder / MANIFEST_NAME)
 

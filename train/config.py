@@ -165,6 +165,11 @@ class MoveKDSFTConfig(SFTConfig):
         help="Folder with the teachers' features of the training data, written by `python -m train.feature_cache`. "
         "The teachers are then not loaded.",
     )
+    dataloader_timeout: int = HfArg(
+        default=600,
+        help="Seconds after which the run ends if a worker of the data loader gives no batch; 0 waits forever. For "
+        "processes that do not answer each other see `ddp_timeout`.",
+    )
     overwrite_output_dir: bool = HfArg(
         default=False,
         help="Start anew in an `output_dir` that holds a student or checkpoints; the checkpoints are removed.",
@@ -246,6 +251,9 @@ class MoveKDSFTConfig(SFTConfig):
         words = {"true": True, "false": None, "": None}
         asked: Any = self.resume_from_checkpoint
         self.resume_from_checkpoint = words.get(str(asked or "").lower(), asked)
+        # TRL's default is under the former name, for which transformers would warn
+        if self.activation_checkpointing is None and self.gradient_checkpointing is True:
+            self.activation_checkpointing = True
         # Before TRL and DeepSpeed read `gradient_accumulation_steps`
         self._set_accumulation_steps()
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Several processes: checks of the launch and of FSDP2's settings, and loading of whole models under ZeRO-3."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,3 +103,22 @@ def saves_sharded_state(accelerator: Accelerator) -> bool:
     """Whether each process saves its part of the weights, in which case Trainer saves no whole weights."""
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     return is_fsdp and "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
+
+
+@contextmanager
+def ended_workers(seconds: int) -> Iterator[None]:
+    """
+    End the workers of data loaders when one of them gave nothing for `seconds`, and say why. Python would wait for a
+    stopped worker forever.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise RuntimeError(
+            f"A worker of the data loader gave no batch for {seconds} seconds: it was stopped, or the disk or network "
+            "is too slow. Raise `dataloader_timeout`, or set `dataloader_num_workers: 0`."
+        ) from error

@@ -24,7 +24,7 @@ from train.data.bad_rows import BadRows
 from train.data.sampler import ModalityLengthGroupedSampler, set_sampler_epoch
 from train.distillation.distiller import Distiller
 from train.distillation.losses import check_finite
-from train.distributed import check_launch, prepare_fsdp, saves_sharded_state
+from train.distributed import check_launch, ended_workers, prepare_fsdp, saves_sharded_state
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
 from train.language_lora import (
     LANGUAGE_LORA_NAME,
@@ -336,6 +336,13 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             self.train_dataset["modality_length"], self.args.train_batch_size, world_size, seed=self.args.seed
         )
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Also give the workers a time limit, for which Trainer has no argument."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        if loader.num_workers:
+            getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
+        return loader
+
     def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """Set the sampler's epoch, which accelerate does not reach in a resumed epoch on several processes."""
         set_sampler_epoch(train_dataloader, epoch)
@@ -381,7 +388,8 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_same_run(Path(checkpoint), self._run_settings())
-        return super().train(checkpoint, *args, **kwargs)
+        with ended_workers(self.args.dataloader_timeout):
+            return super().train(checkpoint, *args, **kwargs)
 
     def _run_settings(self) -> dict[str, Any]:
         """What decides the rows of each step, and what a checkpoint holds."""

@@ -73,6 +73,7 @@ def arguments(parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> Any
             "max_steps": 3,
             "learning_rate": 1e-3,
             "save_strategy": "no",
+            "overwrite_output_dir": True,
             "feature_statistics_images": 24,
             "whitening_components": 8,
         }

@@ -156,10 +156,12 @@ def test_target_modules(arguments) -> None:
     trainer = stage_run.train(*arguments(**LORA, max_steps=1, language_lora_target_modules=["q_proj", "mlp.up_proj"]))
     layers = language_lora_layers(trainer.model)
     assert len(layers) == 4 and {name.rsplit(".", 1)[-1] for name in layers} == {"q_proj", "up_proj"}
-    with pytest.raises(ValueError, match=r"\['query'\].*LlamaModel does not have.*'q_proj'"):
-        stage_run.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "query"]))
-    with pytest.raises(ValueError, match=r"linear layers.*embed_tokens"):
-        stage_run.train(*arguments(**LORA, language_lora_target_modules=["q_proj", "embed_tokens"]))
+    for names, message in (
+        (["q_proj", "query"], r"\['query'\].*LlamaModel does not have.*'q_proj'"),
+        (["q_proj", "embed_tokens"], r"linear layers.*embed_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stage_run.train(*arguments(**LORA, language_lora_target_modules=names, overwrite_output_dir=True))
 
 
 @pytest.mark.parametrize(

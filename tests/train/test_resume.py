@@ -207,6 +207,7 @@ def test_a_run_that_would_be_another_is_refused(
 
 def test_a_finished_folder_is_refused_or_overwritten(arguments, tmp_path: Path) -> None:
     small: dict[str, Any] = {"distill": False, "num_experts": 0, "teachers": None, "max_steps": 1}
+    small["overwrite_output_dir"] = False
     output = tmp_path / "output"
     stage_run.train(*arguments(**small))
     before = (output / "model.safetensors").read_bytes()
@@ -216,7 +217,7 @@ def test_a_finished_folder_is_refused_or_overwritten(arguments, tmp_path: Path) 
     assert (output / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="has no whole checkpoint"):
         stage_run.train(*arguments(**small, seed=1, resume_from_checkpoint=True))
-    stage_run.train(*arguments(**small, seed=1, overwrite_output_dir=True))
+    stage_run.train(*arguments(**small | {"seed": 1, "overwrite_output_dir": True}))
     assert (output / "model.safetensors").read_bytes() != before and not (output / "checkpoint-7").exists()
 
 

@@ -1,7 +1,10 @@
 """Training: exactly the parameters of the stage change, and every term is in the loss and in the log."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -469,35 +472,6 @@ def test_evaluation_logs_the_same_terms(arguments, dataset_folder: str) -> None:
     assert {"eval_text", "eval_kd", "eval_kd/vit", "eval_balance", "eval_experts/0"} <= evaluated[0].keys()
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
-def test_evaluation_does_not_depend_on_the_batch_size(arguments, tmp_path: Path, preset: str) -> None:
-    rows = llava_rows(21, text_only=(1, 2, 3, 9, 10, 11, 12, 13))
-    for index, row in enumerate(rows):  # answers of different lengths
-        row["conversations"][1]["value"] += " Yes." * (index % 5)
-    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
-    trainer = build_trainer(*arguments(dataset_name=str(tmp_path / "rows"), distillation_preset=preset))
-    found = []
-    for size in (1, 4, 10, 21):
-        trainer.args.per_device_eval_batch_size = size
-        metrics = trainer.evaluate(trainer.train_dataset)
-        logged = trainer.state.log_history[-1]
-        terms = {name: value for name, value in logged.items() if "per_second" not in name and "runtime" not in name}
-        assert {
-            "eval_text",
-            "eval_kd",
-            "eval_kd/vit",
-            "eval_balance",
-            "eval_entropy",
-            "eval_experts/0",
-        } <= terms.keys()
-        weights = {"text": 1, "kd": trainer.args.lambda_kd, "balance": trainer.args.lambda_balance}
-        total = sum(weight * logged[f"eval_{name}"] for name, weight in weights.items())
-        assert metrics["eval_loss"] == pytest.approx(total, rel=1e-6)
-        found.append(terms)
-    for terms in found[1:]:
-        assert terms == pytest.approx(found[0], rel=2e-5)
-
-
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
 def test_bfloat16_stays_close_to_float32(arguments, preset: str) -> None:
     settings = {"distillation_preset": preset, "lora_dropout": 0.0, "lambda_kd": 1.0}
@@ -506,3 +480,22 @@ def test_bfloat16_stays_close_to_float32(arguments, preset: str) -> None:
         for term in ("loss", "text", "kd", "kd/vit", "balance"):
             assert other[term] == pytest.approx(one[term], rel=0.05), term
     assert all(value.dtype == torch.float32 for value in half.model.parameters())
+
+
+def test_a_stopped_worker_ends_the_run(arguments) -> None:
+    trainer = build_trainer(*arguments(dataloader_num_workers=1, dataloader_timeout=2))
+    collate = trainer.data_collator
+
+    def stop_at_the_second_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        stop_at_the_second_batch.batches += 1
+        if stop_at_the_second_batch.batches == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return collate(rows)
+
+    stop_at_the_second_batch.batches = 0
+    trainer.data_collator = stop_at_the_second_batch
+    with pytest.raises(RuntimeError, match="gave no batch for 2 seconds.*`dataloader_timeout`"):
+        trainer.train()
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=10)
+    assert not multiprocessing.active_children()
