@@ -19,7 +19,7 @@ FLOORS = (
     ("train.presets", "train.config", "train.checkpoints", "train.arguments", "train.teachers", "train.distributed"),
     ("train.data", "train.distillation", "train.language_lora"),
     ("train.build", "train.forward"),
-    ("train.callbacks", "train.model_card", "train.publish", "train.plan", "train.cache_writer"),
+    ("train.answers", "train.callbacks", "train.model_card", "train.publish", "train.plan", "train.cache_writer"),
     ("train.trainer",),
     ("train.run", "train.feature_cache"),
     ("train.demo",),

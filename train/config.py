@@ -165,6 +165,11 @@ class MoveKDSFTConfig(SFTConfig):
         help="Folder with the teachers' features of the training data, written by `python -m train.feature_cache`. "
         "The teachers are then not loaded.",
     )
+    eval_generate: int = HfArg(
+        default=0,
+        help="Number of evaluation rows that the student answers at each evaluation. Logs the share of answers equal "
+        "to the data's, `eval_exact_match`, and prints a few.",
+    )
     dataloader_timeout: int = HfArg(
         default=600,
         help="Seconds after which the run ends if a worker of the data loader gives no batch; 0 waits forever. For "

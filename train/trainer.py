@@ -16,6 +16,7 @@ from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
 from modeling_movekd.files import DISTILLER_NAME, TRAINING_FACTS_NAME, save_json
+from train.answers import check_eval_generate, exact_match
 from train.build import parameter_summary, set_trainable
 from train.callbacks import GradientGuard
 from train.checkpoints import check_same_run, checkpoint_to_resume, disk_errors_named, write_manifest
@@ -80,6 +81,7 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
                 f"{'a' if distiller is not None else 'no'} distiller. Give all of them or none."
             )
         check_launch(args)
+        check_eval_generate(args)
         if self.teachers and not isinstance(model.config.vision_feature_layer, int):
             raise ValueError(
                 f"`vision_feature_layer` is {model.config.vision_feature_layer}, but only a single layer can be "
@@ -293,6 +295,12 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
         means = {name: values[0] for name, values in self._metrics["eval"].items()}
         loss = means.get("text", 0.0) + self.args.lambda_kd * means.get("kd", 0.0)
         output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.lambda_balance * means.get("balance", 0.0)
+        if self.args.eval_generate and self.eval_dataset is not None:
+            show, count = self.accelerator.print, self.args.eval_generate
+            with self.compute_loss_context_manager():
+                output.metrics[f"{metric_key_prefix}_exact_match"] = exact_match(
+                    self._student(), self.data_collator, self.eval_dataset, count, self.accelerator, show
+                )
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
