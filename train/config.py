@@ -258,7 +258,7 @@ class MoveKDSFTConfig(SFTConfig):
         self.resume_from_checkpoint = words.get(str(asked or "").lower(), asked)
         # TRL's default is under the former name, for which transformers would warn
         if self.activation_checkpointing is None and self.gradient_checkpointing is True:
-            self.activation_checkpointing = True
+            self.activation_checkpointing: bool | None = True
         # Before TRL and DeepSpeed read `gradient_accumulation_steps`
         self._set_accumulation_steps()
         super().__post_init__()

@@ -110,7 +110,7 @@ class Case:
             bf16=False,
             use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=True,
-            report_to="none",
+            report_to=["none"],
             save_strategy="no",
         )
         trainer = MoveKDTrainer(

@@ -74,5 +74,7 @@ def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
 def test_defaults_warn_of_nothing(tmp_path, recwarn):
     args = MoveKDSFTConfig(str(tmp_path), distill=False, bf16=False)
     assert args.activation_checkpointing is True
-    assert not MoveKDSFTConfig(str(tmp_path), distill=False, activation_checkpointing=False).gradient_checkpointing
+    assert not MoveKDSFTConfig(
+        str(tmp_path), distill=False, bf16=False, activation_checkpointing=False
+    ).gradient_checkpointing
     assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)]

@@ -1,6 +1,7 @@
 """The order of LLaVA's training rows: batches of one modality and of similar length, balanced over the processes."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -138,7 +139,7 @@ def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
     `DataLoaderShard.set_epoch` looks two levels deep. On several processes a resumed epoch has three
     (`SkipBatchSampler`, `BatchSamplerShard`, `BatchSampler`), so that the sampler would repeat its first epoch.
     """
-    batch_sampler = loader.batch_sampler
+    batch_sampler: Any = loader.batch_sampler
     while hasattr(batch_sampler, "batch_sampler"):
         batch_sampler = batch_sampler.batch_sampler
     sampler = getattr(batch_sampler, "sampler", None)

@@ -31,7 +31,8 @@ def shard_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """CRC-32 of the bytes of all tensors of a shard, in the order of their names."""
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        content: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(content, value)
     return f"{value:08x}"
 
 
