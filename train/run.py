@@ -42,11 +42,7 @@ def train(
         resume=bool(args.resume_from_checkpoint),
     )
     if data_args.streaming:
-        if args.max_steps < 1 or args.group_by_modality_length:
-            raise ValueError(
-                f"`streaming` is true with `max_steps` {args.max_steps} and `group_by_modality_length` "
-                f"{args.group_by_modality_length}. A stream has no length: set `max_steps`, and do not group."
-            )
+        _check_streaming(args)
         bad_rows.total = args.rows_of_run
     train_dataset, eval_dataset = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
@@ -76,3 +72,11 @@ def train(
         trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
     return trainer
+
+
+def _check_streaming(args: MoveKDSFTConfig) -> None:
+    if args.max_steps < 1 or args.group_by_modality_length:
+        raise ValueError(
+            f"`streaming` is true with `max_steps` {args.max_steps} and `group_by_modality_length` "
+            f"{args.group_by_modality_length}. A stream has no length: set `max_steps`, and do not group."
+        )

@@ -71,10 +71,7 @@ def convert_row(
     if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
         row = parse_line(row["line"])
     if sharded and isinstance(row, Mapping):
-        texts = {field: row[field] for field in sorted(set(row) - {"image", "images"}, key=str)}
-        checksum = f"checksum {zlib.crc32(repr(texts).encode('utf-8', 'replace')):08x}"
-        known_as = checksum if row.get("id") is None else f"id {row['id']}"
-        source += f" of its shard ({known_as})"
+        source += f" of its shard ({_known_as(row)})"
     messages: list[dict[str, Any]] = []
     images: list[Any] = []
     length, problem = 0, None
@@ -104,6 +101,12 @@ def convert_row(
         "modality_length": length,
         "problem": problem,
     }
+
+
+def _known_as(row: Mapping[str, Any]) -> str:
+    texts = {field: row[field] for field in sorted(set(row) - {"image", "images"}, key=str)}
+    checksum = f"checksum {zlib.crc32(repr(texts).encode('utf-8', 'replace')):08x}"
+    return checksum if row.get("id") is None else f"id {row['id']}"
 
 
 def _images(row: Mapping[str, Any], source: str, folder: str | None) -> list[Any]:
