@@ -175,7 +175,7 @@ def weight_shapes(paths: Iterable[str | Path]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int]], name: str | Path) -> None:
+def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int]], name: str | os.PathLike) -> None:
     """
     Check that a configuration asks for nothing larger than its weights, before anything is built of it.
 
@@ -184,7 +184,7 @@ def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int
     Args:
         config (`Mapping`): Content of `config.json`.
         shapes (`Collection`): Shapes of the weights.
-        name (`str` or `Path`): Name of the checkpoint, for the error.
+        name (`str` or `os.PathLike`): Name of the checkpoint, for the error.
     """
     largest = max((side for shape in shapes for side in shape), default=0)
     limits = dict.fromkeys(LAYER_FIELDS, len(shapes)) | dict.fromkeys(SIZE_FIELDS, largest)
