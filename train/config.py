@@ -251,11 +251,11 @@ class MoveKDSFTConfig(SFTConfig):
     assistant_only_loss: bool = HfArg(default=True, help="Compute the text loss on the assistant's turns only.")
 
     def __post_init__(self) -> None:
-        self.report_to = self.report_to or "none"
+        self.report_to = self.report_to or ["none"]
         # The command line gives text
         words = {"true": True, "false": None, "": None}
         asked: Any = self.resume_from_checkpoint
-        self.resume_from_checkpoint = words.get(str(asked or "").lower(), asked)
+        self.resume_from_checkpoint: Any = words.get(str(asked or "").lower(), asked)
         # TRL's default is under the former name, for which transformers would warn
         if self.activation_checkpointing is None and self.gradient_checkpointing is True:
             self.activation_checkpointing: bool | None = True

@@ -142,6 +142,6 @@ def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
     batch_sampler: Any = loader.batch_sampler
     while hasattr(batch_sampler, "batch_sampler"):
         batch_sampler = batch_sampler.batch_sampler
-    sampler = getattr(batch_sampler, "sampler", None)
+    sampler: Any = getattr(batch_sampler, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
