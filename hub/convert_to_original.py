@@ -31,7 +31,8 @@ def convert_to_original(
     if not isinstance(config, MoveKDConfig):
         raise ValueError(f"{folder} holds an encoder alone; the original layout needs a whole model.")
     # Without that field, `<image>` is the first token behind the original vocabulary
-    vocab_size = int(getattr(config, "original_vocab_size", config.image_token_index))
+    fields = config.to_dict()
+    vocab_size = fields.get("original_vocab_size", fields["image_token_index"])
     distiller = WeightFiles([folder / DISTILLER_NAME] if (folder / DISTILLER_NAME).is_file() else [])
     adapters = {
         key: original for key in distiller.tensors if (original := key_to_original(DISTILLER + key)) != DISTILLER + key

@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, PreTrainedConfig
 
 
 MAX_TILES = 32  # in each direction; an image becomes up to this number squared
@@ -77,6 +77,9 @@ DEFAULT_VISION_CONFIG = {
     "add_pooling_layer": False,
 }
 
+# LLaVA-NeXT's grids, in tiles
+DEFAULT_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
 
 @strict
 class MoveKDConfig(LlavaNextConfig):
@@ -89,6 +92,8 @@ class MoveKDConfig(LlavaNextConfig):
     Args:
         image_aspect_ratio (`str`, *optional*, defaults to `"pad"`): `"pad"` encodes the image padded to a square
             (LLaVA-1.5). `"anyres"` encodes the whole image and tiles of it (LLaVA-NeXT).
+        image_grid_pinpoints (`list`, *optional*): Grids of tiles as (height, width) in pixels, multiples of the
+            tower's image size; those of LLaVA-NeXT by default.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1): Hidden state that feeds the projector.
             -1 suits a tower that is cut to the layers in use. A tower with all layers uses -2, as LLaVA does.
     """
@@ -98,13 +103,19 @@ class MoveKDConfig(LlavaNextConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": MoveKDVisionConfig}
 
     image_aspect_ratio: str = "pad"
+    image_grid_pinpoints: Any = None
     vision_feature_layer: int | list[int] = -1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.vision_config is None or isinstance(self.vision_config, dict):
-            self.vision_config = MoveKDVisionConfig(**(self.vision_config or DEFAULT_VISION_CONFIG))
-        if self.text_config is None or isinstance(self.text_config, dict):
-            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
+        parts: dict[str, Any] = {name: getattr(self, name) for name in self.sub_configs}
+        if not isinstance(parts["vision_config"], PreTrainedConfig):
+            parts["vision_config"] = MoveKDVisionConfig(**(parts["vision_config"] or DEFAULT_VISION_CONFIG))
+        if not isinstance(parts["text_config"], PreTrainedConfig):
+            parts["text_config"] = AutoConfig.for_model(**{"model_type": "llama"} | (parts["text_config"] or {}))
+        self.vision_config, self.text_config = parts["vision_config"], parts["text_config"]
+        if self.image_grid_pinpoints is None:
+            side = self.vision_config.image_size
+            self.image_grid_pinpoints = [[rows * side, columns * side] for rows, columns in DEFAULT_TILES]
         super().__post_init__(**kwargs)
         self.validate_image_aspect_ratio()
         self.validate_image_grid()
