@@ -4,13 +4,16 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from modeling_movekd.files import CARD_NAME, TEMPORARY_PREFIX, read_json, save_json
 from train.config import MoveKDSFTConfig
@@ -183,3 +186,51 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
             f"{folder} could not be written: {error}. If the disk is full, free space; then go on with "
             "`resume_from_checkpoint: true`, which takes the newest whole checkpoint."
         ) from error
+
+
+class CheckpointMixin(Trainer):
+    """Mixin before a trainer whose checkpoints list their files, and which resumes whole ones of the same run only."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, after a check that the checkpoint to resume is whole and of this run."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_same_run(Path(checkpoint), self._run_settings())
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What decides the rows of each step, and what a checkpoint holds."""
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        names = ("rows_per_step", "seed", "data_seed", "train_sampling_strategy", "group_by_modality_length")
+        settings = {name: getattr(self.args, name) for name in (*names, "save_only_model")}
+        return settings | {"rows": rows, "processes": self.args.world_size}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Also list the files, when all processes have written theirs and before older checkpoints are removed."""
+        run_folder = self._get_output_dir(trial)
+        folder = Path(run_folder) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what a run left that was interrupted here
+        self.accelerator.wait_for_everyone()
+        # Trainer would remove the older checkpoints before this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with disk_errors_named(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_manifest(folder, self.state.global_step, self._run_settings())
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse weights of another model. The distiller has a file of its own, and tied weights are saved once."""
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = [key for key in load_result.missing_keys if not key.startswith("distiller.") and key not in tied]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint is not of this model; missing: {missing}, left over: {load_result.unexpected_keys}. "
+                "Resume with the options of the run that wrote it."
+            )

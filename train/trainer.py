@@ -1,6 +1,5 @@
 """TRL's `SFTTrainer` with the teachers, losses and checkpoint files of MoVE-KD."""
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sized
@@ -11,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
@@ -19,7 +18,7 @@ from modeling_movekd.files import DISTILLER_NAME, TRAINING_FACTS_NAME, save_json
 from train.answers import check_eval_generate, exact_match
 from train.build import parameter_summary, set_trainable
 from train.callbacks import GradientGuard
-from train.checkpoints import check_same_run, checkpoint_to_resume, disk_errors_named, write_manifest
+from train.checkpoints import CheckpointMixin
 from train.config import MoveKDSFTConfig, refuse_reentrant_checkpointing
 from train.data.bad_rows import BadRows
 from train.data.sampler import ModalityLengthGroupedSampler, set_sampler_epoch
@@ -44,7 +43,7 @@ from train.teachers.cached import Teacher
 MIN_ROWS_OF_STEP = 8
 
 
-class MoveKDTrainer(PublishingMixin, SFTTrainer):
+class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
     """
     Trains a MoVE-KD student with the loss text + `lambda_kd` * distillation + `lambda_balance` * balance.
 
@@ -391,50 +390,9 @@ class MoveKDTrainer(PublishingMixin, SFTTrainer):
             save_json(facts, folder / TRAINING_FACTS_NAME)
             update_card(folder, self.args)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, after a check that the checkpoint to resume is whole and of this run."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            check_same_run(Path(checkpoint), self._run_settings())
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with ended_workers(self.args.dataloader_timeout):
-            return super().train(checkpoint, *args, **kwargs)
-
-    def _run_settings(self) -> dict[str, Any]:
-        """What decides the rows of each step, and what a checkpoint holds."""
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        names = ("rows_per_step", "seed", "data_seed", "train_sampling_strategy", "group_by_modality_length")
-        settings = {name: getattr(self.args, name) for name in (*names, "save_only_model")}
-        return settings | {"rows": rows, "processes": self.args.world_size}
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Also list the files, when all processes have written theirs and before older checkpoints are removed."""
-        run_folder = self._get_output_dir(trial)
-        folder = Path(run_folder) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what a run left that was interrupted here
-        self.accelerator.wait_for_everyone()
-        # Trainer would remove the older checkpoints before this one is whole
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with disk_errors_named(folder):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    write_manifest(folder, self.state.global_step, self._run_settings())
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse weights of another model. The distiller has a file of its own, and tied weights are saved once."""
-        tied = self._student().all_tied_weights_keys
-        missing = [key for key in load_result.missing_keys if not key.startswith("distiller.") and key not in tied]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint is not of this model; missing: {missing}, left over: {load_result.unexpected_keys}. "
-                "Resume with the options of the run that wrote it."
-            )
+            return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_language_lora():
