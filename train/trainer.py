@@ -253,19 +253,15 @@ class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
             self.gradient_guard.count_tokens(self.accelerator.reduce(outputs.expert_tokens, reduction="sum"))
 
     def _log_evaluation(self, text: torch.Tensor, outputs: MoveKDTrainingOutput, image_weights: torch.Tensor) -> None:
-        """Log the means over all tokens and images of the evaluation so far, whatever the batch size."""
+        """Log the means of an evaluation batch, and sum up for those of the whole evaluation."""
         tokens = outputs.label_mask.sum()
         sums = {"tokens": tokens, "text": text * tokens, "entropy": outputs.entropy.sum()}
         sums |= {"mean_token_accuracy": outputs.is_top1.sum()} | self._sums(outputs, image_weights)
-        for name, value in self._reduce_and_check(sums).items():
+        totals = self._reduce_and_check(sums)
+        for name, value in totals.items():
             self._evaluated[name] += value
-        experts = sum(value for name, value in self._evaluated.items() if name.startswith("experts/"))
-        for name, value in self._evaluated.items():
-            of_tokens = name in ("text", "entropy", "mean_token_accuracy")
-            divisor = self._evaluated["tokens" if of_tokens else "images"]
-            divisor = experts if name.startswith("experts/") else divisor
-            if name not in ("tokens", "images") and divisor:
-                self._metrics["eval"][name] = [value / divisor]
+        for name, value in evaluation_means(totals).items():
+            self._metrics["eval"][name].append(value)
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Leave out the rows that accelerate repeats at the end of an evaluation, to give all processes a batch."""
@@ -291,7 +287,8 @@ class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
         """Replace Trainer's loss, a mean over the batches, by the loss of the means over all tokens and images."""
         self._evaluated = defaultdict(float)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = {name: values[0] for name, values in self._metrics["eval"].items()}
+        means = evaluation_means(self._evaluated)
+        self._metrics["eval"].update({name: [value] for name, value in means.items()})
         loss = means.get("text", 0.0) + self.args.lambda_kd * means.get("kd", 0.0)
         output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.lambda_balance * means.get("balance", 0.0)
         if self.args.eval_generate and self.eval_dataset is not None:
@@ -421,3 +418,15 @@ class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
     def _load_distiller(self, folder: str) -> None:
         if self.teachers and not self._has_own_state():
             self._student().distiller.load(Path(folder) / DISTILLER_NAME)
+
+
+def evaluation_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means of sums over `"tokens"` and `"images"`; of each expert, its share of all experts' patches."""
+    of_tokens = ("text", "entropy", "mean_token_accuracy")
+    patches = sum(value for name, value in sums.items() if name.startswith("experts/"))
+    means = {}
+    for name, value in sums.items():
+        divisor = patches if name.startswith("experts/") else sums["tokens" if name in of_tokens else "images"]
+        if name not in ("tokens", "images") and divisor:
+            means[name] = value / divisor
+    return means
