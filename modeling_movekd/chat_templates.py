@@ -239,7 +239,9 @@ OWN_TEMPLATE{% endmacro -%}
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
 {%- set marked.answers = marked.answers + 1 -%}
-{%- set marked.messages = marked.messages + [dict(message, content='MARK')] -%}
+{#- A template may take out a thought, or write an empty one where there is none, so the thought stays -#}
+{%- set thought = message.content.rpartition('</think>') -%}
+{%- set marked.messages = marked.messages + [dict(message, content=thought[0] + thought[1] + 'MARK')] -%}
 {%- else -%}
 {%- set marked.messages = marked.messages + [message] -%}
 {%- endif -%}

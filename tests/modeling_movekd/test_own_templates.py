@@ -57,6 +57,16 @@ def test_answers_are_marked_to_their_end(name: str) -> None:
     assert trained_texts(tokenizer, unanswered) == [second]
 
 
+def test_thoughts_in_answers_are_trained_where_the_template_keeps_them(name: str) -> None:
+    tokenizer = set_own_chat_template(tokenizer_of(OWN_TEMPLATES[name]), OWN_TEMPLATES[name])
+    answers = [{"role": "assistant", "content": f"<think>\n{word}\n</think>\n\nYes."} for word in ("Hm.", "Well.")]
+    messages = [CONVERSATION[0], answers[0], CONVERSATION[2], answers[1]]
+    first, second = trained_texts(tokenizer, messages)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "Yes." in first and ("Hm." in first) is ("Hm." in rendered)
+    assert "<think>\nWell.\n</think>\n\nYes." in second and "Well." not in first
+
+
 def test_the_text_is_the_language_model_s(name: str) -> None:
     """With `<image>` in front of the question, and otherwise unchanged."""
     tokenizer = tokenizer_of(OWN_TEMPLATES[name])
