@@ -30,6 +30,7 @@ MAX_SCANS = 100
 MAX_SEGMENTS = 5000
 MAX_FRAMES = 2000
 MAX_TILES = 10_000
+MAX_PPM_HEADER = 10_000  # bytes, comments included, which Pillow reads one by one
 # A marker of a JPEG file, besides restarts and those without a length. In the coded pixels, 0 follows each 255.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 # The size, origin, and tiles of a JPEG 2000 codestream
@@ -73,6 +74,7 @@ def decode_image(image: Any, apply_orientation: bool = True, max_side: int = MAX
         if not content:
             raise _Unusable("an image of 0 bytes")
         _check_scans(content)
+        _check_ppm_header(content)
         with warnings.catch_warnings():
             # `_rgb` checks the size before a pixel is decoded.
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
@@ -140,6 +142,17 @@ def _check_scans(content: bytes) -> None:
             raise _Unusable(
                 f"a JPEG file of more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments: save it again without them"
             )
+
+
+def _check_ppm_header(content: bytes) -> None:
+    """Refuse a PPM file whose format, width, height and largest value do not come soon."""
+    start = content[:MAX_PPM_HEADER]
+    numbers = 2 if content[1:2] in b"14" else 3
+    is_short = len(content) < MAX_PPM_HEADER or len(re.sub(rb"#[^\r\n]*", b"", start).split()) > numbers
+    if start[:1] == b"P" and start[1:2].isdigit() and not is_short:
+        raise _Unusable(
+            f"a PPM file whose header is longer than {MAX_PPM_HEADER} bytes: save it again without comments"
+        )
 
 
 def _check_frames(image: PILImage.Image, content: bytes) -> None:

@@ -219,6 +219,18 @@ def test_jpeg_files_with_more_scans_than_any_encoder_writes() -> None:
     assert_same(decode_image({"bytes": inside}), decode_image({"bytes": content}))
 
 
+@pytest.mark.parametrize("filler", [b"#" + b"x" * 10**7 + b"\n", b"#\n" * 10**6, b" " * 10**7])
+def test_ppm_files_with_long_headers(filler: bytes) -> None:
+    content = b"P6\n# by a scanner\n1 1\n255\nabc"
+    assert decode_image({"bytes": content + filler}).getpixel((0, 0)) == (97, 98, 99)
+    assert decode_image({"bytes": b"P4\n200 800\n" + b" " * 20_000}).size == (200, 800)
+    start = time.monotonic()
+    for header in (b"P6\n" + filler + b"1 1\n255\n", b"P5\n1 1 " + filler + b"255\n"):
+        with pytest.raises(ValueError, match="a PPM file whose header is longer than 10000 bytes"):
+            decode_image({"bytes": header + b"abc"})
+    assert time.monotonic() - start < 2
+
+
 @pytest.mark.parametrize(
     ("format", "settings"),
     [
