@@ -148,7 +148,7 @@ class StopText:
         if self.found:
             end, self.held = min(begins), ""
         else:
-            lengths = range(1, max(map(len, self.strings), default=0))
+            lengths = range(1, min(max(map(len, self.strings), default=0), len(text) + 1))
             held = [n for n in lengths if any(string.startswith(text[-n:]) for string in self.strings)]
             end = len(text) - max(held, default=0)
             self.held = text[end:]

@@ -44,6 +44,7 @@ class Message(_Fields):
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=MAX_PARTS)
     name: str | None = None  # has no effect: chat templates have no names
     tool_calls: list[Any] = Field([], max_length=0)
+    annotations: list[Any] = Field([], max_length=0)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -81,7 +82,12 @@ class ChatRequest(_Fields):
     tools: list[Any] = Field([], max_length=0)
     tool_choice: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = False  # has no effect without tools
+    functions: list[Any] = Field([], max_length=0)
+    function_call: Literal["none", "auto"] = "none"
+    modalities: list[Literal["text"]] = ["text"]
+    service_tier: Literal["auto", "default"] = "auto"
     store: Literal[False] = False
+    metadata: dict[str, Any] = Field({}, max_length=0)
     stream_options: dict[str, Any] | None = None  # has no effect: a stream always ends with the usage
     user: str | None = None
 

@@ -201,6 +201,7 @@ def test_fields_that_clients_send_by_themselves(client, plain, make_image):
     url = f"{header.replace('base64', 'BASE64')},{lines}\r\n"
     said = {"role": "assistant", "content": "Yes.", "tool_calls": [], "refusal": None}
     neutral = {"stop": [], "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False}
+    neutral |= {"functions": [], "function_call": "none", "modalities": ["text"], "metadata": {}}
     neutral |= {"n": 1, "logprobs": False, "logit_bias": {}, "parallel_tool_calls": True, "frequency_penalty": 0}
     for stream in (False, True):
         turns = [asked("Well?") | {"name": "Ann"}, said, asked("What?", [url])]

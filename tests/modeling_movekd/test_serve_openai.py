@@ -19,7 +19,7 @@ pytest.importorskip("openai", reason="serving needs openai")
 pytest.importorskip("fastapi", reason="serving needs fastapi")
 
 from modeling_movekd import serve_openai
-from modeling_movekd.serve_openai import MAX_REQUEST_BYTES, ChatHandler, Limits, build_app, read_image
+from modeling_movekd.serve_openai import MAX_REQUEST_BYTES, ChatHandler, Limits, StopText, build_app, read_image
 
 
 def picture() -> bytes:
@@ -77,6 +77,14 @@ def test_image_urls_by_flag(tmp_path, monkeypatch):
             thread.join()
     with pytest.raises(ValueError, match="bytes; at most 20"):
         read_image(URL, Limits(image_bytes=20))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [["\n\nUser:"], ["zzz", "\n\nUser:"], ["\n\nUser: in full", "\n\nUser:"]])
+def test_a_stop_string_is_found_over_several_pieces(size: int, stop: list[str]) -> None:
+    said, text = "A\n\nUs.\n\nUser: b", StopText(stop)
+    pieces = [said[start : start + size] for start in range(0, len(said), size)]
+    assert "".join(map(text.add, pieces)) + text.rest() == "A\n\nUs." and text.found
 
 
 class Call:
