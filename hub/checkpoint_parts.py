@@ -20,13 +20,17 @@ TOWER_PREFIX = "model.vision_tower."
 def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
     """The configuration of a whole model or of an encoder alone."""
     content = read_json(folder / "config.json")
-    if paths := [path for path in weight_files(folder) if path.suffix == ".safetensors"]:
-        check_config_size(content, weight_shapes(paths), folder)
+    shapes = weight_shapes(path for path in weight_files(folder) if path.suffix == ".safetensors")
+    if shapes:
+        check_config_size(content, shapes, folder)
     model_type = content.get("model_type")
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         if model_type == config_class.model_type:
             with reading(folder):
-                return config_class.from_pretrained(folder)
+                config = config_class.from_pretrained(folder)
+            if shapes:
+                check_config_size(config.to_dict(), shapes, folder)  # with the defaults of what config.json leaves out
+            return config
     raise ValueError(
         f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. Convert it with "
         "`python hub/convert.py`."

@@ -31,6 +31,8 @@ def load(folder: str, meta: bool) -> dict[str, Any]:
             raise ValueError(
                 f"the processor's image token is {processor.image_token_id}, the model's {config.image_token_index}"
             )
+        if (tokens := len(processor.tokenizer)) > (rows := config.text_config.vocab_size):
+            raise ValueError(f"the tokenizer has {tokens} tokens, the embedding {rows} rows")
         tiles = getattr(config, "image_aspect_ratio", None) == "anyres" or config.model_type == "llava_next"
         expected = [list(grid) for grid in config.image_grid_pinpoints] if tiles else []
         grids = [list(grid) for grid in getattr(processor.image_processor, "image_grid_pinpoints", None) or []]

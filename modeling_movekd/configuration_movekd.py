@@ -119,6 +119,7 @@ class MoveKDConfig(LlavaNextConfig):
         super().__post_init__(**kwargs)
         self.validate_image_aspect_ratio()
         self.validate_image_grid()
+        self.validate_feature_layer()
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the parts' `_name_or_path`, which may name a folder of this machine."""
@@ -130,6 +131,11 @@ class MoveKDConfig(LlavaNextConfig):
 
     def validate_image_aspect_ratio(self) -> None:
         validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))
+
+    def validate_feature_layer(self) -> None:
+        layer, layers = self.vision_feature_layer, self.vision_config.num_hidden_layers
+        if any(not -layers - 1 <= index <= layers for index in (layer if isinstance(layer, list) else [layer])):
+            raise ValueError(f"`vision_feature_layer` is {layer}, but the tower has {layers} layers.")
 
     def validate_image_grid(self) -> None:
         """Tiles are cut at multiples of the image size: check that each grid of `anyres` is one."""

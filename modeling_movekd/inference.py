@@ -38,13 +38,16 @@ from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
 BREAK = "\ufdd0"
 
 
-def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> None:
+def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> list[tuple[int, ...]]:
     """
     Check that a checkpoint's configuration can be read, and asks for nothing larger than its weights.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Hub id or folder.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Returns:
+        The shapes of its weights, as far as they are in safetensors.
     """
 
     def find(name: str) -> str | None:
@@ -56,17 +59,22 @@ def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> No
         read_json(generation)  # transformers goes on without a file that it cannot read
     config, index = find(CONFIG_NAME), find(SAFE_WEIGHTS_INDEX_NAME)
     names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(read_json(index).get("weight_map", {}).values()))
-    if config is not None and (paths := [path for name in names if (path := find(name)) is not None]):
-        check_config_size(read_json(config), weight_shapes(paths), checkpoint)
+    shapes = weight_shapes(path for name in names if (path := find(name)) is not None)
+    if config is not None and shapes:
+        check_config_size(read_json(config), shapes, checkpoint)
+    return shapes
 
 
 def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrainedConfig:
-    check_size(checkpoint, revision)
+    shapes = check_size(checkpoint, revision)
     # Registered classes are preferred over code in the checkpoint.
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     with reading(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    if shapes:
+        check_config_size(config.to_dict(), shapes, checkpoint)  # with the defaults of what config.json leaves out
+    return config
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -108,6 +116,13 @@ def load_checkpoint(
     if fold:
         model.fold_experts()
     check_image_processor(processor.image_processor, model.config)
+    tokens, image_token = len(processor.tokenizer), model.config.image_token_index
+    rows = model.get_input_embeddings().num_embeddings
+    if tokens > rows or processor.image_token_id != image_token:
+        raise ValueError(
+            f"The model of {checkpoint} has {rows} embeddings and {IMAGE_TOKEN} as token {image_token}, the "
+            f"tokenizer has {tokens} tokens and {IMAGE_TOKEN} as token {processor.image_token_id}. Download it again."
+        )
     return model, processor
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks import evaluate
 from hub import convert as convert_script
@@ -87,6 +88,38 @@ def test_configurations_of_another_kind(copy: Path, change: dict[str, Any]) -> N
     (copy / "config.json").write_text(json.dumps(content))
     for use in ("chat, predict, serve", "export llava"):
         with pytest.raises((ValueError, OSError), match="copy"):
+            USES[use](copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_token_index": 10**9}, "copy has 260 embeddings and <image> as token 1000000000"),
+        ({"image_token_index": 5}, "copy has 260 embeddings and <image> as token 5"),
+        ({"text_config": {"vocab_size": 100}}, "copy has 100 embeddings .* tokenizer has 260 tokens"),
+        ({"vision_feature_layer": 99}, "`vision_feature_layer` is 99, but the tower has 2 layers"),
+    ],
+)
+def test_configurations_that_would_fail_at_the_first_question(copy: Path, change: dict, message: str) -> None:
+    content = json.loads((copy / "config.json").read_text())
+    for name, value in change.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    (copy / "config.json").write_text(json.dumps(content))
+    weights = load_file(copy / "model.safetensors")
+    rows = content["text_config"]["vocab_size"]
+    cut = {
+        key: value[:rows] for key, value in weights.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))
+    }
+    save_file(weights | cut, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(copy, device="cpu")
+
+
+def test_a_configuration_without_sizes_has_the_defaults_of_a_large_model(copy: Path) -> None:
+    content = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(content | {"text_config": {"model_type": "llama"}}))
+    for use in ("chat, predict, serve", "export llava", "convert"):
+        with pytest.raises(ValueError, match="of .*copy is [0-9]+, but its weights hold at most"):
             USES[use](copy)
 
 
