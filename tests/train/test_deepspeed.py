@@ -13,8 +13,10 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.files import read_json
 from tests.helpers.bare_process import load_as_stranger
 from tests.helpers.launched import ROOT, SCRIPT, launch
+from train.checkpoints import MANIFEST_NAME, write_manifest
 from train.demo.scenes import scenes
 from train.distributed import check_launch
 
@@ -113,6 +115,8 @@ def test_killed_and_resumed_is_the_same_run(write, stage: int, tmp_path: Path) -
         state = torch.load(path, weights_only=False)  # holds DeepSpeed's classes; this test wrote the file
         state["module"] = {key: value for key, value in state["module"].items() if "distiller" not in key}
         torch.save(state, path)
+        # A run that had saved it so: otherwise the list of files refuses the checkpoint first
+        write_manifest(copy, 2, read_json(copy / MANIFEST_NAME)["run"])
         lost = launch(SFT, *flags, copy, launcher=launcher(stage))
         assert lost.returncode != 0 and "distiller.detector.head.weight" in lost.stdout, lost.stdout[-6000:]
 
