@@ -110,7 +110,7 @@ def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArg
 
 
 def launch(
-    script: Path, *arguments: str | Path, launcher: Sequence[str | Path] | None = None, timeout: float = 300
+    script: Path, *arguments: str | Path, launcher: Sequence[str | Path] | None = None, timeout: float = 600
 ) -> subprocess.CompletedProcess:
     """
     Run a script by `accelerate launch` with the launcher's flags, or by plain Python if `launcher` is `None`. After
