@@ -287,6 +287,8 @@ class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
         """Replace Trainer's loss, a mean over the batches, by the loss of the means over all tokens and images."""
         self._evaluated = defaultdict(float)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if not self._evaluated:
+            raise ValueError("The evaluation data has no rows. Give more, or a larger `validation_share`.")
         means = evaluation_means(self._evaluated)
         self._metrics["eval"].update({name: [value] for name, value in means.items()})
         loss = means.get("text", 0.0) + self.args.lambda_kd * means.get("kd", 0.0)
