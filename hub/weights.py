@@ -17,7 +17,7 @@ from modeling_movekd.files import save_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5 * 10**9
 SMALL_SHARD_SIZE = 10**9
-# What a weight may be. Float8 and integers are quantized: they mean nothing without scales, which no layout here has.
+# Float8 and integers come from quantization. Without their scales, which no layout here has, they mean nothing.
 WEIGHT_DTYPES = (*DTYPES.values(), torch.float64)
 
 

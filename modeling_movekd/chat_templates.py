@@ -229,8 +229,9 @@ _FOLD_SYSTEM = """
 {%- set messages = [dict(messages[1], content=asked)] + messages[2:] -%}
 {%- endif -%}
 """
-# Renders a language model's template once as it is, and once with a mark for each answer. If the texts between the
-# marks are found again, what is between them are the answers. Otherwise the text is as it is, without a marked answer.
+# Renders a language model's template twice: as it is, and with a mark in place of each answer. The texts around the
+# marks are looked for in the first rendering, and what they enclose are the answers. If they are not found, no answer
+# is marked.
 _OWN = """
 {%- macro own(messages, add_generation_prompt) %}
 OWN_TEMPLATE{% endmacro -%}

@@ -29,7 +29,8 @@ CONVERSION_NAME = "conversion.json"
 EVALUATION_NAME = "evaluation.json"
 # What a full disk, a quota and a limit on the size of files are to the system
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Fields of configurations that say how much is built. A layer has weights of its own, and a size is that of a weight.
+# Fields of a configuration that decide how much is built. There are no more layers than weights, and no size is larger
+# than the largest side of a weight.
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 SIZE_FIELDS = (
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "head_dim", "lora_rank"),

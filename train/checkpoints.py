@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from modeling_movekd.files import CARD_NAME, TEMPORARY_PREFIX, read_json, save_json
+from modeling_movekd.files import CARD_NAME, read_json, save_json
 from train.config import MoveKDSFTConfig
 
 
@@ -55,9 +55,7 @@ def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "checksum": checksum(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name not in (MANIFEST_NAME, CARD_NAME)
-        and not path.name.startswith(TEMPORARY_PREFIX)
+        if path.is_file() and path.name not in (MANIFEST_NAME, CARD_NAME)
     }
     save_json({"step": step, "run": dict(run), "files": files}, folder / MANIFEST_NAME)
 
