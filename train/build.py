@@ -49,9 +49,12 @@ DISTILLER_OPTIONS = (
     "head_form",
     "feature_normalization",
     "grid_matching",
+    "distillation_loss",
+    "cosine_share",
     "token_weighting",
     "teacher_weighting",
     "clip_share",
+    "teacher_dropping",
 )
 # Options that a saved student has decided. A run that continues the student must give the same values.
 STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")

@@ -9,6 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from hub.card_licenses import check_license
+from train.distributed import accumulation_steps
 from train.presets import PRESETS, preset_option
 
 
@@ -207,15 +208,22 @@ class MoveKDSFTConfig(SFTConfig):
     head_form: Literal["mlp", "unit_linear"] | None = preset_option(
         "head_form", "Form of the heads on the student: a two-layer `mlp`, or a linear layer with rows of length one."
     )
-    feature_normalization: Literal["none", "standardize", "whiten"] | None = preset_option(
+    feature_normalization: Literal["none", "standardize", "whiten", "phi_s"] | None = preset_option(
         "feature_normalization",
         "`standardize` scales each channel of the teachers to zero mean and unit variance, `whiten` also projects on "
-        "`whitening_components` principal components of unit variance.",
+        "`whitening_components` principal components of unit variance, `phi_s` rotates the channels to equal variance "
+        "and scales all by one number.",
     )
-    grid_matching: Literal["learned", "resample"] | None = preset_option(
+    grid_matching: Literal["learned", "resample", "upsample"] | None = preset_option(
         "grid_matching",
-        "How a teacher's patch grid becomes the student's: `learned` by a linear layer over the tokens, `resample` by "
-        "pixel-unshuffle or interpolation.",
+        "How a teacher's patch grid meets the student's: `learned` by a linear layer over the tokens, `resample` to "
+        "the student's by pixel-unshuffle or interpolation, `upsample` both to the larger one.",
+    )
+    distillation_loss: Literal["mse", "cosine", "smooth_l1", "cosine_smooth_l1"] | None = preset_option(
+        "distillation_loss", "Loss of a token: `mse`, `cosine`, `smooth_l1`, or `cosine_smooth_l1` for a mixture."
+    )
+    cosine_share: float | None = preset_option(
+        "cosine_share", "Share of the cosine in `cosine_smooth_l1`; smooth L1 has the rest."
     )
     token_weighting: Literal["cls_attention", "released", "none"] | None = preset_option(
         "token_weighting",
@@ -227,6 +235,10 @@ class MoveKDSFTConfig(SFTConfig):
     )
     clip_share: float | None = preset_option(
         "clip_share", "Weight of the teacher `clip`; the other teachers share the rest."
+    )
+    teacher_dropping: float | None = preset_option(
+        "teacher_dropping",
+        "Probability with which a teacher is dropped for an image, but for the one with the largest loss.",
     )
     lambda_kd: float | None = preset_option("lambda_kd", "Weight of the distillation loss.")
     balance_form: Literal["per_layer", "pooled"] | None = preset_option(
@@ -265,9 +277,15 @@ class MoveKDSFTConfig(SFTConfig):
         self.batch_summary()
         self._check_choices()
         self._check_order()
+        cosine_share = self.cosine_share
         for name, value in PRESETS[self.distillation_preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if cosine_share is not None and self.distillation_loss != "cosine_smooth_l1":
+            raise ValueError(
+                f"`cosine_share` is {cosine_share}, but `distillation_loss` {self.distillation_loss!r} has no share. "
+                "Leave it out, or set `distillation_loss: cosine_smooth_l1`."
+            )
         self._check_distillation()
         self._check_language_model()
         if self.push_to_hub and self.hub_strategy != "end":
@@ -417,25 +435,6 @@ class MoveKDSFTConfig(SFTConfig):
     def preset_options(self) -> dict[str, Any]:
         """The options that a preset sets, with their values in this run."""
         return {name: getattr(self, name) for name in PRESETS["paper"]}
-
-
-def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
-    """
-    The number of micro-batches that one optimizer step accumulates to take `global_batch_size` rows.
-
-    Raises:
-        ValueError: if the processes cannot take that many rows.
-    """
-    steps, rest = divmod(global_batch_size, per_device_batch_size * processes)
-    if steps < 1 or rest:
-        share, uneven = divmod(global_batch_size, processes)
-        sizes = [] if uneven else [size for size in range(1, share + 1) if share % size == 0]
-        way_out = f"`per_device_train_batch_size` one of {sizes}" if sizes else "a number of processes that divides it"
-        raise ValueError(
-            f"`global_batch_size` is {global_batch_size}, no multiple of {per_device_batch_size} rows on each of "
-            f"{processes} processes. Give {way_out}."
-        )
-    return steps
 
 
 def refuse_reentrant_checkpointing(args: SFTConfig) -> None:

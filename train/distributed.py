@@ -122,3 +122,22 @@ def ended_workers(seconds: int) -> Iterator[None]:
             f"A worker of the data loader gave no batch for {seconds} seconds: it was stopped, or the disk or network "
             "is too slow. Raise `dataloader_timeout`, or set `dataloader_num_workers: 0`."
         ) from error
+
+
+def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
+    """
+    The number of micro-batches that one optimizer step accumulates to take `global_batch_size` rows.
+
+    Raises:
+        ValueError: if the processes cannot take that many rows.
+    """
+    steps, rest = divmod(global_batch_size, per_device_batch_size * processes)
+    if steps < 1 or rest:
+        share, uneven = divmod(global_batch_size, processes)
+        sizes = [] if uneven else [size for size in range(1, share + 1) if share % size == 0]
+        way_out = f"`per_device_train_batch_size` one of {sizes}" if sizes else "a number of processes that divides it"
+        raise ValueError(
+            f"`global_batch_size` is {global_batch_size}, no multiple of {per_device_batch_size} rows on each of "
+            f"{processes} processes. Give {way_out}."
+        )
+    return steps

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import pytest
 from trl import SFTConfig
 
 from train.arguments import TrainingParser
@@ -69,6 +70,13 @@ def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
         parse("--resume_from_checkpoint", "false", recipe="resume_from_checkpoint: true").resume_from_checkpoint
         is None
     )
+
+
+def test_a_share_of_a_loss_that_is_not_mixed_is_refused(tmp_path):
+    common = {"output_dir": str(tmp_path), "bf16": False, "teachers": ["clip"], "cosine_share": 0.5}
+    assert MoveKDSFTConfig(**common, distillation_loss="cosine_smooth_l1").cosine_share == 0.5
+    with pytest.raises(ValueError, match="`cosine_share` is 0.5, but `distillation_loss` 'mse' has no share"):
+        MoveKDSFTConfig(**common)
 
 
 def test_defaults_warn_of_nothing(tmp_path, recwarn):

@@ -11,7 +11,8 @@ import yaml
 from trl import TrlParser
 
 from train.build import STUDENT_FIELDS
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig, accumulation_steps
+from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.distributed import accumulation_steps
 from train.teachers.config import resolve_teacher
 
 

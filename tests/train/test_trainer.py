@@ -246,14 +246,28 @@ def test_saved_folder(arguments, tmp_path: Path) -> None:
     assert not torch.equal(saved["vit.channels.weight"], heads["vit.channels.weight"]), "of the step before"
 
 
-@pytest.mark.parametrize("preset", ["paper", "student_heads"])
-def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path, preset: str) -> None:
-    first = stage_run.train(*arguments(stage="pretrain", distillation_preset=preset))
+OF_OTHER_RECIPES = {
+    "distillation_preset": "student_heads",
+    "head_form": "mlp",
+    "feature_normalization": "phi_s",
+    "grid_matching": "upsample",
+    "distillation_loss": "cosine_smooth_l1",
+    "cosine_share": 0.5,
+    "teacher_dropping": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"distillation_preset": "paper"}, {"distillation_preset": "student_heads"}, OF_OTHER_RECIPES]
+)
+def test_second_stage_continues_student_and_distiller(arguments, tmp_path: Path, options: dict[str, Any]) -> None:
+    first = stage_run.train(*arguments(stage="pretrain", **options))
+    assert all(entry["kd"] > 0 for entry in entries(first))
     snapshot = Snapshot()
     train(
         *arguments(
             stage="finetune",
-            distillation_preset=preset,
+            **options,
             model_name_or_path=str(tmp_path / "output"),
             output_dir=str(tmp_path / "second"),
         ),

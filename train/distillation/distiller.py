@@ -11,15 +11,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from modeling_movekd.files import new_file
-from train.distillation.heads import Moments, StudentHead, Target, TeacherAdapter
+from train.distillation.heads import StudentHead, Target, TeacherAdapter
 from train.distillation.losses import (
     CLIP,
+    DISTILLATION_LOSSES,
     TEACHER_WEIGHTINGS,
     TOKEN_WEIGHTINGS,
     distillation_loss,
+    keep_teachers,
     teacher_weights,
     token_weights,
 )
+from train.distillation.statistics import Moments, paley_prime
 
 
 if TYPE_CHECKING:
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 CHOICES = {
     "head_side": ("teacher", "student"),
     "head_form": ("mlp", "unit_linear"),
-    "feature_normalization": ("none", "standardize", "whiten"),
-    "grid_matching": ("learned", "resample"),
+    "feature_normalization": ("none", "standardize", "whiten", "phi_s"),
+    "grid_matching": ("learned", "resample", "upsample"),
+    "distillation_loss": DISTILLATION_LOSSES,
     "token_weighting": TOKEN_WEIGHTINGS,
     "teacher_weighting": TEACHER_WEIGHTINGS,
 }
@@ -66,8 +70,9 @@ class Distiller(nn.ModuleDict):
         teachers (`Mapping[str, tuple[int, tuple[int, int]]]`): Width and grid of each teacher's features.
         whitening_components (`int`, *optional*, defaults to 64): Principal components that `"whiten"` keeps of each
             teacher, at most all of them.
-        head_side, head_form, feature_normalization, grid_matching, token_weighting, teacher_weighting, clip_share:
-            The options of [`MoveKDSFTConfig`].
+        head_side, head_form, feature_normalization, grid_matching, distillation_loss, cosine_share: As in
+            [`MoveKDSFTConfig`].
+        token_weighting, teacher_weighting, clip_share, teacher_dropping: As in [`MoveKDSFTConfig`].
     """
 
     def __init__(
@@ -80,9 +85,12 @@ class Distiller(nn.ModuleDict):
         feature_normalization: str = "none",
         whitening_components: int = 64,
         grid_matching: str = "learned",
+        distillation_loss: str = "mse",
+        cosine_share: float = 0.9,
         token_weighting: str = "cls_attention",
         teacher_weighting: str = "cls_similarity",
         clip_share: float = 0.8,
+        teacher_dropping: float = 0.0,
     ) -> None:
         super().__init__()
         self.student_width, self.student_grid = student_width, (student_grid[0], student_grid[1])
@@ -90,7 +98,8 @@ class Distiller(nn.ModuleDict):
         self.head_side, self.head_form = head_side, head_form
         self.token_weighting, self.teacher_weighting = token_weighting, teacher_weighting
         self.feature_normalization, self.grid_matching = feature_normalization, grid_matching
-        self.clip_share = clip_share
+        self.distillation_loss, self.cosine_share = distillation_loss, cosine_share
+        self.clip_share, self.teacher_dropping = clip_share, teacher_dropping
         if whitening_components < 1:
             raise ValueError(f"`whitening_components` is {whitening_components}. Set it to 1 or more.")
         self._check_options()
@@ -108,17 +117,30 @@ class Distiller(nn.ModuleDict):
                 self[name] = Target(width, grid, self.student_grid)
             else:
                 self[name] = TeacherAdapter(width, grid, *student, **kwargs)
+            channels: Any = self[name].target_width
+            if feature_normalization == "phi_s" and paley_prime(channels) is None:
+                raise ValueError(
+                    f"Teacher {name} has {channels} channels, for which `feature_normalization` 'phi_s' has no "
+                    "Hadamard matrix. Choose 'standardize' or 'whiten'."
+                )
 
     def _check_options(self) -> None:
         for option, choices in CHOICES.items():
             if (value := getattr(self, option)) not in choices:
                 raise ValueError(f"`{option}` is {value!r}, expected one of {choices}.")
-        if not 0 <= self.clip_share <= 1:
-            raise ValueError(f"`clip_share` is {self.clip_share}. Set it between 0 and 1.")
+        for option in ("clip_share", "cosine_share", "teacher_dropping"):
+            if not 0 <= (share := getattr(self, option)) <= 1:
+                raise ValueError(f"`{option}` is {share}. Set it between 0 and 1.")
         if self.head_side == "student" and (self.grid_matching == "learned" or self.teacher_weighting != "equal"):
             raise ValueError(
-                f"Heads on the student need `grid_matching` 'resample' and `teacher_weighting` 'equal', got "
-                f"{self.grid_matching!r} and {self.teacher_weighting!r}."
+                f"Heads on the student need `grid_matching` 'resample' or 'upsample' and `teacher_weighting` 'equal', "
+                f"got {self.grid_matching!r} and {self.teacher_weighting!r}."
+            )
+        if self.grid_matching == "upsample" and (self.head_side == "teacher" or self.token_weighting != "none"):
+            raise ValueError(
+                f"`grid_matching` is 'upsample' with `head_side` {self.head_side!r} and `token_weighting` "
+                f"{self.token_weighting!r}: only heads on the student can be compared on another grid than the "
+                "student's, where its tokens have no weights. Set 'student' and 'none', or choose 'resample'."
             )
         if self.head_side == "teacher" and self.head_form != "mlp":
             raise ValueError(
@@ -131,6 +153,11 @@ class Distiller(nn.ModuleDict):
             raise ValueError("There are no teachers. Name at least one, or train without distillation.")
         if bad := [name for name in self.teachers if "." in name or hasattr(self, name)]:
             raise ValueError(f"Teachers cannot be named {bad}, which are no valid module names. Rename them.")
+        if self.teacher_dropping and len(self.teachers) == 1:
+            raise ValueError(
+                f"`teacher_dropping` is {self.teacher_dropping}, but {list(self.teachers)} is the only teacher, which "
+                "is never dropped. Set it to 0, or add teachers."
+            )
         if CLIP not in self.teachers:
             if self.token_weighting != "none" or self.teacher_weighting != "equal":
                 raise ValueError(
@@ -168,6 +195,11 @@ class Distiller(nn.ModuleDict):
         for name in self.teachers:
             losses[name], targets[name] = self._compare(name, student_tokens, features[name].tokens, weights)
         shares = teacher_weights(cls, targets, self.teacher_weighting, self.clip_share)
+        if self.training and self.teacher_dropping:
+            weighted, unweighted = torch.stack(list(shares.values())), torch.stack(list(losses.values())).detach()
+            # A teacher without a weight is not the one to keep
+            weighted = weighted * keep_teachers(unweighted.where(weighted > 0, -torch.inf), self.teacher_dropping)
+            shares = dict(zip(losses, weighted / weighted.sum(dim=0), strict=True))
         loss = torch.stack([shares[name] * losses[name] for name in losses]).sum(dim=0)
         return DistillationOutput(
             loss,
@@ -184,7 +216,9 @@ class Distiller(nn.ModuleDict):
             student_tokens: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor]:
             student, target = self[name](student_tokens, tokens)
-            loss = distillation_loss(student, target, weights, self.token_weighting)
+            loss = distillation_loss(
+                student, target, weights, self.token_weighting, self.distillation_loss, self.cosine_share
+            )
             return loss, target.mean(dim=1, keepdim=True, dtype=torch.float32)
 
         if max(tokens.shape[1], student_tokens.shape[1]) * self.student_width <= LARGE_FEATURES:

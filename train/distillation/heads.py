@@ -9,10 +9,6 @@ from torch import nn
 
 # More channels have a covariance of gigabytes, which takes minutes to decompose
 MAX_UNSHUFFLED_CHANNELS = 4096
-# A channel with less variance than this share of its mean square is constant up to rounding
-CONSTANT_CHANNEL = 1e-10
-# A principal component with less variance than this share of the first is rounding
-EMPTY_DIRECTION = 1e-6
 
 
 def unshuffle_factors(width: int, grid: tuple[int, int], target_grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -52,13 +48,23 @@ def resample_grid(tokens: torch.Tensor, grid: tuple[int, int], target_grid: tupl
     return maps.flatten(2).transpose(1, 2)
 
 
+def target_grid(grid: tuple[int, int], student_grid: tuple[int, int], grid_matching: str) -> tuple[int, int]:
+    """The grid on which a teacher's features of `grid` are compared with a student's of `student_grid`."""
+    if grid_matching == "resample":
+        return student_grid
+    if grid_matching == "upsample":
+        return max(grid[0], student_grid[0]), max(grid[1], student_grid[1])
+    return grid
+
+
 class Target(nn.Module):
     """
     The target that one teacher's features give: normalized, resampled and whitened as the options say. It has no
     parameters. Used alone for the CLIP teacher, whose features need no adapter.
 
-    The buffers `mean`, `variance` (per channel after resampling) and `components` (one principal component a row,
-    scaled to unit variance) are NaN until [`Distiller.fit_statistics`] measures them. They stay float32.
+    The buffers `mean`, `variance` (per channel after resampling) and `components` (one output a row: with `"whiten"` a
+    principal component scaled to unit variance, with `"phi_s"` a row of the rotation) are NaN until
+    [`Distiller.fit_statistics`] measures them. They stay float32.
     """
 
     mean: torch.Tensor
@@ -75,7 +81,8 @@ class Target(nn.Module):
         grid_matching: str = "learned",
     ) -> None:
         super().__init__()
-        self.grid, self.target_grid = grid, student_grid if grid_matching == "resample" else grid
+        self.feature_normalization = feature_normalization
+        self.grid, self.target_grid = grid, target_grid(grid, student_grid, grid_matching)
         rows, columns = unshuffle_factors(width, grid, self.target_grid) or (1, 1)
         self.target_width = channels = width * rows * columns
         self.buffer_names: tuple[str, ...] = ()
@@ -83,9 +90,10 @@ class Target(nn.Module):
             self.buffer_names = ("mean", "variance")
             self.register_buffer("mean", torch.full((channels,), torch.nan))
             self.register_buffer("variance", torch.full((channels,), torch.nan))
-        if feature_normalization == "whiten":
+        if feature_normalization in ("whiten", "phi_s"):
             self.buffer_names += ("components",)
-            self.target_width = min(whitening_components, channels)
+            if feature_normalization == "whiten":
+                self.target_width = min(whitening_components, channels)
             self.register_buffer("components", torch.full((self.target_width, channels), torch.nan))
         self.needs_statistics = bool(self.buffer_names)
 
@@ -156,7 +164,7 @@ class UnitLinear(nn.Linear):
 
 class StudentHead(Target):
     """
-    A head on the student's features that predicts a teacher's target.
+    A head on the student's features that predicts a teacher's target, and is upsampled to a larger grid of it.
 
     An `"mlp"` (d-2d-k) can amplify features that are faint in the student. `"unit_linear"` cannot, so that training
     makes them as large as the projector needs to find them.
@@ -172,6 +180,7 @@ class StudentHead(Target):
         **target: Any,
     ) -> None:
         super().__init__(width, grid, student_grid, **target)
+        self.student_grid = student_grid
         if head_form == "unit_linear":
             self.head: nn.Module = UnitLinear(student_width, self.target_width)
         else:
@@ -179,76 +188,10 @@ class StudentHead(Target):
             self.head = nn.Sequential(wide, nn.GELU(), nn.Linear(wide.out_features, self.target_width))
 
     def forward(self, student_tokens: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.head(_to_parameters(student_tokens, self.head)), self.target(tokens)
+        predicted = self.head(_to_parameters(student_tokens, self.head))
+        return resample_grid(predicted, self.student_grid, self.target_grid), self.target(tokens)
 
 
 def _to_parameters(tokens: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """Cast to the layer's dtype, except under autocast, which casts by itself and saves the copy."""
     return tokens if torch.is_autocast_enabled(tokens.device.type) else tokens.to(next(layer.parameters()).dtype)
-
-
-class Moments:
-    """Sums over a sample of one teacher's features, in float64, and the statistics of a [`Target`] from them."""
-
-    def __init__(self, name: str, target: Target) -> None:
-        self.name, self.target = name, target
-        self.sums: list[torch.Tensor] = []
-        self.count = 0
-
-    def add(self, tokens: torch.Tensor) -> None:
-        """Add features `(batch_size, h * w, width)`."""
-        # On the features' device, since the product of all channels is heavy; but Metal has no float64
-        tokens = tokens.detach().to("cpu" if tokens.device.type == "mps" else tokens.device).double()
-        resampled = resample_grid(tokens, self.target.grid, self.target.target_grid).flatten(0, 1)
-        tokens = tokens.flatten(0, 1)
-        sums = [tokens.mean(dim=0), tokens.square().mean(dim=0), resampled.mean(dim=0)]
-        if "components" in self.target.buffer_names:
-            sums.append(resampled.T @ resampled / len(resampled))
-        sums = [value * len(tokens) for value in sums]
-        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
-        self.count += len(tokens)
-
-    def set_statistics(self) -> None:
-        """
-        Compute the target's statistics.
-
-        Raises:
-            ValueError: if the sample is empty, not finite, constant, or has too few principal components.
-        """
-        if not self.count:
-            raise ValueError(f"There are no features of teacher {self.name} to measure. Give data with images.")
-        raw_mean, mean_square, mean, *products = (total.cpu() / self.count for total in self.sums)
-        if not mean_square.isfinite().all():
-            raise ValueError(f"Features of teacher {self.name} are not finite. Check the images and its dtype.")
-        variance = mean_square - raw_mean.square()
-        variance = torch.where(variance > CONSTANT_CHANNEL * mean_square, variance, 0.0)
-        if not variance.any():
-            raise ValueError(
-                f"All {len(variance)} channels of teacher {self.name} are constant over {self.count} tokens. Give "
-                "different images, or correct the teacher's output."
-            )
-        variance = variance.repeat(len(mean) // len(variance))
-        if products:
-            covariance = products[0] - torch.outer(mean, mean)
-            self.target.components.copy_(self._components(covariance, variance))
-        self.target.mean.copy_(mean)
-        self.target.variance.copy_(variance)
-        self.target.needs_statistics = False
-
-    def _components(self, covariance: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        """The first principal components of the standardized features, scaled to unit variance, one a row."""
-        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-        covariance = covariance * torch.outer(scale, scale)
-        # Ascending, one eigenvector a column
-        values, vectors = torch.linalg.eigh(covariance * torch.outer(variance > 0, variance > 0))
-        asked, found = self.target.target_width, int((values > EMPTY_DIRECTION * values[-1]).sum())
-        if found < asked:
-            raise ValueError(
-                f"Teacher {self.name} has {found} directions with variance in {self.count} tokens, fewer than the "
-                f"{asked} principal components asked for. Set `whitening_components` to {found} or less, or measure "
-                "more images."
-            )
-        components = vectors.flip(1)[:, :asked].T / values.flip(0)[:asked, None].sqrt()
-        # The sign of an eigenvector is arbitrary: make its largest entry positive
-        largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-        return components * largest.sign()

@@ -8,12 +8,14 @@ batch mean. Sums are float32 whatever the inputs' dtype, and no loss synchronize
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn import functional
 
 
 CLIP = "clip"
 TOKEN_WEIGHTINGS = ("cls_attention", "released", "none")
 TEACHER_WEIGHTINGS = ("cls_similarity", "released", "equal")
 BALANCE_FORMS = ("per_layer", "pooled")
+DISTILLATION_LOSSES = ("mse", "cosine", "smooth_l1", "cosine_smooth_l1")
 DOMINANT_SHARE = 0.8
 
 
@@ -117,29 +119,86 @@ def teacher_weights(
     return {name: clip_share * ones if name == CLIP else weights[name] for name in teacher_tokens}
 
 
-def distillation_loss(
-    student_tokens: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None, form: str
+def token_losses(
+    student_tokens: torch.Tensor, target: torch.Tensor, loss: str = "mse", cosine_share: float = 0.9
 ) -> torch.Tensor:
     """
-    The paper's distillation loss against one teacher: sum over the tokens of w * mean over the channels of (s - t)^2.
-    The form `"released"` adds the plain mean over the tokens, as the original code does.
+    Compare each token of the student with the teacher's.
+
+    - `"mse"`: mean over the channels of (s - t)^2, as in the paper.
+    - `"cosine"`: 1 - cos(s, t).
+    - `"smooth_l1"`: mean over the channels of (s - t)^2 / 2 where |s - t| < 1, and of |s - t| - 1/2 elsewhere.
+    - `"cosine_smooth_l1"`: `cosine_share` of the cosine and the rest of smooth L1. The share is 0.9 in AM-RADIO (arXiv
+      2312.06709), EUPE (arXiv 2603.22387) and Theia's released code, 0.5 in UNIC's (arXiv 2408.05088).
 
     Args:
         student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The student's side s.
         target (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The teacher's side t.
-        weights (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Weights w from [`token_weights`];
+        loss (`str`, *optional*, defaults to `"mse"`): One of the losses above.
+        cosine_share (`float`, *optional*, defaults to 0.9): Between 0 and 1; unused by the other losses.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_tokens)`, float32.
+    """
+    student_tokens, target = student_tokens.float(), target.float()
+    if loss == "mse":
+        # Autograd keeps one float32 tensor of full size, the difference
+        return (student_tokens - target).square().mean(dim=-1)
+    if loss == "cosine":
+        return 1 - functional.cosine_similarity(student_tokens, target, dim=-1)
+    if loss == "smooth_l1":
+        return functional.smooth_l1_loss(student_tokens, target, reduction="none").mean(dim=-1)
+    if loss == "cosine_smooth_l1":
+        cosine, smooth_l1 = (token_losses(student_tokens, target, part) for part in ("cosine", "smooth_l1"))
+        return cosine_share * cosine + (1 - cosine_share) * smooth_l1
+    raise ValueError(f"There is no distillation loss {loss!r}; choose one of {DISTILLATION_LOSSES}.")
+
+
+def distillation_loss(
+    student_tokens: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None,
+    form: str,
+    loss: str = "mse",
+    cosine_share: float = 0.9,
+) -> torch.Tensor:
+    """
+    The paper's distillation loss against one teacher: weighted sum over the tokens of [`token_losses`]. The form
+    `"released"` adds the plain mean over the tokens, as the original code does.
+
+    Args:
+        student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The student's side.
+        target (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`): The teacher's side.
+        weights (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*): Weights from [`token_weights`];
             `None` for the plain mean.
         form (`str`): The form of the weights.
+        loss (`str`, *optional*, defaults to `"mse"`), cosine_share (`float`, *optional*, defaults to 0.9): As for
+            [`token_losses`].
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float32.
     """
-    # Autograd keeps one float32 tensor of full size, the difference
-    errors = (student_tokens.float() - target.float()).square().mean(dim=-1)
+    errors = token_losses(student_tokens, target, loss, cosine_share)
     if weights is None:
         return errors.mean(dim=-1)
-    loss = (weights * errors).sum(dim=-1)
-    return loss + errors.mean(dim=-1) if form == "released" else loss
+    weighted = (weights * errors).sum(dim=-1)
+    return weighted + errors.mean(dim=-1) if form == "released" else weighted
+
+
+def keep_teachers(losses: torch.Tensor, drop_probability: float) -> torch.Tensor:
+    """
+    Teacher dropping of UNIC (arXiv 2408.05088): for each image the teacher with the largest loss is kept,
+    and each other one is dropped with the given probability. Draws from torch's global random numbers.
+
+    Args:
+        losses (`torch.Tensor` of shape `(num_teachers, batch_size)`): Each teacher's loss, without its weight.
+        drop_probability (`float`): Between 0 and 1.
+
+    Returns:
+        `torch.Tensor` of shape `(num_teachers, batch_size)`, bool: which teachers teach which image.
+    """
+    is_largest = functional.one_hot(losses.argmax(dim=0), len(losses)).T.bool()
+    return is_largest | (torch.rand_like(losses) >= drop_probability)
 
 
 def balance_loss(

@@ -16,7 +16,8 @@ from typing import Any
 
 from train.arguments import TrainingParser
 from train.build import parameter_groups
-from train.config import ModelArguments, MoveKDSFTConfig, accumulation_steps
+from train.config import ModelArguments, MoveKDSFTConfig
+from train.distributed import accumulation_steps
 from train.plan.memory import optimizer_name, sharded_memory, usable_backends
 from train.plan.models import PlannedRun, build_planned_run
 from train.plan.step import check_length, input_bytes, measure_activations, measure_flops

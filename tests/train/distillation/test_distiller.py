@@ -12,7 +12,7 @@ from tests.helpers.distillers import GRID, TEACHERS, WIDTH, images, make_distill
 from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import NUM_PARTS, DistillationOutput, Distiller
-from train.distillation.losses import teacher_weights, token_weights
+from train.distillation.losses import teacher_weights, token_losses, token_weights
 from train.teachers.features import TeacherFeatures
 
 
@@ -88,6 +88,47 @@ def test_unit_heads_amplify_nothing() -> None:
     # The gradient turns the weight rows, and does not lengthen them
     lengthening = (head.weight.grad * head.weight).sum(dim=1).abs().max()
     assert lengthening < 1e-4 * head.weight.grad.norm() * head.weight.norm()
+
+
+@pytest.mark.parametrize("loss", ["cosine", "smooth_l1", "cosine_smooth_l1"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_loss_works_with_every_preset(preset: str, loss: str) -> None:
+    distiller, student, features = make_distiller(preset, distillation_loss=loss), make_student(), make_features()
+    output = distiller(student.requires_grad_(), features)
+    # The other options of the preset hold: weights of tokens and teachers
+    weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
+    predicted, target = distiller["sam"](student, features["sam"].tokens)
+    errors = token_losses(predicted, target, loss, 0.9)
+    expected = (weights * errors).sum(dim=1) + (errors.mean(dim=1) if preset == "released" else 0)
+    torch.testing.assert_close(output.teacher_losses["sam"], expected.detach())
+    output.loss.sum().backward()
+    assert student.grad is not None and student.grad.any()
+    assert all(value.grad is not None and value.grad.any() for value in distiller.parameters())
+
+
+def test_dropped_teachers_leave_their_weight_to_the_others_in_training_alone() -> None:
+    distiller, student, features = make_distiller(teacher_dropping=0.5), make_student(64), make_features(64)
+    whole = make_distiller()(student, features)
+    torch.testing.assert_close(distiller.eval()(student, features).loss, whole.loss)
+    output = distiller.train()(student, features)
+    losses, shares = (torch.stack(list(values.values())) for values in (output.teacher_losses, output.teacher_weights))
+    torch.testing.assert_close(losses, torch.stack(list(whole.teacher_losses.values())))
+    torch.testing.assert_close(shares.sum(dim=0), torch.ones(64))
+    assert (shares.gather(0, losses.argmax(dim=0)[None]) > 0).all()
+    dropped = (shares == 0).sum(dim=0)
+    assert set(dropped.tolist()) == {0, 1, 2}
+    is_whole = dropped == 0
+    torch.testing.assert_close(output.loss[is_whole], whole.loss[is_whole])
+    torch.testing.assert_close(output.loss, (shares * losses).sum(dim=0))
+
+
+def test_a_teacher_without_weight_is_not_the_one_that_is_kept() -> None:
+    distiller = make_distiller(clip_share=0.0, teacher_dropping=1.0)
+    features = make_features(32)
+    features["clip"] = features["clip"]._replace(tokens=100 * features["clip"].tokens)
+    output = distiller(make_student(32), features)
+    assert output.loss.isfinite().all()
+    torch.testing.assert_close(output.teacher_weights["eva"] + output.teacher_weights["sam"], torch.ones(32))
 
 
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
@@ -233,7 +274,13 @@ def test_clip_alone_has_all_the_weight(preset: str, tmp_path: Path) -> None:
         ({"teachers": TEACHERS | {"clip": (32, GRID)}}, "width 32.*the student 16"),
         ({"teachers": TEACHERS | {"clip": (WIDTH, (2, 2))}}, r"\(2, 2\).*\(4, 6\)"),
         (STUDENT_SIDE | {"teachers": TEACHERS | {"clip": (32, (2, 2))}}, r"attention cannot weigh.*'none'"),
-        (STUDENT_SIDE | {"grid_matching": "learned"}, "'resample' and `teacher_weighting` 'equal'"),
+        (STUDENT_SIDE | {"grid_matching": "learned"}, "'resample' or 'upsample' and `teacher_weighting` 'equal'"),
+        ({"grid_matching": "upsample"}, "only heads on the student.*'resample'"),
+        (STUDENT_SIDE | {"grid_matching": "upsample"}, "its tokens have no weights.*'none'"),
+        ({"distillation_loss": "l2"}, "`distillation_loss` is 'l2'"),
+        ({"cosine_share": -0.1}, "`cosine_share` is -0.1"),
+        ({"teacher_dropping": 1.1}, "`teacher_dropping` is 1.1"),
+        ({"teacher_dropping": 0.5, "teachers": {"clip": (WIDTH, GRID)}}, "the only teacher.*Set it to 0"),
         (STUDENT_SIDE | {"teacher_weighting": "cls_similarity"}, "got 'resample' and 'cls_similarity'"),
     ],
 )

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers.distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
 from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import Distiller
 from train.distillation.heads import resample_grid, unshuffle_factors
+from train.distillation.statistics import hadamard_matrix
 
 
 def test_statistics_stay_float32() -> None:
@@ -83,6 +85,54 @@ def test_a_student_that_contains_its_teacher_has_no_loss() -> None:
         head.head[2].bias.zero_()
     assert distiller(tokens, features).loss.max() < 1e-6
     assert distiller(tokens + 0.1 * make_student(), features).loss.min() > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 24, 64, 72, 384, 768, 1152, 1280, 1408, 1664])
+def test_hadamard_matrices_are_orthogonal_with_entries_of_one_magnitude(size: int) -> None:
+    matrix = hadamard_matrix(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [3, 6, 10, 100])
+def test_a_width_without_a_hadamard_matrix_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"{size} rows"):
+        hadamard_matrix(size)
+    with pytest.raises(ValueError, match=f"eva has {size} channels.*'phi_s'.*'standardize' or 'whiten'"):
+        make_distiller("student_heads", {"eva": (size, GRID)}, feature_normalization="phi_s")
+
+
+def test_phi_s_gives_all_channels_one_variance_and_keeps_all_distances_up_to_one_scale() -> None:
+    teachers = {"clip": (WIDTH, GRID), "sam": (24, (5, 7)), "dino": (12, GRID)}
+    features = make_features(16, seed=7, teachers=teachers)
+    distiller = make_distiller("student_heads", teachers, feature_normalization="phi_s")
+    for name, (width, grid) in teachers.items():
+        flat = resample_grid(features[name].tokens.double(), grid, GRID).flatten(0, 1)
+        target = distiller[name].target(features[name].tokens).flatten(0, 1).double()
+        assert target.shape[1] == width
+        assert target.mean(dim=0).abs().max() < 1e-4
+        torch.testing.assert_close(target.var(dim=0, correction=0), torch.ones(width).double(), rtol=1e-4, atol=0)
+        # The first channel varies ten times as much as the others: standardizing would change the distances
+        scale = flat.var(dim=0, correction=0).mean().sqrt()
+        torch.testing.assert_close(torch.cdist(target, target), torch.cdist(flat, flat) / scale, rtol=1e-4, atol=1e-3)
+
+
+def test_upsampling_compares_on_the_larger_grid() -> None:
+    teachers = {"clip": (WIDTH, GRID), "eva": (10, (8, 12)), "wide": (6, (2, 9))}
+    distiller = make_distiller("student_heads", teachers, feature_normalization="none", grid_matching="upsample")
+    features, student = make_features(teachers=teachers), make_student()
+    grids = {"clip": GRID, "eva": (8, 12), "wide": (4, 9)}
+    output = distiller(student, features)
+    for name, (width, grid) in teachers.items():
+        assert distiller[name].target_grid == grids[name] and distiller[name].target_width == width
+
+        def maps(tokens: torch.Tensor, grid: tuple[int, int], larger: tuple[int, int] = grids[name]) -> torch.Tensor:
+            unflat = tokens.transpose(1, 2).unflatten(2, grid)
+            return nn.functional.interpolate(unflat, size=larger, mode="bilinear")
+
+        predicted = maps(distiller[name].head(student), GRID)
+        expected = (predicted - maps(features[name].tokens, grid)).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(output.teacher_losses[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_constant_channels_become_zero() -> None:

@@ -1,5 +1,6 @@
 """The loss functions against their formulas, image by image."""
 
+import itertools
 import math
 
 import pytest
@@ -9,8 +10,10 @@ from train.distillation.losses import (
     balance_loss,
     check_finite,
     distillation_loss,
+    keep_teachers,
     teacher_scores,
     teacher_weights,
+    token_losses,
     token_weights,
 )
 
@@ -134,6 +137,38 @@ def test_distillation_loss() -> None:
         assert plain[image].item() == pytest.approx(sum(errors) / PATCHES, rel=1e-5)
         assert weighted[image].item() == pytest.approx(sum(products), rel=1e-5)
         assert released[image].item() == pytest.approx(sum(products) + sum(errors) / PATCHES, rel=1e-5)
+
+
+def test_losses_of_a_token_written_out() -> None:
+    student, target = 2 * torch.randn(BATCH, PATCHES, WIDTH), torch.randn(BATCH, PATCHES, WIDTH)
+    losses = {form: token_losses(student, target, form) for form in ("mse", "cosine", "smooth_l1")}
+    mixed = {share: token_losses(student, target, "cosine_smooth_l1", share) for share in (0.0, 0.5, 0.9, 1.0)}
+    for image, token in itertools.product(range(BATCH), range(PATCHES)):
+        s, t = student[image, token].tolist(), target[image, token].tolist()
+        differences = [abs(a - b) for a, b in zip(s, t, strict=True)]
+        product = sum(a * b for a, b in zip(s, t, strict=True))
+        cosine = 1 - product / math.hypot(*s) / math.hypot(*t)
+        smooth_l1 = sum(d * d / 2 if d < 1 else d - 0.5 for d in differences) / WIDTH
+        expected = {"mse": sum(d * d for d in differences) / WIDTH, "cosine": cosine, "smooth_l1": smooth_l1}
+        for form, value in expected.items():
+            assert losses[form][image, token].item() == pytest.approx(value, rel=1e-4, abs=1e-6), form
+        for share, loss in mixed.items():
+            value = share * cosine + (1 - share) * smooth_l1
+            assert loss[image, token].item() == pytest.approx(value, rel=1e-4, abs=1e-6), share
+    with pytest.raises(ValueError, match="'l2'.*cosine_smooth_l1"):
+        token_losses(student, target, "l2")
+
+
+def test_of_the_teachers_that_are_dropped_none_has_the_largest_loss() -> None:
+    losses = torch.rand(4, 20_000)
+    kept = keep_teachers(losses, 0.3)
+    largest = losses.argmax(dim=0)
+    assert kept.gather(0, largest[None]).all()
+    others = kept.float().sum(dim=0) - 1
+    assert others.mean().item() == pytest.approx(3 * 0.7, abs=0.05)
+    assert set(others.tolist()) == {0, 1, 2, 3}
+    assert keep_teachers(losses, 0.0).all()
+    assert torch.equal(keep_teachers(losses, 1.0).sum(dim=0), torch.ones(20_000, dtype=torch.long))
 
 
 def test_distillation_loss_keeps_one_tensor_of_full_size_for_the_backward_pass() -> None:
