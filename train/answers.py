@@ -88,7 +88,7 @@ def _answer(
 ) -> str:
     processor = collator.processor
     inputs = processor.apply_chat_template(
-        collator._with_images(question, images, 0),
+        collator.with_images(question, images, 0),
         tokenize=True,
         add_generation_prompt=True,
         return_dict=True,

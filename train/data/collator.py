@@ -193,12 +193,47 @@ class MoveKDCollator:
                 problems[position] = str(error)
         return self._collate(rows, images, problems)
 
+    def with_images(
+        self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
+    ) -> list[dict[str, Any]]:
+        """
+        Put images in place of a conversation's placeholders.
+
+        Args:
+            messages (`Sequence[Mapping[str, Any]]`): A row's messages; contents are strings or lists of parts.
+            images (`list[PIL.Image.Image]`): The row's images, in order.
+            number (`int`): The row, for the error.
+
+        Raises:
+            ValueError: if there are more or fewer placeholders than images.
+        """
+        remaining = list(images)
+        placeholders = 0
+        filled = []
+        for message in messages:
+            parts = []
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "image":
+                    placeholders += 1
+                    part = {"type": "image", "image": remaining.pop(0)} if remaining else part
+                else:
+                    placeholders += part["text"].count(self.processor.image_token)
+                parts.append(part)
+            filled.append({"role": message["role"], "content": parts})
+        if placeholders != len(images):
+            raise ValueError(
+                f"Row {number} has {placeholders} image placeholders and {len(images)} images. Read the rows with "
+                "train.data.datasets.load_conversations, which skips such rows."
+            )
+        return filled
+
     def _collate(
         self, rows: Sequence[Mapping[str, Any]], images: list[list[Image.Image]], problems: dict[int, str]
     ) -> dict[str, Any]:
         numbers = [int(row.get("row_index", position)) for position, row in enumerate(rows)]
         conversations = [
-            self._with_images(STAND_IN if position in problems else row["messages"], of_row, numbers[position])
+            self.with_images(STAND_IN if position in problems else row["messages"], of_row, numbers[position])
             for position, (row, of_row) in enumerate(zip(rows, images, strict=True))
         ]
         encoded = self.processor.apply_chat_template(
@@ -304,31 +339,6 @@ class MoveKDCollator:
 
     def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
         return [pad_to_square(image, color(preprocessor.mean)) for image in images] if self._pads else images
-
-    def _with_images(
-        self, messages: Sequence[Mapping[str, Any]], images: list[Image.Image], number: int
-    ) -> list[dict[str, Any]]:
-        """Put the images in place of their placeholders."""
-        remaining = list(images)
-        placeholders = 0
-        filled = []
-        for message in messages:
-            parts = []
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                if part["type"] == "image":
-                    placeholders += 1
-                    part = {"type": "image", "image": remaining.pop(0)} if remaining else part
-                else:
-                    placeholders += part["text"].count(self.processor.image_token)
-                parts.append(part)
-            filled.append({"role": message["role"], "content": parts})
-        if placeholders != len(images):
-            raise ValueError(
-                f"Row {number} has {placeholders} image placeholders and {len(images)} images. Read the rows with "
-                "train.data.datasets.load_conversations, which skips such rows."
-            )
-        return filled
 
     def _check_image_tokens(
         self, encoded: Mapping[str, Any], is_image: torch.Tensor, image_rows: list[int], numbers: list[int]
