@@ -28,6 +28,10 @@ _LOGIT_FIELDS = re.compile(
 )
 
 
+# Attention implementations by which vLLM and SGLang replace the language model's
+ENGINES = ("vllm", "sglang")
+
+
 def refuse_scaled_logits(config: PreTrainedConfig) -> None:
     """
     Raises:
@@ -227,6 +231,14 @@ class MoveKDForConditionalGeneration(MoveKDPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+
+    @classmethod
+    def _from_config(cls, config: MoveKDConfig, **kwargs: Any) -> PreTrainedModel:
+        # Serving engines put their own head on what `AutoModel.from_config` builds. `_auto_map` cannot name the model
+        # without head for them, as everybody else loads the whole model by `AutoModel`.
+        if str(config.text_config._attn_implementation).startswith(ENGINES):
+            return MoveKDModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -54,6 +54,7 @@ STRANGER = textwrap.dedent(
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
     from transformers import pipeline
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     folders, image, pixels = json.loads(sys.argv[1]), Image.open(sys.argv[2]), load_file(sys.argv[3])["pixels"]
     trust = {"trust_remote_code": True}
@@ -91,6 +92,13 @@ STRANGER = textwrap.dedent(
                 "piped": piped[0]["generated_text"], "max_new_tokens": other.generation_config.max_new_tokens,
             }
             processor.save_pretrained(folder + "_again")
+            # What vLLM and SGLang do before they build the model
+            for engine in ("vllm", "sglang"):
+                ALL_ATTENTION_FUNCTIONS[engine] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+                config.text_config._attn_implementation = engine
+                with torch.device("meta"):
+                    base = AutoModel.from_config(config, **trust)
+                found[engine] = [type(base).__name__, sorted(base.state_dict())]
         model.save_pretrained(folder + "_again")
         model.save_pretrained(folder + "_again")
     ours = [name for name in sys.modules if name.split(".")[0] in ("modeling_movekd", "train", "hub")]
@@ -157,6 +165,14 @@ def test_types(report):
         assert {found[name] for name in ("model", "generation", "pipeline")} == {"MoveKDForConditionalGeneration"}
         assert found["processor"] == ("LlavaNextProcessor" if kind == "anyres" else "LlavaProcessor")
     assert all(found["module"].startswith("transformers_modules.") for found in report.values())
+
+
+@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+def test_engines_build_the_model_without_its_head(published, report, kind):
+    names = [f"model.{name}" for name in published[1][kind].model.state_dict()]
+    for engine in ("vllm", "sglang"):
+        name, found = report[kind][engine]
+        assert name == "MoveKDModel" and [f"model.{key}" for key in found] == sorted(names)
 
 
 @torch.no_grad()
