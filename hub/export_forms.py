@@ -36,7 +36,7 @@ from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKD
 from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, read_json, reading, save_json
 from modeling_movekd.images import decode_image
 from modeling_movekd.processing import check_image_processor, update_processor
-from modeling_movekd.vision_movekd import load_strictly
+from modeling_movekd.vision_movekd import load_strictly, save_weight_index
 
 
 MEASURED_FORMS = ("dense", "onnx", "merged")
@@ -246,6 +246,7 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
         for key, value in stock.state_dict().items()
     }
     stock.save_pretrained(dest, state_dict=state_dict, max_shard_size="5GB")
+    save_weight_index(dest)
     processor.save_pretrained(dest)
     processor.image_processor.save_pretrained(dest)  # transformers 5 keeps it in `processor_config.json`
     add_older_names(dest)

@@ -58,9 +58,10 @@ def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str],
             f"{folder} has no weights as safetensors{f', only pickles: {held}' if held else ''}. Pickles can hold "
             "code and are not published. Save the model with `save_pretrained`."
         )
-    if {"model.safetensors", "model.safetensors.index.json"} <= set(found):
+    if "model.safetensors" in found and weights != [folder / "model.safetensors"]:
         raise ValueError(
-            f"{folder} has both model.safetensors and model.safetensors.index.json. Remove the older one."
+            f"{folder} has both model.safetensors and model.safetensors.index.json of other files. Remove the older "
+            "one."
         )
     own = {path.name for path in weights} | {"model.safetensors.index.json", "distiller.safetensors"}
     allowed = own | TEXTS | CARD | CODE | {TOKENIZER_MODEL}

@@ -29,6 +29,7 @@ from modeling_movekd.files import (
     save_json,
     temporary_folder,
 )
+from modeling_movekd.vision_movekd import save_weight_index
 
 
 VALIDATE = Path(__file__).with_name("push_validate.py")
@@ -175,9 +176,11 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     if DISTILLER_NAME in chosen:
         WeightFiles([folder / DISTILLER_NAME]).close()
     is_split = max(path.stat().st_size for path in weights) > max_shard_size
-    split = {path.name for path in weights} | {"model.safetensors.index.json", EVALUATION_NAME} if is_split else set()
+    is_single = weights == [folder / "model.safetensors"]
+    rewritten = {"model.safetensors.index.json"} if is_single or is_split else set()
+    rewritten |= {path.name for path in weights} | {EVALUATION_NAME} if is_split else set()
     for name in chosen:
-        if name not in split:
+        if name not in rewritten:
             (stage / name).symlink_to((folder / name).resolve())
     config = read_json(folder / "config.json")
     if (public := _without_paths(config)) != config:
@@ -185,6 +188,8 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     if is_split:
         write_weights([renamed(files, key, key) for key in files.tensors], stage, max_shard_size)
         copy_evaluation(folder, stage)
+    elif is_single:
+        save_weight_index(stage)  # earlier versions saved none
     return left
 
 

@@ -157,7 +157,7 @@ def renamed(files: WeightFiles, key: str, new_key: str) -> WeightConversion:
 
 def write_weights(conversions: Sequence[WeightConversion], folder: Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """
-    Run conversions in their order, and write `model.safetensors` or shards with an index.
+    Run conversions in their order, and write `model.safetensors` or shards, with an index.
 
     One shard is in memory at a time. It is at most as large as `max_shard_size`, and as the largest file read (1 GB if
     that is smaller).
@@ -183,6 +183,5 @@ def write_weights(conversions: Sequence[WeightConversion], folder: Path, max_sha
             del shard
     for file in files:
         file.close()
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        save_json(index, folder / "model.safetensors.index.json")
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    save_json(index, folder / "model.safetensors.index.json")

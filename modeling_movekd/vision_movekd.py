@@ -1,8 +1,10 @@
 """The vision tower of MoVE-KD (arXiv 2501.01709): CLIP with a mixture of LoRA experts in every MLP."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, Pr
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import load_state_dict
 from transformers.models.clip.modeling_clip import (
     CLIPAttention,
     CLIPEncoderLayer,
     CLIPPreTrainedModel,
     CLIPVisionEmbeddings,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -55,6 +59,20 @@ def load_strictly(
         if key in state_dict:
             tensor._is_hf_initialized = True
     model.initialize_weights()
+
+
+def save_weight_index(folder: str | os.PathLike) -> None:
+    """
+    Write the index of weights that are in one file. vLLM and SGLang load every `*.safetensors` of a folder without an
+    index, and `distiller.safetensors` is none of the model's.
+    """
+    folder = Path(folder)
+    if not (folder / SAFE_WEIGHTS_NAME).is_file() or any(folder.glob("model-*-of-*.safetensors")):
+        return
+    weights = load_state_dict(folder / SAFE_WEIGHTS_NAME, map_location="meta")
+    size = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(weights), SAFE_WEIGHTS_NAME)}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -103,7 +121,7 @@ class MoveKDCheckpointMixin(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        As in transformers, with shards of 5 GB and the code that `trust_remote_code=True` loads.
+        As in transformers, with shards of 5 GB, always an index, and the code that `trust_remote_code=True` loads.
 
         Raises:
             ValueError: If weights are empty in this process, as under ZeRO-3.
@@ -120,20 +138,21 @@ class MoveKDCheckpointMixin(PreTrainedModel):
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
         if is_main_process:
-            self._save_code(save_directory)
+            self._save_extras(save_directory)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         """As in transformers, with shards of 5 GB and the code that `trust_remote_code=True` loads."""
         return super().push_to_hub(*args, **({"max_shard_size": SHARD_SIZE} | kwargs))
 
-    def _save_code(self, folder: str | os.PathLike) -> None:
+    def _save_extras(self, folder: str | os.PathLike) -> None:
+        save_weight_index(folder)
         # FSDP2 makes a subclass defined in torch's files, so look up the class that is defined in ours.
         code = next(parent for parent in type(self).__mro__ if "_auto_map" in vars(parent))
         custom_object_save(code, folder)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        # `save_pretrained(push_to_hub=True)` uploads before it returns, so the code is saved here too.
-        self._save_code(working_dir)
+        # `save_pretrained(push_to_hub=True)` uploads before it returns, so these are saved here too.
+        self._save_extras(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def fold_experts(self) -> None:

@@ -25,6 +25,8 @@ def test_nothing_of_the_source_is_lost(original: Path, converted: Path, converte
         added = 2 * rows * config["text_config"]["hidden_size"]
         assert kept + distiller + dropped == sum(value.numel() for value in theirs.values()) + added
         assert facts["new_weights"] == []
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index == dict.fromkeys(weights_of(folder), "model.safetensors")
     assert facts["dropped_weights"] == {}
 
 

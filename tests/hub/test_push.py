@@ -39,6 +39,7 @@ def test_only_the_allow_list_is_published_in_one_commit(hub: Hub, pushed: str, c
     files = repository.files()
     expected = {"model.safetensors", "distiller.safetensors", "config.json", "generation_config.json", "README.md"}
     expected |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    expected |= {"model.safetensors.index.json"}
     assert set(files) == expected | CODE | {"training_facts.json", ".gitattributes"}
     assert all(files[name] == (checkpoint / name).read_bytes() for name in expected - {"README.md"})
     assert len(repository.commits) == 2  # that which made it, and ours

@@ -49,7 +49,8 @@ def link(folder: Path) -> None:
 
 def only_pickles(folder: Path) -> None:
     torch.save({"weight": torch.ones(1)}, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    for path in folder.glob("model.safetensors*"):
+        path.unlink()
 
 
 def index(name: str):
@@ -121,6 +122,18 @@ def test_folders_of_this_machine_are_not_published(copy: Path, tmp_path: Path) -
     stage = tmp_path / "stage"
     push_checkpoint._stage(copy, stage, None, 10**9)
     assert json.loads((stage / "config.json").read_text())["text_config"]["_name_or_path"] == "vicuna"
+
+
+def test_one_file_of_weights_is_published_with_its_index(copy: Path, tmp_path: Path) -> None:
+    """Checkpoints of earlier versions have none, and one of weights that were replaced since is out of date."""
+    index = copy / "model.safetensors.index.json"
+    index.unlink()
+    for stage in (tmp_path / "none", tmp_path / "old"):
+        push_checkpoint._stage(copy, stage, None, 10**9)
+        found = json.loads((stage / index.name).read_text())["weight_map"]
+        assert found == dict.fromkeys(load_file(copy / "model.safetensors"), "model.safetensors")
+        index.write_text('{"weight_map": {"old": "model.safetensors"}}')
+    assert "old" in index.read_text(), "the checkpoint's own stays"
 
 
 def test_an_evaluation_is_published_with_the_fingerprint_of_the_shards(copy: Path, tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def test_save_and_load(make_model, batch, tmp_path, family, dtype):
 def test_save_and_load_the_tower(make_tower, pixels, tmp_path, tower):
     tower = make_tower(**tower)
     tower.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == CODE | {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == CODE | {
+        *("config.json", "model.safetensors", "model.safetensors.index.json")
+    }
     loaded = MoveKDVisionModel.from_pretrained(tmp_path)
     for name in ("last_hidden_state", "pooler_output"):
         found, expected = getattr(loaded(pixels), name), getattr(tower(pixels), name)
@@ -94,6 +96,21 @@ def test_sharded(model, batch, tmp_path):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("model-*.safetensors")), "shards of an earlier save would be loaded with it"
+    check_index_of_one_file(tmp_path)
+
+
+def check_index_of_one_file(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights.values())
+
+
+def test_one_file_has_an_index_too(make_model, make_tower, tmp_path):
+    """Engines load every file of safetensors that no index leaves out."""
+    for name, model in {"tied": make_model("smollm"), "tower": make_tower(), "half": make_model().bfloat16()}.items():
+        model.save_pretrained(tmp_path / name)
+        check_index_of_one_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +160,7 @@ def test_generation_config_is_kept(make_model, tmp_path):
 def test_folder_holds_weights_code_and_configurations(model, tmp_path):
     model.save_pretrained(tmp_path)
     expected = CODE | {"modeling_movekd.py", "config.json", "generation_config.json", "model.safetensors"}
+    expected |= {"model.safetensors.index.json"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["MoveKDForConditionalGeneration"] and config["model_type"] == "movekd"

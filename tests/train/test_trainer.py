@@ -237,6 +237,8 @@ def test_saved_folder(arguments, tmp_path: Path) -> None:
         assert set(loaded.state_dict()) == keys | {"lm_head.weight"}
         heads = load_file(folder / "distiller.safetensors")
         assert {key.rsplit(".", 1)[0] for key in heads} == {"vit.channels", "vit.tokens"}
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == dict.fromkeys(keys, "model.safetensors"), "engines would load the distiller too"
         facts = json.loads((folder / "training_facts.json").read_text())
         assert facts["knobs"]["head_side"] == "teacher" and facts["losses"]["text"] > 0
         assert [teacher["name"] for teacher in facts["teachers"]] == ["clip", "vit"]
