@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -41,6 +42,12 @@ def inline(value: Any, code: bool = True) -> str:
 def python_string(value: str) -> str:
     """The value as a Python string that cannot end a fenced block or a template."""
     return re.sub(r"[<>`{}]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
+
+
+def vllm_command(name: str, revision: str | None) -> str:
+    """The command that serves a checkpoint with vLLM. Nothing in it ends a span of code, or is expanded by a shell."""
+    model, revision = (shlex.quote(python_string(word)[1:-1]) for word in (name, revision or "main"))
+    return f"python -m vllm.entrypoints.openai.api_server --model {model} --revision {revision} --trust-remote-code"
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -19,7 +19,17 @@ from hub.card_facts import (
     read_training_facts,
 )
 from hub.card_licenses import HUB_LICENSES, check_license, derive_license
-from hub.card_text import base_models_of, entries_of, inline, mapping, python_string, sections, stages_of, tower_of
+from hub.card_text import (
+    base_models_of,
+    entries_of,
+    inline,
+    mapping,
+    python_string,
+    sections,
+    stages_of,
+    tower_of,
+    vllm_command,
+)
 from modeling_movekd.files import CARD_NAME, new_file
 
 
@@ -112,6 +122,7 @@ def render_card(
         # For the processor too: without it, transformers asks at the terminal whether to run the model's code
         loading=f"revision={python_string(revision or 'main')}" + (", trust_remote_code=True" if remote_code else ""),
         remote_code=remote_code,
+        vllm_command=vllm_command(name, revision) if remote_code and not encoder_only else None,
         new_weights=_count_new_weights(conversion, encoder_only),
         license_text=license_text,
         **sections(facts, config, results, encoder_only),

@@ -1,6 +1,8 @@
 """The model card says what the files of a checkpoint say, no more, and nothing in them can make it say otherwise."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,8 @@ def test_metadata(tmp_path: Path) -> None:
     text = path.read_text()
     for name in ("AutoModelForImageTextToText", "AutoProcessor"):  # which else asks at the terminal
         assert f'{name}.from_pretrained("somebody/student", revision="v1.0", trust_remote_code=True)' in text
+    engine = "python -m vllm.entrypoints.openai.api_server --model"
+    assert f"`{engine} somebody/student --revision v1.0 --trust-remote-code`" in text
     assert "`facebook/sam-vit-large`" in text and COMMIT in text and "arxiv.org/abs/2501.01709" in text
     assert "No benchmark result is recorded for this checkpoint" in text and "model-index" not in text
     assert not list(folder.glob("*.tmp"))
@@ -54,11 +58,18 @@ def test_encoder_alone(tmp_path: Path) -> None:
         assert found["pipeline_tag"] == "image-feature-extraction" and found["license"] == "mit"
         assert found["base_model"] == ["openai/clip-vit-large-patch14-336"]
         assert "processor = AutoImageProcessor.from_pretrained" in path.read_text()
+        assert "vllm" not in path.read_text()
     # A plain CLIP, which needs no code of ours
     clip = {"model_type": "clip_vision_model", "image_size": 336}
     path = write_card(checkpoint(tmp_path / "clip", facts_of_a_lab(), clip))
     assert not {"custom_code", "mixture-of-experts"} & set(metadata(path)["tags"])
     assert "trust_remote_code" not in path.read_text() and "Python files" not in path.read_text()
+
+
+def test_a_name_cannot_leave_the_command_of_an_engine(tmp_path: Path) -> None:
+    text = write_card(checkpoint(tmp_path / "a`b $(touch c)'", facts_of_a_lab())).read_text()
+    (command,) = re.findall(r"with vLLM: `([^`\n]*)`\n", text)
+    assert shlex.split(command)[4:6] == [r"a\u0060b $(touch c)'", "--revision"]
 
 
 def test_results_of_the_whole_model_are_not_of_its_encoder(tmp_path: Path) -> None:
