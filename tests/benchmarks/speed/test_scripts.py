@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from benchmarks.speed import efficiency, quantization, scaling
+from benchmarks.speed import efficiency, quantization, scaling, serving
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig
 from train.build import build_student
 from train.demo.run import RECIPES, parse_recipe
@@ -37,6 +38,16 @@ def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytes
     for row in table["rows"]:
         assert row["ours"] > 0 and row["rival"] > 0 and row["ratio"] > 0
         assert row["what"] in printed
+
+
+@pytest.mark.slow
+def test_servers_are_asked_by_several_clients(tmp_path: Path) -> None:
+    """vLLM too, where `VLLM_PYTHON` names an interpreter that has it."""
+    vllm, out = os.environ.get("VLLM_PYTHON"), tmp_path / "tables.json"
+    flags = ["--toy", "--repeats", "1", "--threads", "1", "--device", "cpu", "--clients", "1", "2", "--out", str(out)]
+    serving.main([*flags, *(["--vllm-python", vllm] if vllm else [])])
+    rows = json.loads(out.read_text())["Serving"]["rows"]
+    assert len(rows) == 4 and all(row["ours"] > 0 and (row["rival"] is not None) == bool(vllm) for row in rows)
 
 
 def test_quantized_weights_are_smaller_and_answer(tmp_path: Path) -> None:
