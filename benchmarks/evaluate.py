@@ -18,14 +18,16 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
-from hub.card_facts import EvaluationResult, hub_id, read_evaluation, weights_fingerprint
-from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
+from hub.card_facts import EvaluationResult, code_revision, hub_id, read_evaluation, weights_fingerprint
+from modeling_movekd.files import EVALUATION_NAME, cached_commit, new_file, save_json
 
 
 # What is downloaded of a checkpoint on the Hub
@@ -68,12 +70,13 @@ def evaluate(
     # Downloaded once: the branch may move in the hours of an evaluation
     folder = Path(checkpoint if local else snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
     kept = read_evaluation(folder) if local else []
+    code = f"{code_revision()}, lmms-eval {version('lmms-eval')}"  # now, as the clone may change meanwhile
     manager = task_manager(tasks, output / "tasks", include_path)
     asked = run_tasks(folder, tasks, manager, output, limit, batch_size, device, dtype)
     if asked is None:
         return None
     results, samples = asked
-    content = write_results(results, samples, output, weights_fingerprint(folder), limit)
+    content = write_results(results, samples, output, weights_fingerprint(folder), limit, code)
     if local and limit is None and (measured := content["results"]):
         again = {key(EvaluationResult(**result)) for result in measured}
         others = [asdict(result) for result in kept if key(result) not in again]
@@ -129,13 +132,15 @@ def write_results(
     output: Path,
     weights: str,
     limit: int | None,
+    code: str | None = None,
 ) -> dict[str, Any]:
     """Write the files of `output`. Returns the content of `evaluation.json`."""
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         write_text(output / "predictions" / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
-    content = {"results": [asdict(result) for result in evaluation_results(results, samples)], "weights": weights}
+    measured = evaluation_results(results, samples, code)
+    content = {"results": [asdict(result) for result in measured], "weights": weights}
     save_json(content, output / EVALUATION_NAME)
     write_text(output / "comparison.md", comparison(results, samples, limit))
     save_json(results, output / "results.json")
@@ -217,24 +222,31 @@ def check_results(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any
             raise RuntimeError(f"{task} returned {metrics}, expected finite numbers, {compared} among them.")
 
 
-def evaluation_results(results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]) -> list[EvaluationResult]:
+def evaluation_results(
+    results: Mapping[str, Any], samples: Mapping[str, Sequence[Any]], code: str | None = None
+) -> list[EvaluationResult]:
     """The results of the paper's benchmarks for the checkpoint's card, on lmms-eval's scale."""
     found = []
     for task, benchmark in BENCHMARKS.items():
         if task not in results["n-samples"]:
             continue
         config = results["configs"][task]
+        dataset = hub_id(config["dataset_path"])
         found.append(
             EvaluationResult(
                 task="image-text-to-text",
-                dataset=hub_id(config["dataset_path"]) or task,
+                dataset=dataset or task,
                 subset=config.get("dataset_name"),
                 split=config["test_split"],
                 metric=benchmark.metric,
                 value=float(results["results"][task][f"{benchmark.metric},none"]),
                 prompt=benchmark.prompt,
                 dataset_name=f"{benchmark.title} ({benchmark.split})",
+                revision=None if dataset is None else cached_commit(dataset, repo_type="dataset"),
                 rows=len({row["doc_id"] for row in samples[task]}),
+                code=code,
+                date=date.today().isoformat(),
+                task_id=None if dataset is None else benchmark.task_id,
             )
         )
     return found

@@ -25,6 +25,8 @@ class Benchmark:
         split (`str`): The public split, in words.
         prompt (`str`): The form of the question, in words.
         note (`str`, *optional*): What differs from the paper's measurement.
+        task_id (`str`, *optional*): Task in the data set's `eval.yaml`, once the Hub lists the data set as a benchmark
+            (`HfApi().list_datasets(benchmark=True)`) that is scored as here. In November 2026 it lists none of these.
         paper (`Mapping`, *optional*): The paper's numbers in the order of `COLUMNS`, by size of the language model
             (MoVE-KD, arXiv 2501.01709).
     """
@@ -36,6 +38,7 @@ class Benchmark:
     prompt: str
     note: str = ""
     paper: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    task_id: str | None = None
 
 
 COLUMNS = ("LLaVA-1.5", "MoVE-KD-v1.0", "MoVE-KD-v1.1")

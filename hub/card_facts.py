@@ -4,13 +4,26 @@ import hashlib
 import math
 import os
 import re
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_movekd.files import CONVERSION_NAME, EVALUATION_NAME, TRAINING_FACTS_NAME, read_json, save_json
+import modeling_movekd
+from modeling_movekd.files import (
+    CONVERSION_NAME,
+    EVALUATION_NAME,
+    HUB_RESULTS_NAME,
+    TRAINING_FACTS_NAME,
+    new_file,
+    read_json,
+    save_json,
+)
 
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -109,6 +122,10 @@ class EvaluationResult:
         subset (`str`, *optional*): Configuration of the data set.
         dataset_name (`str`, *optional*): Name of the data set in a table.
         rows (`int`, *optional*): Number of rows.
+        code (`str`, *optional*): Version and commit of the code that measured, as [`code_revision`] gives them.
+        date (`str`, *optional*): Day of the measurement, such as `"2026-11-30"`.
+        task_id (`str`, *optional*): Task in the `eval.yaml` of a data set that the Hub lists as a benchmark. With it
+            the result goes to the benchmark's leaderboard too, by [`write_hub_results`].
     """
 
     task: str
@@ -121,6 +138,9 @@ class EvaluationResult:
     subset: str | None = None
     dataset_name: str | None = None
     rows: int | None = None
+    code: str | None = None
+    date: str | None = None
+    task_id: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -136,6 +156,11 @@ class EvaluationResult:
             elif name not in ("prompt", "dataset_name"):
                 if not re.fullmatch(r"[\w.,:+@ -]+(/[\w.-]+)?", value, re.ASCII):
                     raise ValueError(f"`{name}` is {value!r}, expected an identifier: letters, digits and `._-`.")
+        if self.task_id is not None and hub_id(self.dataset) is None:
+            raise ValueError(
+                f"`task_id` is {self.task_id!r}, a task of a benchmark on the Hub, but `dataset` is {self.dataset!r}. "
+                "Give the benchmark's id there (owner/name), or leave out `task_id`."
+            )
 
 
 def read_evaluation(folder: Path) -> list[EvaluationResult]:
@@ -162,6 +187,45 @@ def read_evaluation(folder: Path) -> list[EvaluationResult]:
             "checkpoint again, or remove the file."
         )
     return results
+
+
+def write_hub_results(results: Sequence[EvaluationResult], folder: Path) -> None:
+    """
+    Write the results on registered benchmarks in the Hub's own form, which its leaderboards read. Without any, an
+    earlier file is removed.
+    """
+    entries = [
+        EvalResultEntry(
+            dataset_id=result.dataset,
+            task_id=result.task_id,
+            value=result.value,
+            dataset_revision=result.revision,
+            date=result.date,
+            notes="; ".join(part for part in (result.metric, result.prompt, result.code) if part),
+        )
+        for result in results
+        if result.task_id is not None
+    ]
+    path = folder / HUB_RESULTS_NAME
+    if not entries:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    with new_file(path) as temporary:
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def code_revision() -> str:
+    """This package's version, in a clone with its commit, and `-dirty` if files differ from the commit."""
+    version, root = f"movekd {modeling_movekd.__version__}", Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return f"{version}@{subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):
+        return version  # no git, or a clone of another user
 
 
 def copy_evaluation(folder: Path, dest: Path) -> None:

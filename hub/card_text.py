@@ -99,6 +99,7 @@ def architecture(config: Mapping[str, Any], encoder_only: bool) -> list[tuple[st
 
 STAGE_LABELS = {
     "recipe": "recipe",
+    "code": "code",
     "distillation_preset": "preset",
     "steps": "steps",
     "epochs": "epochs",
@@ -129,7 +130,8 @@ TEACHER_COLUMNS = {"name": "teacher", "model": "model", "revision": "revision"}
 TEACHER_COLUMNS |= {"image_size": "pixels", "dtype": "dtype", "license": "license"}
 DATA_COLUMNS = {"name": "data set", "subset": "subset", "split": "split", "revision": "revision", "weight": "weight"}
 RESULT_COLUMNS = {"task": "task", "dataset": "data set", "subset": "subset", "split": "split", "metric": "metric"}
-RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision"}
+RESULT_COLUMNS |= {"value": "value", "rows": "rows", "prompt": "prompt", "revision": "revision of the data"}
+RESULT_COLUMNS |= {"code": "code"}
 
 
 def sections(

@@ -17,6 +17,7 @@ from hub.card_facts import (
     read_evaluation,
     read_optional_json,
     read_training_facts,
+    write_hub_results,
 )
 from hub.card_licenses import HUB_LICENSES, check_license, derive_license
 from hub.card_text import (
@@ -42,7 +43,8 @@ def write_card(
     folder: Path, *, license: str | None = None, overwrite: bool = False, dest: Path | None = None, **options: Any
 ) -> Path:
     """
-    Write the model card `README.md` of a checkpoint from `training_facts.json`, `config.json` and `evaluation.json`.
+    Write the model card `README.md` of a checkpoint from `training_facts.json`, `config.json` and `evaluation.json`,
+    and beside it the results for the Hub's leaderboards.
 
     Args:
         folder (`Path`): The checkpoint.
@@ -64,7 +66,16 @@ def write_card(
         check_card(temporary)
         if license is not None:
             note_license(Path(folder), check_license(license))
+    shown = {name: options[name] for name in ("encoder_only", "evaluated") if name in options}
+    write_hub_results(results_to_show(Path(folder), **shown), path.parent)
     return path
+
+
+def results_to_show(folder: Path, encoder_only: bool = False, evaluated: bool = True) -> list[EvaluationResult]:
+    """The results in `evaluation.json`, except that those of the whole model do not hold for its encoder."""
+    config = read_optional_json(folder / "config.json") or {}
+    is_encoder = config.get("model_type") in ENCODER_TYPES
+    return read_evaluation(folder) if evaluated and (is_encoder or not encoder_only) else []
 
 
 def is_generated(path: Path) -> bool:
@@ -101,10 +112,8 @@ def render_card(
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise ValueError(f"`repo_id` {repo_id!r} is no id of the Hub (owner/name): {error}") from error
-    is_encoder = config.get("model_type") in ENCODER_TYPES
-    # Results of the whole model do not hold for its encoder
-    results = read_evaluation(folder) if evaluated and (is_encoder or not encoder_only) else []
-    encoder_only = encoder_only or is_encoder
+    results = results_to_show(folder, encoder_only, evaluated)
+    encoder_only = encoder_only or config.get("model_type") in ENCODER_TYPES
     facts = facts or {}
     license, license_text = _license(license or facts.get("license"), facts, encoder_only)
     name = repo_id or folder.resolve().name
@@ -208,7 +217,7 @@ def _eval_result(result: EvaluationResult) -> EvalResult:
         metric_type=result.metric,
         metric_value=result.value,
         # Not `dataset_args`: the index keeps only one of them for all metrics of a split
-        metric_args={"prompt": result.prompt},
+        metric_args={"prompt": result.prompt} | ({"code": result.code} if result.code else {}),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import modeling_movekd
 from hub.files import safe_files, weight_files
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
-from modeling_movekd.files import read_json
+from modeling_movekd.files import HUB_RESULTS_NAME, read_json
 
 
 PACKAGE = Path(modeling_movekd.__file__).parent
@@ -17,7 +17,9 @@ WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|distiller)\.safetensors|model\.s
 TEXTS = {"config.json", "generation_config.json", "training_facts.json", "evaluation.json", "merge_report.json"}
 TEXTS |= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"}
 TEXTS |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
-TEXTS |= {"vocab.txt", "merges.txt"}
+TEXTS |= {"vocab.txt", "merges.txt", HUB_RESULTS_NAME}
+# Results by others, which another push leaves as they are
+HUB_RESULTS = re.compile(r"\.eval_results/[\w.-]+\.ya?ml")
 CARD = {"README.md", "LICENSE", "LICENSE.txt", "NOTICE"}
 CODE = {path.name for path in PACKAGE.glob("*_movekd.py")}
 TOKENIZER_MODEL = "tokenizer.model"
@@ -65,7 +67,7 @@ def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str],
         )
     own = {path.name for path in weights} | {"model.safetensors.index.json", "distiller.safetensors"}
     allowed = own | TEXTS | CARD | CODE | {TOKENIZER_MODEL}
-    chosen = [name for name in found if name in allowed]
+    chosen = [name for name in found if name in allowed or HUB_RESULTS.fullmatch(name)]
     _check_auto_maps(folder, chosen)
     _check_tokens(folder, chosen, token)
     return chosen, [name for name in found if name not in chosen]

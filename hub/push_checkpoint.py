@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import modeling_movekd
-from hub.card_facts import copy_evaluation, public_name
-from hub.card_write import check_card, is_generated, write_card
+from hub.card_facts import copy_evaluation, public_name, write_hub_results
+from hub.card_write import check_card, is_generated, results_to_show, write_card
 from hub.export_forms import export
 from hub.files import weight_files
 from hub.push_allowlist import PICKLES, checkpoint_files, space_files
@@ -167,7 +167,8 @@ def _send(
 def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) -> list[str]:
     """Link the files to publish into a folder, and split large weights. Returns the names of the other files."""
     chosen, left = checkpoint_files(folder, token)
-    stage.mkdir()
+    for parent in [stage, *{(stage / name).parent for name in chosen} - {stage}]:
+        parent.mkdir()
     weights = weight_files(folder)
     # Here and not in the process of its own, which reads no values of a model that does not fit into memory
     files = WeightFiles(weights)
@@ -209,6 +210,8 @@ def _write_card(folder: Path, stage: Path, encoder_only: bool, repo_id: str, rev
     if not card.exists() or is_generated(card):
         card.unlink(missing_ok=True)
         write_card(folder, encoder_only=encoder_only, repo_id=repo_id, revision=revision, dest=stage)
+    else:
+        write_hub_results(results_to_show(folder, encoder_only), stage)
     check_card(card)
 
 

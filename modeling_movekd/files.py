@@ -27,6 +27,7 @@ DISTILLER_NAME = "distiller.safetensors"
 TRAINING_FACTS_NAME = "training_facts.json"
 CONVERSION_NAME = "conversion.json"
 EVALUATION_NAME = "evaluation.json"
+HUB_RESULTS_NAME = ".eval_results/evaluation.yaml"
 # What a full disk, a quota and a limit on the size of files are to the system
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields of a configuration that decide how much is built. There are no more layers than weights, and no size is larger

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import CLIPVisionModel, Trainer
 
-from hub.card_facts import public_name, read_training_facts, without_paths
+from hub.card_facts import code_revision, public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
 from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.build import image_settings
@@ -69,6 +69,7 @@ def run_facts(
     """
     known: dict[str, Any] = {
         "recipe": None if recipe is None else public_name(Path(recipe).resolve()),
+        "code": code_revision(),
         "license": args.license,
         "validation": _validation(data_args, args),
         "teachers": [teacher_facts(config) for config in teachers],

@@ -400,6 +400,15 @@ def test_numbers_are_on_the_papers_scale_in_the_table_and_lmms_evals_in_the_card
     assert "| GQA | test-dev balanced | 2 | 1 | **62.5** | 62 / 63.3 |" in comparison(results, samples)
     (result,) = evaluation_results(results, samples)
     assert (result.dataset, result.split, result.value, result.rows) == ("lmms-lab-encoder/GQA", "testdev", 0.625, 2)
+    assert result.revision is None and result.task_id is None
+
+
+def test_a_result_names_the_commit_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--lmms-lab-encoder--GQA" / "refs").mkdir(parents=True)
+    (tmp_path / "datasets--lmms-lab-encoder--GQA" / "refs" / "main").write_text("0" * 40)
+    (result,) = evaluation_results(*results_of(0.625), code="movekd 0.1.0, lmms-eval 0.7.3")
+    assert (result.revision, result.code) == ("0" * 40, "movekd 0.1.0, lmms-eval 0.7.3")
 
 
 def test_mmbench_asks_in_llavas_words():

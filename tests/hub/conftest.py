@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hub.card_facts import weights_fingerprint
 from hub.convert import convert
+from tests.helpers.cards import RESULT
 from tests.helpers.exported import STAYS, make_model, make_tower, save_model
 from tests.helpers.hub_client import Client, client
 from tests.helpers.hub_server import OWNER_TOKEN, Hub, serve
@@ -52,7 +54,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as training leaves it, with everything in it that is not to be published."""
     folder = save_model(make_model(make_tower()), tmp_path_factory.mktemp("run") / "checkpoint")
     (folder / "training_facts.json").write_text(json.dumps({"stage": "finetune", "steps": 7}))
-    (folder / "evaluation.json").unlink()
+    registered = RESULT | {"task_id": "ocr", "date": "2026-11-30", "code": "movekd 0.1.0, lmms-eval 0.7.3"}
+    evaluation = {"results": [RESULT | {"split": "test"}, registered], "weights": weights_fingerprint(folder)}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     save_file({"clip.head": torch.ones(2)}, folder / "distiller.safetensors")
     for name in STAYS:
         (folder / name).parent.mkdir(exist_ok=True)

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 
 from hub import push_checkpoint
 from hub.card import main
-from hub.card_facts import hub_id, public_name, weights_fingerprint
+from hub.card_facts import code_revision, hub_id, public_name, weights_fingerprint
 from hub.card_licenses import derive_license
 from hub.card_write import check_card, is_generated, write_card
+from modeling_movekd import __version__
 from tests.helpers.cards import COMMIT, CONFIG, FIXTURES, RESULT, checkpoint, facts_of_a_lab, metadata
 from tests.helpers.hub_server import serve
 
@@ -151,6 +152,27 @@ def test_results(tmp_path: Path) -> None:
     ]
     text = path.read_text()
     assert "| 0.46 | 5000 | without OCR tokens |" in text and "No benchmark" not in text
+    assert not (folder / ".eval_results").exists(), "no result is of a registered benchmark"
+
+
+def test_each_result_names_its_data_its_code_and_its_leaderboard(tmp_path: Path) -> None:
+    code = f"movekd 0.1.0@{COMMIT}, lmms-eval 0.7.3"
+    results = {"results": [RESULT | {"code": code, "task_id": "textvqa_val"}, RESULT | {"split": "test"}]}
+    folder = checkpoint(tmp_path / "student", facts_of_a_lab(), results=results)
+    path = write_card(folder)
+    assert f"| revision of the data | code |\n|{' --- |' * 8}\n" in path.read_text()
+    assert f"| `{COMMIT}` | movekd 0.1.0@{COMMIT}, lmms-eval 0.7.3 |" in path.read_text()
+    (first, second) = (result["metrics"][0] for result in metadata(path)["model-index"][0]["results"])
+    assert first["args"] == {"prompt": "with OCR tokens", "code": code} and "code" not in second["args"]
+    entries = yaml.safe_load((folder / ".eval_results" / "evaluation.yaml").read_text())
+    dataset = {"id": "lmms-lab/textvqa", "task_id": "textvqa_val", "revision": COMMIT}
+    assert entries == [{"dataset": dataset, "value": 0.582, "notes": f"exact_match; with OCR tokens; {code}"}]
+    write_card(folder, evaluated=False)
+    assert not list((folder / ".eval_results").iterdir()), "the weights have changed"
+
+
+def test_the_code_is_named_by_its_commit() -> None:
+    assert re.fullmatch(rf"movekd {re.escape(__version__)}@[0-9a-f]{{40}}(-dirty)?", code_revision())
 
 
 @pytest.mark.parametrize(
@@ -165,6 +187,10 @@ def test_results(tmp_path: Path) -> None:
         ({"dataset": "<script>"}, "`dataset` is '<script>'"),
         ({"verified": True}, "result 0: .* needs"),
         ({"metric": None}, "`metric` is None"),
+        (
+            {"task_id": "ocr", "dataset": "scenes"},
+            "`task_id` is 'ocr', a task of a benchmark on the Hub, but `dataset`",
+        ),
     ],
 )
 def test_unfit_results_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
@@ -15,6 +17,7 @@ from hub import push as push_script
 from hub.push_allowlist import CODE
 from hub.push_validate import load
 from modeling_movekd import __version__
+from tests.helpers.cards import COMMIT
 from tests.helpers.exported import SIZE, STAYS, make_tower
 from tests.helpers.hub_client import Client, client
 from tests.helpers.hub_server import OWNER_TOKEN, Hub
@@ -40,7 +43,12 @@ def test_only_the_allow_list_is_published_in_one_commit(hub: Hub, pushed: str, c
     expected = {"model.safetensors", "distiller.safetensors", "config.json", "generation_config.json", "README.md"}
     expected |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     expected |= {"model.safetensors.index.json"}
-    assert set(files) == expected | CODE | {"training_facts.json", ".gitattributes"}
+    facts = {"training_facts.json", "evaluation.json", ".eval_results/evaluation.yaml"}
+    assert set(files) == expected | CODE | facts | {".gitattributes"}
+    (result,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/evaluation.yaml"]))
+    found = result.dataset_id, result.task_id, result.value, result.dataset_revision, result.date
+    assert found == ("lmms-lab/textvqa", "ocr", 0.582, COMMIT, "2026-11-30")
+    assert result.notes == "exact_match; with OCR tokens; movekd 0.1.0, lmms-eval 0.7.3"
     assert all(files[name] == (checkpoint / name).read_bytes() for name in expected - {"README.md"})
     assert len(repository.commits) == 2  # that which made it, and ours
     assert repository.private
@@ -146,6 +154,7 @@ result = hub.push_checkpoint.push(checkpoint, "org/encoder", encoder_only=True, 
     assert url == f"{hub.url}/org/encoder/commit/{commit}"
     files = repository.files()
     weights = {name for name in files if name.endswith(".safetensors")}
+    assert ".eval_results/evaluation.yaml" not in files, "the results are of the whole model"
     assert len(weights) > 1 and "tokenizer.json" not in files and "distiller.safetensors" not in files
     for name in files:
         (tmp_path / "encoder").mkdir(exist_ok=True)

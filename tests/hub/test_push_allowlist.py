@@ -146,6 +146,24 @@ def test_an_evaluation_is_published_with_the_fingerprint_of_the_shards(copy: Pat
     assert json.loads((copy / "evaluation.json").read_text()) == evaluation, "the checkpoint's own stays"
 
 
+def test_results_by_others_pass_and_ours_are_of_these_weights(copy: Path, tmp_path: Path) -> None:
+    """Also beside a card that its owner wrote."""
+    (copy / ".eval_results" / "folder").mkdir(parents=True)
+    for name in ("evaluation.yaml", "hle_with_tools.yaml", "log.txt", "folder/hle.yaml"):
+        (copy / ".eval_results" / name).write_text("[]")
+    card = "library_name: transformers\npipeline_tag: image-text-to-text\ntags: [movekd]"
+    (copy / "README.md").write_text(f"---\n{card}\n---\nMine.")
+    push_checkpoint._stage(copy, stage := tmp_path / "stage", None, 10**9)
+    push_checkpoint._write_card(copy, stage, False, "me/student", None)
+    assert {path.name for path in (stage / ".eval_results").iterdir()} == {"evaluation.yaml", "hle_with_tools.yaml"}
+    assert "task_id: ocr" in (stage / ".eval_results" / "evaluation.yaml").read_text()
+    assert (copy / ".eval_results" / "evaluation.yaml").read_text() == "[]", "the checkpoint's own stays"
+    (stage / "evaluation.json").unlink()
+    (copy / "evaluation.json").unlink()
+    push_checkpoint._write_card(copy, stage, False, "me/student", None)
+    assert not (stage / ".eval_results" / "evaluation.yaml").exists()
+
+
 def test_the_tag_is_the_version_of_the_package() -> None:
     setup = ConfigParser(interpolation=None)
     setup.read(Path(__file__).parents[2] / "setup.cfg")

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from hub.card_facts import code_revision
 from hub.card_write import check_card, is_generated, write_card
 from modeling_movekd.files import cached_commit
 from tests.helpers.colored_rows import llava_rows
@@ -104,6 +105,7 @@ def test_first_stage(stages: tuple[Path, Path]) -> None:
     assert {"loss", "text", "kd", "kd/clip", "kd/vit", "balance"} <= facts["losses"].keys()
     assert facts["validation"] == "0.3 of the rows, held back" and facts["evaluation"]["rows"] > 0
     assert facts["evaluation"]["metrics"]["eval_text"] > 0
+    assert facts["code"] == code_revision()
     assert facts["seconds"] > 0 and {"torch", "trl", "python"} <= facts["versions"].keys()
 
 

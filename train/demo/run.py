@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import TrlParser
 
-from hub.card_facts import weights_fingerprint
+from hub.card_facts import code_revision, weights_fingerprint
 from hub.card_write import write_card
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
@@ -88,6 +88,7 @@ def evaluation(accuracies: dict[str, float], rows: Dataset, folder: Path) -> dic
         "split": "test",
         "metric": "exact_match",
         "prompt": f"the question alone, in the checkpoint's chat template; greedy, at most {NEW_TOKENS} tokens",
+        "code": code_revision(),  # which also generates the data
     }
     counts = {family: rows["family"].count(family) for family in accuracies}
     results = [
