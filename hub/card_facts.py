@@ -26,6 +26,8 @@ from modeling_movekd.files import (
 )
 
 
+# The pictures of a checkpoint: its card shows them, and a push sends them
+PICTURE = re.compile(r"assets/[\w.-]+\.(png|jpe?g|webp)", re.ASCII)
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -61,6 +63,12 @@ def without_paths(content: Any) -> Any:
     if isinstance(content, str) and re.match(r"(~?/|~$|[A-Za-z]:[/\\]|\\\\|\w+://)", content):
         return public_name(content)
     return content
+
+
+def pictures_of(folder: Path) -> list[str]:
+    """The pictures for the card of a checkpoint, relative to its folder."""
+    names = sorted(f"assets/{path.name}" for path in (folder / "assets").glob("*"))
+    return [name for name in names if PICTURE.fullmatch(name)]
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:

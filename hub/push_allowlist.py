@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import modeling_movekd
+from hub.card_facts import PICTURE
 from hub.files import safe_files, weight_files
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.files import HUB_RESULTS_NAME, read_json
@@ -67,7 +68,7 @@ def checkpoint_files(folder: Path, token: str | None = None) -> tuple[list[str],
         )
     own = {path.name for path in weights} | {"model.safetensors.index.json", "distiller.safetensors"}
     allowed = own | TEXTS | CARD | CODE | {TOKENIZER_MODEL}
-    chosen = [name for name in found if name in allowed or HUB_RESULTS.fullmatch(name)]
+    chosen = [name for name in found if name in allowed or HUB_RESULTS.fullmatch(name) or PICTURE.fullmatch(name)]
     _check_auto_maps(folder, chosen)
     _check_tokens(folder, chosen, token)
     return chosen, [name for name in found if name not in chosen]

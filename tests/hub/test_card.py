@@ -44,8 +44,6 @@ def test_metadata(tmp_path: Path) -> None:
     text = path.read_text()
     for name in ("AutoModelForImageTextToText", "AutoProcessor"):  # which else asks at the terminal
         assert f'{name}.from_pretrained("somebody/student", revision="v1.0", trust_remote_code=True)' in text
-    engine = "python -m vllm.entrypoints.openai.api_server --model"
-    assert f"`{engine} somebody/student --revision v1.0 --trust-remote-code`" in text
     assert "`facebook/sam-vit-large`" in text and COMMIT in text and "arxiv.org/abs/2501.01709" in text
     assert "No benchmark result is recorded for this checkpoint" in text and "model-index" not in text
     assert not list(folder.glob("*.tmp"))
@@ -69,7 +67,7 @@ def test_encoder_alone(tmp_path: Path) -> None:
 
 def test_a_name_cannot_leave_the_command_of_an_engine(tmp_path: Path) -> None:
     text = write_card(checkpoint(tmp_path / "a`b $(touch c)'", facts_of_a_lab())).read_text()
-    (command,) = re.findall(r"with vLLM: `([^`\n]*)`\n", text)
+    (command,) = re.findall(r"```bash\n([^`\n]*)\n```\n", text)
     assert shlex.split(command)[4:6] == [r"a\u0060b $(touch c)'", "--revision"]
 
 
@@ -153,6 +151,28 @@ def test_results(tmp_path: Path) -> None:
     text = path.read_text()
     assert "| 0.46 | 5000 | without OCR tokens |" in text and "No benchmark" not in text
     assert not (folder / ".eval_results").exists(), "no result is of a registered benchmark"
+
+
+def opening(path: Path) -> str:
+    return path.read_text().split("\nThe code is an independent implementation")[0].split("\n# ")[1]
+
+
+def test_it_opens_with_loading_serving_and_the_picture(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "student", facts_of_a_lab())
+    (folder / "assets").mkdir()
+    for name in ("answers.png", "a b.png", "notes.txt"):
+        (folder / "assets" / name).write_bytes(b"")
+    first, *rest = opening(write_card(folder, repo_id="me/student", revision="v1.0")).split("```")
+    loading = rest[0].strip().splitlines()[1:5]
+    assert len(first.splitlines()) == 4 and [line.split()[0] for line in loading if line] == [
+        "from",
+        "model",
+        "processor",
+    ]
+    vllm = "python -m vllm.entrypoints.openai.api_server --model me/student --revision v1.0 --trust-remote-code"
+    assert rest[2] == f"bash\n{vllm}\n"
+    assert re.findall(r"!\[.*\]\((.*)\)", rest[3]) == ["assets/answers.png"]
+    assert "vllm" not in opening(write_card(folder, encoder_only=True))
 
 
 def test_each_result_names_its_data_its_code_and_its_leaderboard(tmp_path: Path) -> None:

@@ -146,6 +146,21 @@ def test_an_evaluation_is_published_with_the_fingerprint_of_the_shards(copy: Pat
     assert json.loads((copy / "evaluation.json").read_text()) == evaluation, "the checkpoint's own stays"
 
 
+def test_pictures_for_the_card_are_published_and_no_others(copy: Path) -> None:
+    names = (
+        "assets/answers.png",
+        "assets/one.webp",
+        "assets/a b.png",
+        "assets/data.json",
+        "pictures/step-0/01-image.png",
+    )
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"")
+    chosen, left = checkpoint_files(copy)
+    assert set(names[:2]) <= set(chosen) and set(names[2:]) <= set(left)
+
+
 def test_results_by_others_pass_and_ours_are_of_these_weights(copy: Path, tmp_path: Path) -> None:
     """Also beside a card that its owner wrote."""
     (copy / ".eval_results" / "folder").mkdir(parents=True)

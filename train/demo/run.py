@@ -1,6 +1,7 @@
 """The demo: a student learns in two stages to answer questions about generated scenes, on the CPU of a laptop."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,8 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
                 "chance": chance_levels(),
             }
         draw_answers(OUTPUT / "answers.png", rows, answers)
+        (OUTPUT / "assets").mkdir(exist_ok=True)
+        shutil.copyfile(OUTPUT / "answers.png", OUTPUT / "assets" / "answers.png")  # for the card
         draw_losses(OUTPUT / "losses.png", histories)
         save_json(results | {"seconds": time.perf_counter() - started}, OUTPUT / "results.json")
         save_json(evaluation(results["trained"], rows, OUTPUT), OUTPUT / EVALUATION_NAME)

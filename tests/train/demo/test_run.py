@@ -146,6 +146,7 @@ def test_whole_demo(tmp_path: Path) -> None:
     card = ModelCard.load(output / "README.md")
     measured = {result.dataset_config: result.metric_value for result in card.data.eval_results}
     assert measured == results["trained"] and "### Stage 2: `finetune`" in card.text
+    assert "(assets/answers.png)" in card.text and (output / "assets" / "answers.png").is_file()
     assert {"answers.png", "losses.png", "model.safetensors", "distiller.safetensors"} <= {
         path.name for path in output.iterdir()
     }
