@@ -110,6 +110,7 @@ STAGE_LABELS = {
     "vision_tower_learning_rate": "learning rate of the tower",
     "language_model_learning_rate": "learning rate of the language model",
     "seed": "seed",
+    "dashboard": "dashboard (Trackio's Space)",
     "device": "device",
     "processes": "processes",
     "backend": "backend",

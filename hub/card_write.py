@@ -189,6 +189,9 @@ def _metadata(
         model = hub_id(entry.get("model")) or str(entry.get("model")).split("/")[-1]
         if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,95})?", model, re.ASCII):
             tags.append(f"teacher:{model}")
+    if dashboards := [name for name in (hub_id(stage.get("dashboard")) for stage in stages) if name]:
+        # The Hub shows the Space of this tag in the tab of training metrics
+        tags += ["trackio", f"trackio:https://huggingface.co/spaces/{dashboards[-1]}"]
     models = [hub_id(entry.get("model")) for entry in base_models_of(facts, encoder_only)]
     bases = list(dict.fromkeys(model for model in models if model))
     datasets = [hub_id(entry.get("name")) for entry in entries_of(stages, "data")]

@@ -214,6 +214,7 @@ def training_facts(
         "feature_cache": cache_facts(caches[0]) if caches else None,
         "global_batch_size": args.rows_per_step,
         "seed": args.seed,
+        "dashboard": args.trackio_space_id if "trackio" in args.report_to else None,
         "losses": {name: last[name] for name in last if name in LOSSES or name.startswith("kd/")},
         "evaluation": {"rows": _length(trainer.eval_dataset), "metrics": evaluated} if evaluated else None,
         "best": {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}

@@ -3,7 +3,8 @@ The README and the pages of docs/: what they tell a reader to run works.
 
 Each block of Bash or Python either runs here, in order, in a folder with a small checkpoint, or says on the line
 before what it needs, as `<!-- needs: the Hub -->`. Lines of `accelerate launch` are only parsed, by the parsers of
-accelerate and of `train/sft.py`; of `pip install`, pytest and the developers' tools only the names are checked.
+accelerate and of `train/sft.py`, of `hf jobs run` by the Hub's client; of `pip install`, pytest and the developers'
+tools only the names are checked.
 """
 
 import ast
@@ -28,6 +29,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub import JobHardware
 from PIL import Image
 from safetensors.torch import load_file
 from trl import SFTConfig, TrlParser
@@ -145,6 +147,18 @@ def check_launch(words: list[str]) -> None:
         parser.parse_args_and_config([*launch.training_script_args, "--use_cpu", "true", "--bf16", "false"])
 
 
+def check_job(words: list[str], setup: configparser.ConfigParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resolve a job as the Hub's client does, and check the commands that it runs."""
+    JobHardware(words[words.index("--flavor") + 1])
+    client = Path(sys.executable).with_name("hf")
+    done = subprocess.run([client, "jobs", "run", "--dry-run", *words], capture_output=True, text=True, check=True)
+    # The client takes options like -e for its own wherever they stand
+    assert shlex.join(words[-3:]) in done.stdout and "Job not submitted" in done.stdout
+    for command in re.split(r";\s+", words[-1]):
+        if command.split()[0] in ("accelerate", "pip"):
+            run_command(command.replace("install -q", "install"), setup, monkeypatch)
+
+
 def check_pytest(words: list[str], setup: configparser.ConfigParser) -> None:
     marks = {line.split(":")[0] for line in setup["tool:pytest"]["markers"].split("\n")}
     rest = iter(words)
@@ -175,6 +189,8 @@ def run_command(command: str, setup: configparser.ConfigParser, monkeypatch: pyt
         assert set(re.fullmatch(r"\.\[(.*)\]", words[3])[1].split(",")) <= set(extras)
     elif words[:2] == ["accelerate", "launch"]:
         check_launch(words[2:])
+    elif words[:3] == ["hf", "jobs", "run"]:
+        check_job(words[3:], setup, monkeypatch)
     elif words[:3] == ["python", "-m", "pytest"]:
         check_pytest(words[3:], setup)
     elif words == [".ci/run"]:

@@ -153,6 +153,16 @@ def test_results(tmp_path: Path) -> None:
     assert not (folder / ".eval_results").exists(), "no result is of a registered benchmark"
 
 
+def test_the_space_of_the_runs(tmp_path: Path) -> None:
+    facts = facts_of_a_lab() | {"dashboard": "me/second"}
+    facts["earlier_stages"][0]["dashboard"] = "me/first"
+    path = write_card(checkpoint(tmp_path / "student", facts))
+    assert metadata(path)["tags"][-2:] == ["trackio", "trackio:https://huggingface.co/spaces/me/second"]
+    assert "| dashboard (Trackio's Space) | `me/first` |" in path.read_text()
+    facts["dashboard"] = facts["earlier_stages"][0]["dashboard"] = "runs"
+    assert "trackio" not in str(metadata(write_card(checkpoint(tmp_path / "student", facts)))["tags"])
+
+
 def opening(path: Path) -> str:
     return path.read_text().split("\nThe code is an independent implementation")[0].split("\n# ")[1]
 

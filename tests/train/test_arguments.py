@@ -57,6 +57,7 @@ def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
     assert parse().report_to == [] and parse(recipe="report_to: none").report_to == []
     assert parse("--report_to", "tensorboard", "trackio").report_to == ["tensorboard", "trackio"]
     assert parse("--report_to", "tensorboard", recipe="report_to: trackio").report_to == ["tensorboard"]
+    assert parse("--report_to", "trackio", "--trackio_space_id", "me/runs").trackio_space_id == "me/runs"
     assert parse(recipe="report_to: [tensorboard, trackio]").report_to == ["tensorboard", "trackio"]
     for value, expected in (
         ("true", True),

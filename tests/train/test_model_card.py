@@ -183,7 +183,11 @@ def test_facts_are_of_the_student_that_is_there(arguments) -> None:
         args.image_aspect_ratio, args.cut_tower = "anyres", False
 
     trainer = build_trainer(data_args, args, model_args, prepare=ask_for_others)
+    trainer.args.trackio_space_id = "me/runs"
     facts = training_facts(trainer, trainer.run_facts, trainer.teachers, 0)
+    assert facts["dashboard"] is None
+    trainer.args.report_to = ["tensorboard", "trackio"]
+    assert training_facts(trainer, trainer.run_facts, trainer.teachers, 0)["dashboard"] == "me/runs"
     assert (facts["hyperparameters"]["image_aspect_ratio"], facts["knobs"]["cut_tower"]) == ("pad", True)
 
 
