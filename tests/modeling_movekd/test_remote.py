@@ -82,14 +82,20 @@ STRANGER = textwrap.dedent(
                 outputs = {"auto_model": model(**inputs).logits, "auto_generation": other(**inputs).logits}
             save_file(outputs, folder + ".out")
             answer = other.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            piped = pipe(
-                text=[{"role": "user", "content": question}],
-                return_full_text=False, generate_kwargs={"max_new_tokens": 6, "do_sample": False},
-            )
+            settings = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
+            piped = pipe(text=[{"role": "user", "content": question}], **settings)
+            two = [{"type": "image", "image": image.rotate(90, expand=True)}, *question]
+            chats = [[{"role": "user", "content": content}] for content in (question, two, question[1:])]
+            alone = [pipe(text=chat, **settings)[0]["generated_text"] for chat in chats]
+            batches = {
+                "list": pipe(text=chats, **settings), "batch": pipe(text=chats[:2], batch_size=2, **settings),
+            }
             found |= {
                 "generation": type(other).__name__, "processor": type(processor).__name__,
                 "pipeline": type(pipe.model).__name__, "answer": processor.decode(answer, skip_special_tokens=True),
-                "piped": piped[0]["generated_text"], "max_new_tokens": other.generation_config.max_new_tokens,
+                "piped": piped[0]["generated_text"], "alone": alone,
+                "batches": {name: [one["generated_text"] for (one,) in batch] for name, batch in batches.items()},
+                "max_new_tokens": other.generation_config.max_new_tokens,
             }
             processor.save_pretrained(folder + "_again")
             # What vLLM and SGLang do before they build the model
@@ -192,6 +198,14 @@ def check_logits_and_answer(root, models, report, make_image, kind):
     answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = processor.decode(answer, skip_special_tokens=True)
     assert answer and report[kind]["answer"] == report[kind]["piped"] == answer
+
+
+@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+def test_a_pipeline_answers_chats_of_several_images_in_batches(report, kind):
+    """As one by one: padding changes nothing."""
+    alone, batches = report[kind]["alone"], report[kind]["batches"]
+    assert alone[0] == report[kind]["piped"] and len(set(alone)) == 3 and all(alone)
+    assert batches == {"list": alone, "batch": alone[:2]}
 
 
 @torch.no_grad()
