@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_known_answers_give_the_known_score(says, in_data, tmp_path, capsys):
     assert len(measured) == len(BENCHMARKS)
     assert measured["POPE (test)"].value == pytest.approx(SCORES[says]["pope", "pope_f1_score"])
     assert measured["POPE (test)"].rows == 4
+    assert re.fullmatch(r"movekd [\d.]+(@\w+(-dirty)?)?, lmms-eval [\d.]+", measured["POPE (test)"].code)
     card = str(render_card(checkpoint))
     assert "question, OCR tokens of the data set" in card and "mme_perception_score" in card
 
