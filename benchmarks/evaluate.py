@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 
 from benchmarks.tasks import BENCHMARKS, COLUMNS, LMMS_EVAL_FOLDERS, lmms_eval_tasks, write_tasks
 from hub.card_facts import EvaluationResult, code_revision, hub_id, read_evaluation, weights_fingerprint
-from modeling_movekd.files import EVALUATION_NAME, cached_commit, new_file, save_json
+from modeling_movekd.files import EVALUATION_NAME, cached_commit, save_json, save_text
 
 
 # What is downloaded of a checkpoint on the Hub
@@ -138,11 +138,11 @@ def write_results(
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-        write_text(output / "predictions" / f"{task}.jsonl", "".join(f"{line}\n" for line in lines))
+        save_text("".join(f"{line}\n" for line in lines), output / "predictions" / f"{task}.jsonl")
     measured = evaluation_results(results, samples, code)
     content = {"results": [asdict(result) for result in measured], "weights": weights}
     save_json(content, output / EVALUATION_NAME)
-    write_text(output / "comparison.md", comparison(results, samples, limit))
+    save_text(comparison(results, samples, limit), output / "comparison.md")
     save_json(results, output / "results.json")
     return content
 
@@ -150,11 +150,6 @@ def write_results(
 def key(result: EvaluationResult) -> tuple[str | None, ...]:
     """Two results with the same key are of the same measurement."""
     return result.dataset, result.subset, result.split, result.metric, result.prompt
-
-
-def write_text(path: Path, text: str) -> None:
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def task_manager(tasks: Sequence[str], folder: Path, include_path: Path | None = None) -> Any:

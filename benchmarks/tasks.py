@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modeling_movekd.files import new_file
+from modeling_movekd.files import save_text
 
 
 TASK_FOLDER = Path(__file__).with_name("lmms_eval_tasks")
@@ -143,8 +143,7 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(TASK_FOLDER.glob("*.yaml")):
         text = source.read_text(encoding="utf-8").replace("\ninclude: ", f"\ninclude: {theirs.as_posix()}/")
-        with new_file(folder / source.name) as temporary:  # each process of a run writes it
-            temporary.write_text(text, encoding="utf-8")
+        save_text(text, folder / source.name)  # each process of a run writes it
     return folder
 
 

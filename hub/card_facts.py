@@ -20,9 +20,9 @@ from modeling_movekd.files import (
     EVALUATION_NAME,
     HUB_RESULTS_NAME,
     TRAINING_FACTS_NAME,
-    new_file,
     read_json,
     save_json,
+    save_text,
 )
 
 
@@ -219,9 +219,7 @@ def write_hub_results(results: Sequence[EvaluationResult], folder: Path) -> None
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
-    with new_file(path) as temporary:
-        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-        temporary.write_text(text, encoding="utf-8")
+    save_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True), path)
 
 
 def code_revision() -> str:

@@ -158,11 +158,15 @@ def reading(checkpoint: str | Path | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def save_text(text: str, path: str | Path) -> None:
+    """Write a text file whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def save_json(content: dict[str, Any], path: str | Path) -> None:
     """Write a JSON object whole or not at all; values that JSON does not know are written as strings."""
-    with new_file(path) as temporary:
-        text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    save_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", path)
 
 
 def weight_shapes(paths: Iterable[str | Path]) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from transformers import ProcessorMixin, set_seed
 from transformers.utils import resolve_revision
 
 from .chat_templates import IMAGE_TOKEN
-from .files import new_file
+from .files import save_text
 from .images import decode_image, path_in_folder
 from .inference import (
     add_loading_arguments,
@@ -115,8 +115,7 @@ def identify(checkpoint: str, revision: str | None = None) -> str:
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with new_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    save_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
 
 
 class BadQuestions:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling_movekd.files import new_file
+from modeling_movekd.files import save_text
 from train.teachers.features import TeacherFeatures
 
 
@@ -178,5 +178,4 @@ class ShardLayout:
                 f"{RUN_AGAIN}"
             )
         with suppress(OSError):  # a cache may be read-only
-            with new_file(note) as temporary:
-                temporary.write_text(state, encoding="utf-8")
+            save_text(state, note)
