@@ -7,9 +7,9 @@ Publish a checkpoint on the Hub, or its encoder alone, or the demo Space with it
     python hub/push.py outputs/finetune me/my-student --space --space-hardware zero-a10g --space-secrets HF_TOKEN
 
 Log in first (`hf auth login`, or `HF_TOKEN` in the environment). Only files on an allow-list are sent
-(`hub/push_allowlist.py`): weights, configuration, processor, this package's code, the card, the metadata that the card
-is written from, and `distiller.safetensors`, with which others can continue the run. Optimizer states, data and logs
-are not sent.
+(`hub/push_allowlist.py`): weights, configuration, processor, this package's code, the card with its pictures, the
+metadata that the card is written from, and `distiller.safetensors`, with which others can continue the run. Optimizer
+states, data and logs are not sent.
 """
 
 import argparse
