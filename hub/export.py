@@ -15,7 +15,8 @@ Forms:
   experts.
 - `llava`: the whole model as the stock `LlavaForConditionalGeneration` (`LlavaNextForConditionalGeneration` for
   `anyres`), without code of ours. Needs a tower without experts.
-- `onnx`: the encoder with its routing and a dynamic batch size, checked with ONNX Runtime.
+- `onnx`: an encoder with its routing and a dynamic batch size, checked with ONNX Runtime. Of a whole model, the vision
+  encoder with its projector, the token embedding and the decoder with its past, for ONNX Runtime and transformers.js.
 - `merged`: the same kind of checkpoint with `num_experts` 0. Top-1 experts cannot be merged exactly into a plain MLP,
   because the expert depends on the token. The MLPs are fitted on the images given (see `hub/export_merged.py`), and
   `merge_report.json` compares their error with the error of dropping the experts.

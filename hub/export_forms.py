@@ -29,7 +29,7 @@ from hub.checkpoint_parts import (
 )
 from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
 from hub.export_merged import features, merge_experts
-from hub.export_onnx import check_onnx, write_onnx
+from hub.export_onnx import GRAPHS, check_decoder, check_onnx, write_onnx, write_whole_onnx
 from hub.files import new_folder, resolve_source
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
@@ -98,6 +98,19 @@ def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> floa
     return float((changed - exact).norm() / exact.norm())
 
 
+def stock_config(model: MoveKDForConditionalGeneration) -> LlavaConfig | LlavaNextConfig:
+    """The configuration of transformers' own LLaVA for `pad`, or LLaVA-NeXT for `anyres`."""
+    config = model.config
+    config_class = LlavaNextConfig if config.image_aspect_ratio == "anyres" else LlavaConfig
+    names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict())
+    names -= {"model_type", "vision_config", "text_config"}
+    return config_class(
+        **{name: getattr(config, name) for name in names},
+        vision_config=plain_clip_config(model.model.vision_tower),
+        text_config=config.text_config,
+    )
+
+
 def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGeneration:
     """transformers' own LLaVA with the weights of ours, which are shared. The two must give the same outputs."""
     config = model.config
@@ -107,21 +120,13 @@ def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGen
             f"The stock LLaVA ties its head to `embed_tokens`, which {type(model.model.language_model).__name__} has "
             "not. Choose another form than `llava`."
         )
-    config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
-    if config.image_aspect_ratio == "anyres":
-        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
-    names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict())
-    names -= {"model_type", "vision_config", "text_config"}
-    stock_config = config_class(
-        **{name: getattr(config, name) for name in names},
-        vision_config=plain_clip_config(model.model.vision_tower),
-        text_config=config.text_config,
-    )
+    anyres = config.image_aspect_ratio == "anyres"
+    model_class = LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration
     state_dict = {key: value for key, value in model.state_dict().items() if not key.startswith(TOWER_PREFIX)}
     tower = plain_clip_state_dict(model.model.vision_tower)
     state_dict |= {TOWER_PREFIX + key: value for key, value in tower.items()}
     with init.no_init_weights():
-        stock = model_class._from_config(stock_config, dtype=model.dtype)
+        stock = model_class._from_config(stock_config(model), dtype=model.dtype)
     load_strictly(stock, state_dict, may_lack=lambda key: False, assign=True)
     stock.tie_weights()
     model.suppress_image_token()
@@ -255,17 +260,61 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
 
 def export_onnx(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
     config = read_config(folder)
-    tower = load_tower(folder, dtype or torch.float32)
+    whole = isinstance(config, MoveKDConfig)
+    if whole and config.image_aspect_ratio == "anyres":
+        raise ValueError(
+            "A whole model with `anyres`, whose images have different numbers of tiles, is not exported to ONNX. "
+            "Export its encoder: `--form encoder`, then `--form onnx`."
+        )
     pixels = read_pixels(images, load_image_processor(folder, config))
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
-    graph = write_onnx(tower, dest / "model.onnx", strategy)
-    report = check_onnx(graph, dest / "model.onnx", torch.stack(pixels) if pixels else None)
+    lines = []
+    if whole:
+        model = load_whole(folder, "onnx", dtype or torch.float32)
+        (dest / "onnx").mkdir()
+        graph, decoder = write_whole_onnx(model, dest / "onnx")
+        path = dest / "onnx" / GRAPHS[0]
+        difference = check_decoder(decoder, dest / "onnx")
+        lines.append(f"ONNX Runtime against torch: largest relative difference of the decoder {difference:.1e}.")
+        write_onnx_settings(model, load_processor(folder, config), dest)
+    else:
+        path = dest / "model.onnx"
+        graph = write_onnx(load_tower(folder, dtype or torch.float32), path)
+    report = check_onnx(graph, path, torch.stack(pixels) if pixels else None)
+    rerouted = "" if whole else f"; {report['rerouted']:.3%} of the routers' decisions differ"
     return [
-        *describe(tower),
+        *describe(graph.tower),
+        *lines,
         f"ONNX Runtime against torch on {len(pixels) or 3} {'images' if pixels else 'noise images'}: largest relative "
-        f"difference {report['difference']:.1e}; {report['tokens_off']:.2%} of the tokens beyond 1e-3; "
-        f"{report['rerouted']:.3%} of the routers' decisions differ.",
+        f"difference {report['difference']:.1e}; {report['tokens_off']:.2%} of the tokens beyond 1e-3{rerouted}.",
     ]
+
+
+def write_onnx_settings(model: MoveKDForConditionalGeneration, processor: ProcessorMixin, dest: Path) -> None:
+    """Write what transformers.js, and transformers' processor, read beside the graphs of a whole model."""
+    config = stock_config(model)
+    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], model.dtype
+    config.save_pretrained(dest)
+    content = read_json(dest / "config.json")
+    content["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": dict.fromkeys(GRAPHS, True)}
+    save_json(content, dest / "config.json")
+    model.suppress_image_token()
+    model.generation_config.save_pretrained(dest)
+    # transformers.js adds the additional tokens whatever the strategy is
+    if processor.vision_feature_select_strategy == "default":
+        processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    processor.save_pretrained(dest)
+    # The same pixels in transformers. transformers.js, which pads after resizing, would crop the image instead
+    side = model.config.vision_config.image_size
+    settings = processor.image_processor.to_dict() | {
+        "do_center_crop": False,
+        "size": {"shortest_edge": side, "longest_edge": side},
+        "pad_size": {"height": side, "width": side},
+        "processor_class": "LlavaProcessor",
+    }
+    save_json(settings, dest / "preprocessor_config.json")
+    add_older_names(dest)
+    settings = read_json(dest / "tokenizer_config.json")
+    save_json(settings | {"chat_template": processor.chat_template}, dest / "tokenizer_config.json")
 
 
 def export_merged(
@@ -352,7 +401,7 @@ def export(
     torch_dtype = DTYPES[dtype] if dtype else None
     with new_folder(dest) as temporary:
         lines = EXPORTS[form](folder, temporary, dtype=torch_dtype, images=image_files(images), rank=rank)
-        whole_model = form == "llava" or form == "merged" and isinstance(config, MoveKDConfig)
+        whole_model = form in ("llava", "merged", "onnx") and isinstance(config, MoveKDConfig)
         if not whole_model:
             load_image_processor(folder, config).save_pretrained(temporary)
         for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # for the card

@@ -35,11 +35,11 @@ _IMAGE_SUFFIX = "{%- set image_suffix = ' ' -%}"
 _NO_IMAGE_SUFFIX = "{%- set image_suffix = '' -%}"
 
 # The messages with their contents as strings. vLLM looks for the loop over `message.content` to learn that a template
-# takes parts.
+# takes parts. transformers.js has neither `dict`, `map('replace')` nor `select` without a test.
 _TO_STRINGS = """
 {%- set strings = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- set turn = namespace(parts=[], text='') -%}
+{%- set turn = namespace(parts=[], texts=[], text='') -%}
 {%- if message.content is string -%}
 {%- set turn.parts = [message.content] -%}
 {%- elif message.content -%}
@@ -48,11 +48,15 @@ _TO_STRINGS = """
 {%- elif part.type == 'text' -%}{%- set turn.parts = turn.parts + [part.text or ''] -%}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- for part in turn.parts -%}
+{%- set text = part | replace('<image>', '') -%}
+{%- if text -%}{%- set turn.texts = turn.texts + [text] -%}{%- endif -%}
+{%- endfor -%}
 {%- set pieces = (turn.parts | join('\\n')).split('<image>') -%}
 {%- if pieces | length == 1 -%}
-{%- set turn.text = turn.parts | select | join('\\n') -%}
+{%- set turn.text = turn.texts | join('\\n') -%}
 {%- elif pieces | length == 2 -%}
-{%- set text = turn.parts | map('replace', '<image>', '') | select | join('\\n') | trim -%}
+{%- set text = turn.texts | join('\\n') | trim -%}
 {%- set turn.text = '<image>' + (image_suffix + '\\n' + text if text else '') -%}
 {%- else -%}
 {%- for piece in pieces -%}
@@ -63,7 +67,7 @@ _TO_STRINGS = """
 {%- set turn.text = turn.text + text + ('\\n' if text and not loop.last else '') -%}
 {%- endfor -%}
 {%- endif -%}
-{%- set strings.messages = strings.messages + [dict(message, content=turn.text)] -%}
+{%- set strings.messages = strings.messages + [{'role': message.role, 'content': turn.text}] -%}
 {%- endfor -%}
 {%- set messages = strings.messages -%}
 """

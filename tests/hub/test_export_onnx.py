@@ -1,17 +1,21 @@
-"""The encoder in ONNX Runtime: the same features, and every token by the same expert."""
+"""Encoders and whole models in ONNX Runtime: the same features, every token by the same expert, the same answers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, Mamba2Config, Qwen3Config
 
 from hub.export import main
-from hub.export_onnx import EncoderGraph, check_onnx, write_onnx
-from modeling_movekd import MoveKDVisionModel
-from tests.helpers.exported import SIZE, make_pixels, make_tower, save_images, save_tower
+from hub.export_forms import export
+from hub.export_onnx import GRAPHS, DecoderGraph, EncoderGraph, check_decoder, check_onnx, write_onnx
+from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import load_processor
+from tests.helpers.exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
+from tests.helpers.tiny import SIZES, VOCABULARY, llama_config, spread
 
 
 onnx = pytest.importorskip("onnx")
@@ -126,3 +130,149 @@ def test_another_graph_is_refused(tower, exported):
 def test_only_float32(tmp_path):
     with pytest.raises(ValueError, match=r"float32; the tower is torch.bfloat16"):
         write_onnx(make_tower().bfloat16(), tmp_path / "model.onnx")
+
+
+# --- Whole models ----------------------------------------------------------------------------------------------------
+
+IDS = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LANGUAGE_MODELS = {
+    # Keys of one head for two, and a rotary base that is not the default
+    "llama": llama_config(num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    # Normalized keys, heads that are wider than the model, and a tied head
+    "qwen": Qwen3Config(
+        **SIZES | IDS, num_hidden_layers=2, head_dim=32, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen", marks=pytest.mark.slow)])
+def whole(request, tmp_path_factory) -> tuple[MoveKDForConditionalGeneration, Path, Path]:
+    """A model, the folder that it is saved in, and the folder of its graphs."""
+    root = tmp_path_factory.mktemp(request.param)
+    language = AutoModelForCausalLM.from_config(LANGUAGE_MODELS[request.param])
+    spread(language, 2)
+    model = MoveKDForConditionalGeneration.from_parts(make_tower(), language)
+    spread(model.model.multi_modal_projector, 3)
+    folder = save_model(model.eval(), root / "model")
+    export(folder, root / "onnx", "onnx", images=[save_images(root / "images", 6)])
+    return model, folder, root / "onnx"
+
+
+class Runtime:
+    """What a user of ONNX Runtime writes around the three graphs: the greedy answer to one question."""
+
+    def __init__(self, folder: Path):
+        self.config = AutoConfig.from_pretrained(folder)
+        self.suppressed = json.loads((folder / "generation_config.json").read_text())["suppress_tokens"]
+        self.encoder, self.embedding, self.decoder = (
+            onnxruntime.InferenceSession(folder / "onnx" / name, providers=["CPUExecutionProvider"]) for name in GRAPHS
+        )
+
+    def generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
+        input_ids = inputs["input_ids"].numpy()
+        embeds = self.embedding.run(None, {"input_ids": input_ids})[0]
+        if "pixel_values" in inputs:
+            features = self.encoder.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0]
+            embeds[input_ids == self.config.image_token_index] = features.reshape(-1, features.shape[-1])
+        names = [node.name for node in self.decoder.get_inputs()]
+        text = self.config.text_config
+        past = [np.zeros((1, text.num_key_value_heads, 0, text.head_dim), np.float32)] * 2 * text.num_hidden_layers
+        tokens: list[int] = []
+        while len(tokens) < max_new_tokens and (not tokens or tokens[-1] != text.eos_token_id):
+            length = past[0].shape[2] + embeds.shape[1]
+            positions = np.arange(past[0].shape[2], length)[None]
+            values = [embeds, np.ones((1, length), np.int64), positions, *past]
+            logits, *past = self.decoder.run(None, dict(zip(names, values, strict=True)))
+            logits[..., self.suppressed] = -np.inf
+            tokens.append(int(logits[0, -1].argmax()))
+            embeds = self.embedding.run(None, {"input_ids": np.array([tokens[-1:]])})[0]
+        return tokens
+
+
+def make_inputs(folder: Path, picture: Image.Image | None, question: str) -> dict[str, torch.Tensor]:
+    content = [] if picture is None else [{"type": "image", "image": picture}]
+    return load_processor(folder).apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def test_greedy_answers(whole):
+    """With what is in the folder, on several pictures and without one: the tokens of `generate`."""
+    model, folder, dest = whole
+    runtime = Runtime(dest)
+    pictures = [Image.open(path) for path in sorted((dest.parent / "images").iterdir())]
+    answers = []
+    for picture in [*pictures, None]:
+        for question in ("What is this?", "Which color?"):
+            inputs, theirs = (make_inputs(it, picture, question) for it in (folder, dest))
+            assert inputs.keys() == theirs.keys() and all(torch.equal(inputs[key], theirs[key]) for key in inputs)
+            expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            answers.append(tuple(expected.tolist()))
+            assert runtime.generate(theirs, 12) == expected.tolist()
+    assert len(set(answers)) > 6, "the answers do not depend on the picture"
+
+
+def test_batches_and_pasts_of_any_length(whole):
+    """A part of the batch is padded; the names are those that transformers.js asks for."""
+    model, _, dest = whole
+    assert check_decoder(DecoderGraph(model), dest / "onnx") < 1e-5
+    encoder, embedding, decoder = (onnxruntime.InferenceSession(dest / "onnx" / name) for name in GRAPHS)
+    parts = [f"{index}.{part}" for index in range(2) for part in ("key", "value")]
+    inputs = {node.name: node.shape for node in decoder.get_inputs()}
+    past = [f"past_key_values.{part}" for part in parts]
+    assert list(inputs) == ["inputs_embeds", "attention_mask", "position_ids", *past]
+    # transformers.js makes the empty past from the symbols: every one but the batch's is 0
+    assert inputs[past[0]][0] == "batch_size" and isinstance(inputs[past[0]][2], str)
+    assert [node.name for node in decoder.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
+    assert [node.name for node in embedding.get_inputs()] == ["input_ids"]
+    assert [node.name for node in embedding.get_outputs()] == ["inputs_embeds"]
+    features = encoder.run(["image_features"], {"pixel_values": make_pixels(5).numpy()})[0]
+    expected = torch.stack(list(model.get_image_features(make_pixels(5)).pooler_output))
+    torch.testing.assert_close(torch.from_numpy(features), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_another_decoder_is_refused(whole):
+    model, folder, dest = whole
+    other = MoveKDForConditionalGeneration.from_pretrained(folder)
+    for change in (1.01, float("nan")):
+        other.model.language_model.norm.weight.data *= change
+        with pytest.raises(ValueError, match="gives other logits than torch"):
+            check_decoder(DecoderGraph(other), dest / "onnx")
+
+
+def test_files_that_transformers_js_reads(whole):
+    model, _, dest = whole
+    files = {path.relative_to(dest).as_posix() for path in dest.rglob("*")}
+    assert files >= {f"onnx/{name}{ending}" for name in GRAPHS for ending in ("", "_data")}
+    assert files >= {"generation_config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"}
+    assert not [name for name in files if name.endswith((".py", ".safetensors"))] and "evaluation.json" not in files
+    config = json.loads((dest / "config.json").read_text())
+    assert config["model_type"] == "llava" and config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["image_token_index"] == model.config.image_token_id and "auto_map" not in config
+    assert config["transformers.js_config"]["use_external_data_format"] == dict.fromkeys(GRAPHS, True)
+    images = json.loads((dest / "preprocessor_config.json").read_text())
+    assert images["processor_class"] == "LlavaProcessor" and images["pad_size"] == {"height": SIZE, "width": SIZE}
+    # transformers.js repeats `<image>` once for each patch and each additional token
+    assert json.loads((dest / "processor_config.json").read_text())["num_additional_image_tokens"] == 0
+    tokenizer = json.loads((dest / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["chat_template"] == (dest / "chat_template.jinja").read_text()
+
+
+def test_tiles_are_refused(tmp_path):
+    folder = save_model(make_model(make_tower(), image_aspect_ratio="anyres"), tmp_path / "model")
+    with pytest.raises(ValueError, match="`anyres`.*`--form encoder`, then `--form onnx`"):
+        export(folder, tmp_path / "onnx", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_state_that_is_no_past_is_refused():
+    config = Mamba2Config(vocab_size=40, hidden_size=32, num_heads=8, head_dim=8, state_size=4, n_groups=1)
+    config.num_hidden_layers = 1
+    model = MoveKDForConditionalGeneration.from_parts(make_tower(), AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="Mamba2Model keeps more than the keys and values"):
+        DecoderGraph(model).example(1, 1, 0)
