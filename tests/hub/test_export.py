@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionModel,
@@ -32,9 +34,11 @@ from hub.card_write import write_card
 from hub.export import main
 from hub.export_forms import add_older_names, check_equal, export, image_files, read_pixels, stock_llava
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.processing import load_processor
 from tests.helpers.cards import COMMIT, RESULT, metadata
 from tests.helpers.conversions import BAD_WEIGHTS, change_weight, edit_json
 from tests.helpers.exported import SIZE, make_model, make_pixels, make_tower, save_images, save_model, save_tower
+from tests.helpers.tiny import llama_config, spread
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +400,67 @@ def test_llava_loads_in_transformers_4(folders, tmp_path):
     ours, theirs = (AutoProcessor.from_pretrained(folder).tokenizer for folder in (folders["plain"], dest))
     for text in ("<image>\nWhat is this?</s>", "é  <s>"):
         assert dict(ours(text)) == dict(theirs(text)) and ours.all_special_tokens == theirs.all_special_tokens
+
+
+VISITOR_4 = textwrap.dedent(
+    """
+    import json, sys
+
+    import transformers
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    assert transformers.__version__.startswith("4."), transformers.__version__
+    answers = []
+    for folder in sys.argv[2:]:
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        processor = AutoProcessor.from_pretrained(folder)
+        for messages in json.loads(sys.argv[1]):
+            inputs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            answers.append(model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()[0])
+    print("ANSWERS" + json.dumps(answers))
+    """
+)
+
+
+@pytest.mark.slow
+def test_llava_answers_alike_in_transformers_4(folders, tmp_path):
+    """
+    In an environment of its own, which takes torch and all else from the one that runs the tests. A rotary base that
+    is not the default, keys of one head for two, tiles, and a prompt without a picture.
+    """
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(
+        llama_config(num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    )
+    spread(language, 2)
+    model = MoveKDForConditionalGeneration.from_parts(make_tower(num_experts=0), language)
+    spread(model.model.multi_modal_projector, 3)
+    sources = [save_model(model, tmp_path / "model"), folders["plain anyres"]]
+    dests = [export(source, tmp_path / f"llava{index}", "llava") for index, source in enumerate(sources)]
+    questions = [[{"type": "text", "text": "What is this?"}]]
+    questions += [[{"type": "image", "path": str(it)}, *questions[0]] for it in image_files([folders["images"]])]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    venv.create(tmp_path / "venv", with_pip=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "transformers<5"], check=True)
+    command = [python, "-I", "-c", VISITOR_4, json.dumps(conversations), *dests]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = iter(json.loads(done.stdout.split("ANSWERS")[1]))
+    for source in sources:
+        model, processor = MoveKDForConditionalGeneration.from_pretrained(source), load_processor(source)
+        for messages in conversations:
+            inputs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
+            assert next(answers) == expected
 
 
 def test_llava_of_another_type_is_to_be_evaluated_itself(folders, tmp_path):
