@@ -224,8 +224,8 @@ _PROBE = [
     {"role": "assistant", "content": [{"type": "text", "text": "At night."}]},
 ]
 _ASKED, _ANSWERED = ("Be brief.", "What is shown?", "And when?"), ("A red bus.", "At night.")
-# A character for private use, which no template changes
-_MARK = "\ue0a5"
+# Characters for private use, which no template changes. The first that a conversation does not have marks its answers
+_MARKS = "\ue0a5\ue0a6\ue0a7\ue0a8"
 
 _FOLD_SYSTEM = """
 {%- if messages | length > 1 and messages[0].role == 'system' -%}
@@ -240,18 +240,21 @@ _OWN = """
 {%- macro own(messages, add_generation_prompt) %}
 OWN_TEMPLATE{% endmacro -%}
 {%- set rendered = own(messages, add_generation_prompt) -%}
-{%- set marked = namespace(messages=[], answers=0) -%}
+{%- set marked = namespace(messages=[], answers=0, mark='MARKS'[0]) -%}
+{%- for mark in 'MARKS' | reverse if mark not in messages | map(attribute='content') | join -%}
+{%- set marked.mark = mark -%}
+{%- endfor -%}
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
 {%- set marked.answers = marked.answers + 1 -%}
 {#- A template may take out a thought, or write an empty one where there is none, so the thought stays -#}
 {%- set thought = message.content.rpartition('</think>') -%}
-{%- set marked.messages = marked.messages + [dict(message, content=thought[0] + thought[1] + 'MARK')] -%}
+{%- set marked.messages = marked.messages + [dict(message, content=thought[0] + thought[1] + marked.mark)] -%}
 {%- else -%}
 {%- set marked.messages = marked.messages + [message] -%}
 {%- endif -%}
 {%- endfor -%}
-{%- set frames = own(marked.messages, add_generation_prompt).split('MARK') -%}
+{%- set frames = own(marked.messages, add_generation_prompt).split(marked.mark) -%}
 {%- set cut = namespace(answer=0, at=0, spans=[], fits=rendered.startswith(frames[0])) -%}
 {%- set cut.fits = cut.fits and frames | length == marked.answers + 1 -%}
 {%- for message in messages -%}
@@ -280,7 +283,7 @@ OWN_TEMPLATE{% endmacro -%}
 {%- set done.at = span[1] -%}
 {%- endfor -%}
 {{- rendered[done.at:] -}}
-""".replace("MARK", _MARK)
+""".replace("MARKS", _MARKS)
 
 
 def has_answer_markers(template: str | None) -> bool:
@@ -345,13 +348,13 @@ def _with_strings(tokenizer: PreTrainedTokenizerBase, template: str, folds_syste
         template = re.sub(rf"(\{{%-?)\s*{word}\s*(-?%\}})", rf"\1 {instead} \2", template)
     template = template.removesuffix("\n")
     asked = {"role": "user", "content": "?"}
-    answered = {"role": "assistant", "content": _MARK}
+    answered = {"role": "assistant", "content": _MARKS[0]}
     try:
         text = tokenizer.apply_chat_template([asked, answered] * 2, chat_template=template, tokenize=False)
     except Exception:  # a stranger's template raises what it likes; `_flaw` says so
         text = ""
     # The whole tokens that end every answer
-    ends = text.split(_MARK)[1:] or [""]
+    ends = text.split(_MARKS[0])[1:] or [""]
     shared = os.path.commonprefix([tokenizer(end, add_special_tokens=False).input_ids for end in ends])
     offsets = tokenizer(ends[0], add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     closing = ends[0][: offsets[len(shared) - 1][1]].rstrip() if shared else ""

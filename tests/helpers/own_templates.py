@@ -26,10 +26,21 @@ SMOLLM = (
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Nothing follows the last answer
+ALPACA = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{{ '### Response:\n' + message.content + ('' if loop.last else '\n\n') }}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n' }}"
+    "{% else %}{{ message.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
 _FILES = "gemma gemma3 llama3 llama3_1 llama3_2 phi3 phi3_5 qwen2_5 qwen3 qwen3_instruct_2507 qwen3_training".split()
 _FOLDER = Path(trl.__file__).parent / "chat_templates"
 OWN_TEMPLATES = {name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in _FILES}
 OWN_TEMPLATES |= {"mistral": MISTRAL, "mistral_v3": MISTRAL_V3, "smollm": SMOLLM}
+OPEN_ENDED_TEMPLATES = {"alpaca": ALPACA} | {
+    name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in ("glm4moe", "gptoss")
+}
 
 # What follows an answer
 END_OF_TURN = {

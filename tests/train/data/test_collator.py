@@ -11,8 +11,9 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from modeling_movekd.chat_templates import set_chat_template
+from modeling_movekd.chat_templates import set_chat_template, set_own_chat_template
 from modeling_movekd.images import center_square, pad_to_square
+from tests.helpers.own_templates import OPEN_ENDED_TEMPLATES, OWN_TEMPLATES
 from train.data.collator import MoveKDCollator
 from train.data.datasets import load_conversations
 from train.teachers.preprocessing import TeacherPreprocessor
@@ -92,6 +93,21 @@ def test_shapes_labels_and_right_padding(template: str) -> None:
         assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
         assert (ids[length:] == processor.tokenizer.pad_token_id).all() and (labels[length:] == -100).all()
         assert ids[0] == processor.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("name", [*OPEN_ENDED_TEMPLATES, "llama3"])
+def test_every_byte_of_an_answer_is_trained_with_the_language_model_s_template(name: str) -> None:
+    processor = build_processor()
+    # No token but `<image>` holds these characters, so that each is several tokens of one byte
+    marks = "\ue0a5\ue0a6"
+    set_own_chat_template(processor, (OPEN_ENDED_TEMPLATES | OWN_TEMPLATES)[name])
+    answers = ["Oui \N{GRINNING FACE}", "\u4e2d\u6587", "caf\xe9", f"a{marks}", f"<think>{marks}</think>a", marks[0]]
+    rows = [row(picture(), question=f"What is {marks}?", answer=answer) for answer in answers]
+    batch = MoveKDCollator(processor)(rows)
+    assert not batch["bad_rows"]
+    for labels, answer in zip(batch["labels"], answers, strict=True):
+        trained = processor.tokenizer.decode(labels[labels != -100])
+        assert answer.rpartition("</think>")[2] in trained and "What" not in trained and "\ufffd" not in trained
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
