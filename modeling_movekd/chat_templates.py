@@ -5,8 +5,8 @@ captions, and a language model's own template, made to take images.
 All take the content of a message as a string, where `<image>` stands for an image, or as a list of
 `{"type": "image"}` and `{"type": "text", "text": ...}` parts. A single image of a turn comes first, as in LLaVA;
 several keep their places. Parts are joined by a new line. `{% generation %}` marks the answers for a trainer's loss.
-The template writes the beginning-of-sequence token, where the language model has one, and the tokenizer adds none: so
-there is one however a text is tokenized.
+The template writes the beginning-of-sequence token, where the language model has one, and the tokenizer adds no token:
+so there is one however a text is tokenized.
 """
 
 import copy
@@ -162,7 +162,7 @@ def set_chat_template(
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     """
     Set one of `CHAT_TEMPLATES` on a tokenizer, or on a processor and its tokenizer, and return the same object. The
-    template writes the beginning-of-sequence token, which the tokenizer no longer adds.
+    template writes the beginning-of-sequence token, and the tokenizer adds no token any more.
     """
     return _set(processor, chat_template_for(processor, name))
 
@@ -171,7 +171,7 @@ def _set(
     processor: ProcessorMixin | PreTrainedTokenizerBase, template: str
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     tokenizer = getattr(processor, "tokenizer", processor)
-    _stop_adding_bos(tokenizer)
+    _stop_adding_special_tokens(tokenizer)
     tokenizer.chat_template = template
     if tokenizer is not processor:
         processor.chat_template = template
@@ -183,28 +183,37 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("A").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _stop_adding_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not adds_bos(tokenizer):
+def _stop_adding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer add no token to a text, since a chat template writes them all."""
+    if not _added_tokens(tokenizer):
         return
-    if getattr(tokenizer, "add_bos_token", False):
-        tokenizer.add_bos_token = False
-    elif (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+    for setting in ("add_bos_token", "add_eos_token"):
+        if getattr(tokenizer, setting, False):
+            setattr(tokenizer, setting, False)
+        tokenizer.init_kwargs[setting] = False
+    backend, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__name__
+    if _added_tokens(tokenizer) and backend is not None:
         # tokenizers has no setter for a part of a template, so edit the form that it is saved in
         processor = copy.deepcopy(backend.post_processor)
         state = json.loads(processor.__getstate__())
-        for part in state["processors"] if state["type"] == "Sequence" else [state]:
+        parts = state["processors"] if state["type"] == "Sequence" else [state]
+        for part in parts:
             for form in ("single", "pair") if part["type"] == "TemplateProcessing" else ():
-                part[form] = [
-                    piece for piece in part[form] if piece.get("SpecialToken", {}).get("id") != tokenizer.bos_token
-                ]
+                part[form] = [piece for piece in part[form] if "SpecialToken" not in piece]
         processor.__setstate__(json.dumps(state).encode())
         backend.post_processor = processor
-    tokenizer.init_kwargs["add_bos_token"] = False
-    if adds_bos(tokenizer):
+        kind = " and ".join(part["type"] for part in parts)
+    if added := _added_tokens(tokenizer):
         raise ValueError(
-            f"{type(tokenizer).__name__} adds {tokenizer.bos_token!r} to every text, and cannot be told not to. Give "
-            "a language model with a tokenizer of the tokenizers library."
+            f"The tokenizer adds {added} to every text, where the chat template writes such tokens, and its {kind} "
+            "cannot be told not to. Give a tokenizer whose post-processor is a TemplateProcessing of the tokenizers "
+            "library."
         )
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    bare = tokenizer("A", add_special_tokens=False).input_ids
+    return tokenizer.convert_ids_to_tokens([token for token in tokenizer("A").input_ids if token not in bare])
 
 
 def _bos_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -187,6 +187,27 @@ def adding(token: str, index: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", [(token, index)])
 
 
+@pytest.mark.parametrize("form", ["<s> $A </s>", "$A </s>"])
+def test_an_end_token_that_the_tokenizer_adds_is_not_in_prompts(form: str, tmp_path: Path) -> None:
+    """It would follow `ASSISTANT:`, so that the model is asked after its end."""
+    tokenizer = sentencepiece_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
+    ends = processors.TemplateProcessing(form, f"{form} $B", [("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    set_chat_template(tokenizer, "vicuna_v1").save_pretrained(tmp_path)
+    for present in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        rendered = present.apply_chat_template([user("Hi")], tokenize=False, add_generation_prompt=True)
+        ids = present(rendered).input_ids
+        assert 2 not in ids and ids.count(1) == form.startswith("<s>")
+
+
+@pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
+def test_a_post_processor_that_adds_tokens_and_cannot_be_changed_is_named(kind: type) -> None:
+    tokenizer = sentencepiece_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
+    tokenizer.backend_tokenizer.post_processor = kind(("</s>", 2), ("<s>", 1))
+    with pytest.raises(ValueError, match=rf"adds \['<s>', '</s>'\] to every text.*its {kind.__name__} cannot be told"):
+        set_chat_template(tokenizer, "vicuna_v1")
+
+
 def test_a_second_template_keeps_the_beginning_token() -> None:
     """The first stage trains a copy of the processor with `plain`."""
     tokenizer = sentencepiece_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
