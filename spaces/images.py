@@ -31,10 +31,12 @@ MAX_SEGMENTS = 5000
 MAX_FRAMES = 2000
 MAX_TILES = 10_000
 MAX_PPM_HEADER = 10_000  # bytes, comments included, which Pillow reads one by one
+MAX_PPM_TEXT = 10**6  # bytes of a file with its pixels as decimal numbers, which takes a second to decode
 # A marker of a JPEG file, besides restarts and those without a length. In the coded pixels, 0 follows each 255.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 # The size, origin, and tiles of a JPEG 2000 codestream
 _SIZ = re.compile(rb"\xff\x4f\xff\x51.{4}(.{32})", re.DOTALL)
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 # Runs this file, which needs Pillow alone, without the package and its slow imports.
 _CHILD = "import runpy, sys; runpy.run_path(sys.argv[1])['_answer_parent'](sys.argv[2])"
 
@@ -145,10 +147,12 @@ def _check_scans(content: bytes) -> None:
 
 
 def _check_ppm_header(content: bytes) -> None:
-    """Refuse a PPM file whose format, width, height and largest value do not come soon."""
+    """Refuse a PPM file whose format, width, height and largest value do not come soon, or that is a long text."""
     start = content[:MAX_PPM_HEADER]
     numbers = 2 if content[1:2] in b"14" else 3
     is_short = len(content) < MAX_PPM_HEADER or len(re.sub(rb"#[^\r\n]*", b"", start).split()) > numbers
+    if content[:2] in (b"P1", b"P2", b"P3") and len(content) > MAX_PPM_TEXT:
+        raise _Unusable(f"a PPM file in plain text of more than {MAX_PPM_TEXT} bytes: save it in the binary form")
     if start[:1] == b"P" and start[1:2].isdigit() and not is_short:
         raise _Unusable(
             f"a PPM file whose header is longer than {MAX_PPM_HEADER} bytes: save it again without comments"
@@ -244,6 +248,10 @@ def _rgb(image: PILImage.Image, apply_orientation: bool, max_side: int) -> PILIm
         raise _Unusable(
             f"an image of mode {image.mode!r}, whose values have no known range: store it with 8 bits per channel"
         )
+    if image.mode == "La":
+        image = image.convert("LA")
+    if getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (12,):
+        image = image.point(lambda value: value * 16)  # Pillow keeps the values, up to 4095
     if apply_orientation:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):

@@ -63,6 +63,22 @@ def test_sixteen_bits_keep_the_upper_eight(mode: str, format: str) -> None:
     assert (decoded == (values >> 8)[..., None]).all()
 
 
+def test_twelve_bits_of_a_tiff_file_keep_the_upper_eight() -> None:
+    values = np.array([[0, 1000, 2048, 4095], [100, 200, 3000, 4000]])
+    packed = int("".join(f"{value:012b}" for value in values.flatten()), 2).to_bytes(12, "big")
+    fields = {256: 4, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: len(packed)}
+    tags = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in fields.items())
+    content = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(fields)) + tags + bytes(4)
+    for image in ({"bytes": content}, Image.open(io.BytesIO(content))):
+        assert (np.asarray(decode_image(image)) == (values >> 4)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_alpha(mode: str) -> None:
+    image = Image.new(f"{mode[:-1]}A", (4, 4), (60,) * len(mode[:-1]) + (255,)).convert(mode)
+    assert decode_image(image).getpixel((0, 0)) == (60, 60, 60)
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_values_without_a_range_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=f"mode '{mode}', whose values have no known range"):
@@ -217,6 +233,16 @@ def test_jpeg_files_with_more_scans_than_any_encoder_writes() -> None:
     content = progressive()
     inside = content[:2] + comment + content[2:] + b"\xff\xda\x00\x02" * 1000
     assert_same(decode_image({"bytes": inside}), decode_image({"bytes": content}))
+
+
+@pytest.mark.parametrize("kind", [b"P1", b"P2", b"P3"])
+def test_ppm_files_in_plain_text(kind: bytes) -> None:
+    largest = b"" if kind == b"P1" else b" 1"
+    assert decode_image({"bytes": kind + b" 2 2" + largest + b" 1" * 12}).size == (2, 2)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="a PPM file in plain text of more than 1000000 bytes"):
+        decode_image({"bytes": kind + b" 900 900" + largest + b" 1" * (900 * 900 * 3)})
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("filler", [b"#" + b"x" * 10**7 + b"\n", b"#\n" * 10**6, b" " * 10**7])
