@@ -8,8 +8,8 @@ from transformers import initialization as init
 
 from hub.files import weight_files
 from hub.weights import WeightFiles
-from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
-from modeling_movekd.files import check_config_size, read_json, reading, weight_shapes
+from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel, inference
+from modeling_movekd.files import read_json, reading
 from modeling_movekd.processing import check_image_processor
 from modeling_movekd.vision_movekd import load_strictly
 
@@ -19,22 +19,14 @@ TOWER_PREFIX = "model.vision_tower."
 
 def read_config(folder: Path) -> MoveKDConfig | MoveKDVisionConfig:
     """The configuration of a whole model or of an encoder alone."""
-    content = read_json(folder / "config.json")
-    shapes = weight_shapes(path for path in weight_files(folder) if path.suffix == ".safetensors")
-    if shapes:
-        check_config_size(content, shapes, folder)
-    model_type = content.get("model_type")
-    for config_class in (MoveKDConfig, MoveKDVisionConfig):
-        if model_type == config_class.model_type:
-            with reading(folder):
-                config = config_class.from_pretrained(folder)
-            if shapes:
-                check_config_size(config.to_dict(), shapes, folder)  # with the defaults of what config.json leaves out
-            return config
-    raise ValueError(
-        f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. Convert it with "
-        "`python hub/convert.py`."
-    )
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in (MoveKDConfig.model_type, MoveKDVisionConfig.model_type):
+        raise ValueError(
+            f"{folder} holds a model of type {model_type!r}; 'movekd' or 'movekd_vision' is needed. Convert it with "
+            "`python hub/convert.py`."
+        )
+    weight_files(folder)  # refuses an index that names other folders' files
+    return inference.read_config(folder)
 
 
 def read_weights(folder: Path) -> WeightFiles:

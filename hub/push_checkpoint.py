@@ -24,11 +24,11 @@ from modeling_movekd.files import (
     CARD_NAME,
     DISTILLER_NAME,
     EVALUATION_NAME,
-    check_config_size,
     read_json,
     save_json,
     temporary_folder,
 )
+from modeling_movekd.inference import read_config
 from modeling_movekd.vision_movekd import save_weight_index
 
 
@@ -172,7 +172,7 @@ def _stage(folder: Path, stage: Path, token: str | None, max_shard_size: int) ->
     weights = weight_files(folder)
     # Here and not in the process of its own, which reads no values of a model that does not fit into memory
     files = WeightFiles(weights)
-    check_config_size(read_json(folder / "config.json"), [it.shape for it in files.tensors.values()], folder)
+    read_config(folder)
     files.check()
     if DISTILLER_NAME in chosen:
         WeightFiles([folder / DISTILLER_NAME]).close()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from modeling_movekd.files import save_json
+from modeling_movekd.inference import check_finite
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,12 +89,6 @@ class WeightFiles:
 
     def close(self) -> None:
         self._path, self._open = None, {}
-
-
-def check_finite(tensor: torch.Tensor, name: str) -> None:
-    # Far faster than `isfinite` on each value; NaN is the smallest and the largest
-    if tensor.numel() and not all(value.isfinite() for value in tensor.aminmax()):
-        raise ValueError(f"{name} has values that are not finite. Restore the file, or train again.")
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -41,6 +41,12 @@ SIZE_FIELDS = (
 )
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 MAX_POSITIONS = 10**8
+TILE_FIELDS = ("image_grid_pinpoints", "image_seq_length")
+# No value of a configuration is larger. Limits of state space models' time steps may be infinite.
+MAX_NUMBER = 10**12
+UNLIMITED_FIELDS = ("time_step_limit",)
+# safetensors' names for the dtypes of weights. Float8 and integers come from quantization.
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 # Files that earlier versions of this package were writing when they were killed
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -170,20 +176,33 @@ def save_json(content: dict[str, Any], path: str | Path) -> None:
 
 
 def weight_shapes(paths: Iterable[str | Path]) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in safetensors files. Only their headers are read."""
+    """
+    The shapes of all tensors in safetensors files. Only their headers are read.
+
+    Raises:
+        ValueError: If a file cannot be read, or a tensor is not of a dtype that weights have.
+    """
     shapes = []
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                shapes += [tuple(file.get_slice(key).get_shape()) for key in file.keys()]
+                tensors = {key: file.get_slice(key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
+        for key, tensor in tensors.items():
+            if tensor.get_dtype() not in WEIGHT_DTYPES:
+                raise ValueError(
+                    f"`{key}` of {path} is {tensor.get_dtype()}; weights are {', '.join(WEIGHT_DTYPES)}. Save the "
+                    "model again, not quantized."
+                )
+            shapes.append(tuple(tensor.get_shape()))
     return shapes
 
 
 def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int]], name: str | os.PathLike) -> None:
     """
-    Check that a configuration asks for nothing larger than its weights, before anything is built of it.
+    Check that a configuration asks for nothing larger than its weights, before anything is built of it, and that its
+    numbers are finite.
 
     A configuration may come from a stranger, and a model of a billion layers is built for days.
 
@@ -194,21 +213,39 @@ def check_config_size(config: Mapping[str, Any], shapes: Collection[Sequence[int
     """
     largest = max((side for shape in shapes for side in shape), default=0)
     limits = dict.fromkeys(LAYER_FIELDS, len(shapes)) | dict.fromkeys(SIZE_FIELDS, largest)
-    limits |= dict.fromkeys(POSITION_FIELDS, MAX_POSITIONS)
+    limits |= dict.fromkeys((*POSITION_FIELDS, *TILE_FIELDS), MAX_POSITIONS)
     if isinstance(patch := config.get("patch_size"), int) and patch > 0:
         limits["image_size"] = patch * int(largest**0.5)  # the position embedding has a row for each patch
     for field, value in config.items():
-        if isinstance(value, Mapping):
-            check_config_size(value, shapes, name)
-        elif field in limits and value is not None:
-            sizes = value if isinstance(value, list) else [value]
-            if any(type(size) is not int or "expert" not in field and size < 1 for size in sizes):
+        values = list(_flatten(value))
+        for part in values:
+            if isinstance(part, Mapping):
+                check_config_size(part, shapes, name)
+        values = [part for part in values if part is not None and not isinstance(part, Mapping)]
+        if field in limits:
+            if any(type(size) is not int or "expert" not in field and size < 1 for size in values):
                 raise ValueError(f"`{field}` of {name} is {value!r}, expected a positive number. Restore config.json.")
-            if max(sizes) > limits[field]:
+            if max(values, default=0) > limits[field]:
                 raise ValueError(
                     f"`{field}` of {name} is {value}, but its weights hold at most {limits[field]}. Restore "
                     "config.json, or download the weights again."
                 )
+        elif field not in UNLIMITED_FIELDS:
+            numbers = [number for number in values if isinstance(number, int | float)]
+            if not all(abs(number) <= MAX_NUMBER for number in numbers):  # NaN is not
+                raise ValueError(
+                    f"`{field}` of {name} is {value!r}, expected numbers up to {MAX_NUMBER}. Restore config.json."
+                )
+
+
+def _flatten(value: Any) -> Iterator[Any]:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list | tuple):
+            waiting += part
+        else:
+            yield part
 
 
 def cached_commit(repo_id: str, revision: str = "main", repo_type: str = "model") -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -38,16 +39,16 @@ from .vision_movekd import MoveKDVisionModel, MoveKDVisionOutput
 BREAK = "\ufdd0"
 
 
-def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> list[tuple[int, ...]]:
+def read_config(checkpoint: str | os.PathLike, revision: str | None = None) -> PreTrainedConfig:
     """
-    Check that a checkpoint's configuration can be read, and asks for nothing larger than its weights.
+    Read a checkpoint's configuration, and check that it asks for nothing larger than its weights.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Hub id or folder.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
-    Returns:
-        The shapes of its weights, as far as they are in safetensors.
+    Raises:
+        ValueError: If the configuration or the header of a weight file cannot be read, or they do not fit each other.
     """
 
     def find(name: str) -> str | None:
@@ -57,16 +58,11 @@ def check_size(checkpoint: str | os.PathLike, revision: str | None = None) -> li
 
     if (generation := find(GENERATION_CONFIG_NAME)) is not None:
         read_json(generation)  # transformers goes on without a file that it cannot read
-    config, index = find(CONFIG_NAME), find(SAFE_WEIGHTS_INDEX_NAME)
+    content, index = find(CONFIG_NAME), find(SAFE_WEIGHTS_INDEX_NAME)
     names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(read_json(index).get("weight_map", {}).values()))
     shapes = weight_shapes(path for name in names if (path := find(name)) is not None)
-    if config is not None and shapes:
-        check_config_size(read_json(config), shapes, checkpoint)
-    return shapes
-
-
-def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrainedConfig:
-    shapes = check_size(checkpoint, revision)
+    if content is not None and shapes:
+        check_config_size(read_json(content), shapes, checkpoint)
     # Registered classes are preferred over code in the checkpoint.
     for config_class in (MoveKDConfig, MoveKDVisionConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
@@ -75,6 +71,25 @@ def _read_config(checkpoint: str | os.PathLike, revision: str | None) -> PreTrai
     if shapes:
         check_config_size(config.to_dict(), shapes, checkpoint)  # with the defaults of what config.json leaves out
     return config
+
+
+def check_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: If a weight of a loaded model is not finite.
+    """
+    for name, weight in model.named_parameters():
+        check_finite(weight.detach(), f"`{name}` of {checkpoint}")
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """
+    Raises:
+        ValueError: If values of the tensor are not finite.
+    """
+    # Far faster than `isfinite` on each value; NaN is the smallest and the largest
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(f"{name} has values that are not finite. Restore the file, or train again.")
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -101,7 +116,7 @@ def load_checkpoint(
     Raises:
         ValueError: If the checkpoint is of another kind of model.
     """
-    config = _read_config(checkpoint, revision)
+    config = read_config(checkpoint, revision)
     if not isinstance(config, MoveKDConfig):
         raise ValueError(
             f"{checkpoint} is a {config.model_type!r} checkpoint; 'movekd' is needed. `hub/convert.py` converts LLaVA "
@@ -113,6 +128,7 @@ def load_checkpoint(
         model = MoveKDForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=dtype)
         processor = load_processor(checkpoint, revision)
     model = model.to(device).eval()
+    check_weights(model, checkpoint)
     if fold:
         model.fold_experts()
     check_image_processor(processor.image_processor, model.config)
@@ -140,7 +156,7 @@ def load_tower(
 
     The arguments are those of [`load_checkpoint`].
     """
-    config = _read_config(checkpoint, revision)
+    config = read_config(checkpoint, revision)
     settings: dict[str, Any] = {"revision": revision or "main", "dtype": torch.float32}
     with reading(checkpoint):
         if isinstance(config, MoveKDConfig):
@@ -164,7 +180,9 @@ def load_tower(
                 "student was made from into its folder."
             ) from error
     check_image_processor(processor, config)
-    return tower.to(_choose_device(device)).eval(), processor
+    tower = tower.to(_choose_device(device)).eval()
+    check_weights(tower, checkpoint)
+    return tower, processor
 
 
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.chat_templates import chat_template_name, set_chat_template, set_own_chat_template
 from modeling_movekd.files import DISTILLER_NAME
-from modeling_movekd.inference import check_size
+from modeling_movekd.inference import check_weights, read_config
 from modeling_movekd.processing import (
     add_image_token,
     build_processor,
@@ -109,8 +109,9 @@ def build_student(
 def _load_student(
     args: MoveKDSFTConfig, source: str, revision: str | None, **kwargs: Any
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
-    check_size(source, revision)
+    read_config(source, revision)
     model = MoveKDForConditionalGeneration.from_pretrained(source, revision=revision, **kwargs)
+    check_weights(model, source)
     tower = model.config.vision_config
     compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
     saved = {name: getattr(tower, name) for name in compared} | image_settings(model.config)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 BAD_WEIGHTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "nan": (lambda weight: weight.index_fill(0, torch.tensor([0]), torch.nan), "not finite"),
     "infinite": (lambda weight: weight.half().index_fill(0, torch.tensor([0]), -torch.inf), "not finite"),
-    "complex": (lambda weight: weight.to(torch.complex64), "torch.complex64"),
-    "bool": (lambda weight: weight > 0, "torch.bool"),
-    "integer": (lambda weight: weight.to(torch.int8), "torch.int8"),
-    "float8": (lambda weight: weight.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "complex": (lambda weight: weight.to(torch.complex64), "torch.complex64|C64"),
+    "bool": (lambda weight: weight > 0, "torch.bool|BOOL"),
+    "integer": (lambda weight: weight.to(torch.int8), "torch.int8|I8"),
+    "float8": (lambda weight: weight.to(torch.float8_e4m3fn), "torch.float8_e4m3fn|F8_E4M3"),
 }
 
 

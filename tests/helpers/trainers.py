@@ -1,6 +1,7 @@
 """Builds a trainer as `train.run.train` does, with a hook to change its parts first."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -24,6 +25,12 @@ SMALL_RUN: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+
+
+def continue_student(folder: Path) -> None:
+    """Load a student as a run without teachers does that continues it."""
+    args = MoveKDSFTConfig(**SMALL_RUN, output_dir="output", distill=False, chat_template="own")
+    build_student(args, ModelArguments(model_name_or_path=str(folder)))
 
 
 def build_trainer(

@@ -19,7 +19,9 @@ from hub.export_forms import export
 from hub.push_checkpoint import _stage
 from modeling_movekd.files import new_file, save_json
 from modeling_movekd.inference import load_checkpoint, load_tower
+from tests.helpers.conversions import BAD_WEIGHTS, change_weight
 from tests.helpers.exported import make_model, make_tower, save_model
+from tests.helpers.trainers import continue_student
 from train.data.sources import parse_line
 
 
@@ -44,6 +46,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "export llava": lambda folder: export(folder, folder.parent / "dest", "llava"),
     "push": lambda folder: _stage(folder, folder.parent / "stage", None, 10**9),
     "convert": lambda folder: convert(folder, folder.parent / "dest", to="original"),
+    "continued training": continue_student,
 }
 # The uses that read a file, by its name
 READERS = {
@@ -76,6 +79,16 @@ def test_damaged_files(copy: Path, name: str, damage: Callable[[Path], None]) ->
         with pytest.raises((ValueError, OSError)):
             USES[use](copy)
     assert not (copy.parent / "dest").exists() and not list(copy.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_weights_that_no_model_has(copy: Path, kind: str) -> None:
+    change, message = BAD_WEIGHTS[kind]
+    change_weight(copy, "model.vision_tower.encoder.layers.1.mlp.fc1.bias", change)
+    for name in set(USES) - {"convert"}:  # which is tested with the sources that it reads
+        with pytest.raises(ValueError, match=f"encoder.layers.1.mlp.fc1.bias` of .*({message})"):
+            USES[name](copy)
+    assert not (copy.parent / "dest").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hub.push_checkpoint import _stage
 from modeling_movekd.files import check_config_size
 from modeling_movekd.inference import load_checkpoint, load_tower
 from tests.helpers.exported import make_model, make_tower, save_model
+from tests.helpers.trainers import continue_student
 
 
 ABSURD: list[tuple[tuple[str, ...], Any]] = [
@@ -31,6 +32,12 @@ ABSURD: list[tuple[tuple[str, ...], Any]] = [
     (("text_config", "vocab_size"), 10**12),
     (("text_config", "max_position_embeddings"), 10**15),
     (("text_config", "num_attention_heads"), True),
+    (("text_config", "rms_norm_eps"), float("nan")),
+    (("text_config", "rope_parameters", "factor"), 1e30),
+    (("vision_config", "layer_norm_eps"), float("inf")),
+    (("image_seq_length",), 10**12),
+    (("image_grid_pinpoints",), [[10**9, 10**9]]),
+    (("image_grid_pinpoints",), [[1e9, 1e9]]),
 ]
 
 
@@ -58,16 +65,26 @@ USES: dict[str, Callable[[Path], Any]] = {
     "export": lambda folder: export(folder, folder.parent / "dest", "encoder"),
     "push": lambda folder: _stage(folder, folder.parent / "stage", None, 10**9),
     "convert": lambda folder: convert(folder, folder.parent / "dest", to="original"),
+    "continued training": continue_student,
 }
 
 
-@pytest.mark.parametrize(("keys", "value"), ABSURD, ids=lambda it: it[1] if isinstance(it, tuple) else None)
+@pytest.mark.parametrize(("keys", "value"), ABSURD, ids=lambda it: it[-1] if isinstance(it, tuple) else None)
 def test_a_checkpoint_that_asks_for_more_than_its_weights(copy: Path, keys: tuple[str, ...], value: Any) -> None:
     edit(copy / "config.json", keys, value)
     for use in USES.values():
         with pytest.raises(ValueError, match=f"`{keys[-1]}` of .*/copy is .*Restore"):
             use(copy)
     assert not (copy.parent / "dest").exists()
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_sizes_that_a_configuration_leaves_out_are_those_that_transformers_builds(copy: Path, part: str) -> None:
+    kind = json.loads((copy / "config.json").read_text())[part]["model_type"]
+    edit(copy / "config.json", (part,), {"model_type": kind})
+    for use in USES.values():
+        with pytest.raises(ValueError, match=r"of .*/copy is \d+, but its weights hold at most"):
+            use(copy)
 
 
 @pytest.mark.parametrize("field", ["crop_size", "size"])
