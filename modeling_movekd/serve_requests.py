@@ -75,8 +75,12 @@ class ChatRequest(_Fields):
     stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field([], max_length=16)
     n: Literal[1] = 1
     logprobs: Literal[False] = False
+    top_logprobs: Literal[0] = 0
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
+    repetition_penalty: float = Field(1, ge=1, le=1)
+    min_p: float = Field(0, ge=0, le=0)
+    top_k: Literal[-1, 0] = -1
     logit_bias: dict[str, float] = Field({}, max_length=0)
     response_format: ResponseFormat = ResponseFormat(type="text")
     tools: list[Any] = Field([], max_length=0)
@@ -85,11 +89,15 @@ class ChatRequest(_Fields):
     functions: list[Any] = Field([], max_length=0)
     function_call: Literal["none", "auto"] = "none"
     modalities: list[Literal["text"]] = ["text"]
+    reasoning_effort: Literal["none"] = "none"
+    verbosity: Literal["medium"] = "medium"
     service_tier: Literal["auto", "default"] = "auto"
     store: Literal[False] = False
     metadata: dict[str, Any] = Field({}, max_length=0)
     stream_options: dict[str, Any] | None = None  # has no effect: a stream always ends with the usage
     user: str | None = None
+    safety_identifier: str | None = None  # has no effect, like the next
+    prompt_cache_key: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -203,6 +203,9 @@ def test_fields_that_clients_send_by_themselves(client, plain, make_image):
     neutral = {"stop": [], "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False}
     neutral |= {"functions": [], "function_call": "none", "modalities": ["text"], "metadata": {}}
     neutral |= {"n": 1, "logprobs": False, "logit_bias": {}, "parallel_tool_calls": True, "frequency_penalty": 0}
+    neutral |= {"top_logprobs": 0, "presence_penalty": 0, "reasoning_effort": "none", "verbosity": "medium"}
+    neutral |= {"safety_identifier": "x", "prompt_cache_key": "x"}
+    neutral["extra_body"] = {"repetition_penalty": 1.0, "min_p": 0, "top_k": -1}
     for stream in (False, True):
         turns = [asked("Well?") | {"name": "Ann"}, said, asked("What?", [url])]
         answer = streamed(client, *turns, **neutral) if stream else text_of(ask(client, *turns, **neutral))
@@ -258,9 +261,13 @@ REFUSED = {
     "system last": ([asked("?"), {"role": "system", "content": "?"}], {}, "Unknown role system"),
     "no messages": ([], {}, "messages: List should have at least 1 item"),
     "part": ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], {}, "messages.0.content.0"),
-    "unserved": ([asked("?")], {"reasoning_effort": "low"}, "reasoning_effort: not a field that is served"),
+    "reasoning": ([asked("?")], {"reasoning_effort": "low"}, "reasoning_effort: Input should be 'none'"),
     "two answers": ([asked("?")], {"n": 2}, "n: Input should be 1"),
     "log probabilities": ([asked("?")], {"logprobs": True}, "logprobs: Input should be False"),
+    "more of them": ([asked("?")], {"top_logprobs": 2}, "top_logprobs: Input should be 0"),
+    "an audio": ([asked("?")], {"modalities": ["audio"]}, "modalities.0: Input should be 'text'"),
+    "a penalty": ([asked("?")], {"presence_penalty": 0.5}, "presence_penalty: Input should be less than"),
+    "unserved": ([asked("?")], {"web_search_options": {}}, "web_search_options: not a field that is served"),
     "tools": ([asked("?")], {"tools": [TOOL]}, "tools: List should have at most 0 items"),
     "a forced tool": ([asked("?")], {"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
     "a form": ([asked("?")], {"response_format": {"type": "json_object"}}, "response_format.type: Input should be"),
