@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from .chat_templates import IMAGE_TOKEN
 from .images import decode_image
-from .inference import answer_batch, check_length, load_checkpoint, longest_context, prepare
+from .inference import answer_batch, check_length, load_checkpoint, longest_context
 from .predict_answers import Answers
+from .prompts import prepare
 
 
 # LLaVA's value, for tasks without one

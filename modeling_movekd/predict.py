@@ -34,12 +34,12 @@ from .inference import (
     answer_batch,
     check_length,
     load_checkpoint,
-    prepare,
     sampling,
     user_message,
 )
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .predict_answers import Answers
+from .prompts import prepare
 
 
 @dataclass

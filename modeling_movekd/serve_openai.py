@@ -41,8 +41,9 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, _GenerationCancelled, set_torch_seed
 
 from .images import decode_in_time
-from .inference import check_length, longest_context, prepare
+from .inference import check_length, longest_context
 from .modeling_movekd import MoveKDForConditionalGeneration
+from .prompts import prepare
 from .serve_requests import ChatRequest, Message, TextPart, parse_request
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from prompts import prepare
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -124,16 +125,16 @@ class Student:
 
     def encode(self, messages: Sequence[dict[str, Any]], max_new_tokens: int) -> dict[str, torch.Tensor]:
         """Turn a conversation into the model's inputs, and refuse one that is longer than the context."""
-        inputs = self.processor.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = prepare(self.processor, [messages], self.model.device)
         length = inputs["input_ids"].shape[1]
         if self.context_length is not None and length + max_new_tokens > self.context_length:
             raise ValueError(
                 f"The conversation has {length} tokens and the answer may have {max_new_tokens}, but the model takes "
                 f"{self.context_length} in all. Clear the conversation, ask something shorter, or lower the length."
             )
-        return dict(inputs.to(self.model.device, self.model.dtype))
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
 
     def unknown_words(self, text: str) -> bool:
         """Return whether the vocabulary lacks words of the text."""

@@ -20,7 +20,8 @@ from transformers import CompileConfig
 from benchmarks.speed.measure import paired_row, paired_times, parser, report
 from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP, vision_language_model
 from modeling_movekd import MoveKDForConditionalGeneration
-from modeling_movekd.inference import Conversation, prepare, user_message
+from modeling_movekd.inference import Conversation, user_message
+from modeling_movekd.prompts import prepare
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}

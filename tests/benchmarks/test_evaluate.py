@@ -18,7 +18,8 @@ from benchmarks.evaluate import check_results, comparison, evaluate, evaluation_
 from benchmarks.tasks import BENCHMARKS, mmbench_prompt
 from hub.card_facts import read_evaluation
 from hub.card_write import render_card
-from modeling_movekd.inference import load_checkpoint, prepare, user_message
+from modeling_movekd.inference import load_checkpoint, user_message
+from modeling_movekd.prompts import prepare
 from tests.helpers.evaluation_data import DATA, save_checkpoint, write_data
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from modeling_movekd import MoveKDVisionModel, chat, predict
-from modeling_movekd.inference import Conversation, load_checkpoint, prepare, user_message
+from modeling_movekd.inference import Conversation, load_checkpoint, user_message
+from modeling_movekd.prompts import prepare
 
 
 @pytest.fixture(scope="module", params=["pad", "anyres"])

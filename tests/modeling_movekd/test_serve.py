@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from modeling_movekd import serve
-from modeling_movekd.inference import load_checkpoint, prepare, user_message
+from modeling_movekd.inference import load_checkpoint, user_message
+from modeling_movekd.prompts import prepare
 
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client (openai)")

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
-from modeling_movekd.inference import load_checkpoint, prepare, user_message
+from modeling_movekd.inference import load_checkpoint, user_message
+from modeling_movekd.prompts import prepare
 from tests.helpers.page_scripts import FAINT, FRAMES, OUTSIDE, PIXELS, WATCH
 from tests.helpers.running_space import CHROMIUM, ROOT, TOWERS, build_checkpoint, chromium, running_space
 

@@ -188,9 +188,25 @@ def test_files_above_the_bound_are_refused(modules, tmp_path):
         modules["uploads"].decode(str(path))
 
 
-def test_the_file_that_decodes_images_is_a_copy():
-    """So that pixels are those of training, and of the commands."""
-    assert (SPACE / "images.py").read_bytes() == (ROOT / "modeling_movekd" / "images.py").read_bytes()
+@pytest.mark.parametrize("name", ["images.py", "prompts.py"])
+def test_files_that_are_copies(name):
+    """So that pixels are those of training, and prompts those of the commands."""
+    assert (SPACE / name).read_bytes() == (ROOT / "modeling_movekd" / name).read_bytes()
+
+
+def test_special_tokens_that_a_visitor_writes_stay_text(modules, checkpoint):
+    student = modules["student"].load_student(str(checkpoint), None)
+    tokenizer = student.processor.tokenizer
+    written = f"<image> {tokenizer.eos_token} What?"
+    parts = [{"type": "image", "image": Image.open(FIRST)}, {"type": "text", "text": written}]
+    inputs = student.encode([{"role": "user", "content": parts}], 0)
+    asked = student.encode([{"role": "user", "content": [*parts[:1], {"type": "text", "text": "What?"}]}], 0)
+    special = [tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id]
+    for token in special:
+        assert (inputs["input_ids"] == token).sum() == (asked["input_ids"] == token).sum()
+    assert inputs["pixel_values"].dtype == student.model.dtype
+    alone = student.encode([{"role": "user", "content": [{"type": "text", "text": "<image>"}]}], 0)
+    assert special[0] not in alone["input_ids"] and "pixel_values" not in alone
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
