@@ -32,7 +32,7 @@ from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
-from train.distributed import ended_workers
+from train.distributed import timeouts_named
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode, shard_checksum
 from train.teachers.cached import (
     INDEX_NAME,
@@ -191,7 +191,7 @@ def _write_cache(
         shards = [shard for shard in missing[name] if shard != BLANK][state.process_index :: state.num_processes]
         preprocessors = {name: teacher.preprocessor}
         pixels = _TeacherPixels(dataset, dataclasses.replace(collator, teacher_preprocessors=preprocessors), name)
-        with ended_workers(args.dataloader_timeout):
+        with timeouts_named(args):
             _write_shards(layout, teacher, shards, pixels, args, bad_rows)
     state.wait_for_everyone()
     errors = {name: _measured_errors(layout, name) for name in teachers}

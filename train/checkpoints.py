@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from modeling_movekd.files import CARD_NAME, read_json, save_json
 from train.config import MoveKDSFTConfig
+from train.distributed import is_gloo_error
 
 
 logger = logging.getLogger(__name__)
@@ -175,11 +176,19 @@ def prepare_output_folder(args: MoveKDSFTConfig) -> None:
 
 
 @contextmanager
-def disk_errors_named(folder: Path) -> Iterator[None]:
-    """Say which folder could not be written. On a full disk torch and safetensors name neither disk nor folder."""
+def disk_errors_named(folder: Path, pattern: str) -> Iterator[None]:
+    """
+    Say which folder could not be written, and remove its files of a pattern, which may be cut off. On a full disk,
+    torch and safetensors name neither disk nor folder.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_gloo_error(error):
+            raise
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)
         raise OSError(
             f"{folder} could not be written: {error}. If the disk is full, free space; then go on with "
             "`resume_from_checkpoint: true`, which takes the newest whole checkpoint."
@@ -213,7 +222,7 @@ class CheckpointMixin(Trainer):
         # Trainer would remove the older checkpoints before this one is whole
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with disk_errors_named(folder):
+            with disk_errors_named(folder, "**/*"):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:

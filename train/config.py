@@ -9,7 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from hub.card_licenses import check_license
-from train.distributed import accumulation_steps
+from train.distributed import accumulation_steps, join_cpu_processes
 from train.presets import PRESETS, preset_option
 
 
@@ -273,6 +273,7 @@ class MoveKDSFTConfig(SFTConfig):
             self.activation_checkpointing: bool | None = True
         # Before TRL and DeepSpeed read `gradient_accumulation_steps`
         self._set_accumulation_steps()
+        join_cpu_processes(self)
         super().__post_init__()
         self.batch_summary()
         self._check_choices()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 def fsdp_is_asked_for() -> bool:
     """Whether `accelerate launch` was started with FSDP. Known before a process group exists."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def join_cpu_processes(args: TrainingArguments) -> None:
+    """Join the processes of a launch on CPUs with `ddp_timeout`, which transformers passes on for GPUs only."""
+    if args.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def check_launch(args: TrainingArguments) -> None:
@@ -106,22 +113,33 @@ def saves_sharded_state(accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def ended_workers(seconds: int) -> Iterator[None]:
+def timeouts_named(args: TrainingArguments) -> Iterator[None]:
     """
-    End the workers of data loaders when one of them gave nothing for `seconds`, and say why. Python would wait for a
-    stopped worker forever.
+    Say which timeout ended a run, and end the workers of data loaders: Python would wait for a stopped one forever.
     """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader timed out" not in str(error):
+        if "DataLoader timed out" in str(error):
+            reason = (
+                f"A worker of the data loader gave no batch for {args.dataloader_timeout} seconds: it was stopped, or "
+                "the disk or network is too slow. Raise `dataloader_timeout`, or set `dataloader_num_workers: 0`."
+            )
+        elif is_gloo_error(error) and "Timed out" in str(error):
+            reason = (
+                f"Another process did not answer for {args.ddp_timeout} seconds: it was stopped, or its work takes "
+                "longer. Raise `ddp_timeout` if it works; then go on with `resume_from_checkpoint: true`."
+            )
+        else:
             raise
         for worker in multiprocessing.active_children():
             worker.kill()
-        raise RuntimeError(
-            f"A worker of the data loader gave no batch for {seconds} seconds: it was stopped, or the disk or network "
-            "is too slow. Raise `dataloader_timeout`, or set `dataloader_num_workers: 0`."
-        ) from error
+        raise RuntimeError(reason) from error
+
+
+def is_gloo_error(error: Exception) -> bool:
+    """Whether processes on CPUs failed to reach each other, which torch raises as a plain `RuntimeError`."""
+    return "gloo" in str(error).lower()
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:

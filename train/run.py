@@ -68,7 +68,7 @@ def train(
     if args.visualize_steps:
         trainer.add_callback(PictureCallback(trainer, model, teachers, bad_rows))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    with disk_errors_named(Path(args.output_dir)):
+    with disk_errors_named(Path(args.output_dir), "*.safetensors"):
         trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
     trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
     return trainer

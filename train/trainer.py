@@ -24,7 +24,7 @@ from train.data.bad_rows import BadRows
 from train.data.sampler import ModalityLengthGroupedSampler, set_sampler_epoch
 from train.distillation.distiller import Distiller
 from train.distillation.losses import check_finite
-from train.distributed import check_launch, ended_workers, prepare_fsdp, saves_sharded_state
+from train.distributed import check_launch, prepare_fsdp, saves_sharded_state, timeouts_named
 from train.forward import MoveKDTrainingOutput, add_distilling_forward
 from train.language_lora import (
     LANGUAGE_LORA_NAME,
@@ -390,7 +390,7 @@ class MoveKDTrainer(PublishingMixin, CheckpointMixin, SFTTrainer):
             update_card(folder, self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with ended_workers(self.args.dataloader_timeout):
+        with timeouts_named(self.args):
             return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

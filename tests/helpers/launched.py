@@ -4,10 +4,11 @@ Training runs in processes of their own, which record what ran.
 Started by `accelerate launch`, this file trains like `train/sft.py` with each configuration in turn. Every process
 writes the record of each run to `facts-{rank}.json` in the output folder:
 
-    accelerate launch ... tests/helpers/launched.py [--die_after STEP | --raise_after STEP] one.yaml two.yaml
+    accelerate launch ... tests/helpers/launched.py [--die_after STEP | --raise_after STEP | --stop_after STEP] \\
+        one.yaml two.yaml
 
 After all processes have written that step's checkpoint in the last run, the first process ends with SIGKILL
-(`--die_after`), or the last process raises an error (`--raise_after`).
+(`--die_after`), or the last process raises an error (`--raise_after`) or stands still (`--stop_after`).
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ class EndAfterSave(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)  # no chance to tidy up
         if self.flag == "--raise_after" and args.process_index == args.world_size - 1:
             raise RuntimeError("The last process fails.")
+        if self.flag == "--stop_after" and args.process_index == args.world_size - 1:
+            time.sleep(600)
 
 
 def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, *callbacks: TrainerCallback):

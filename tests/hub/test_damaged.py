@@ -1,10 +1,8 @@
 """Damaged files and a full disk: each command says a sentence, and leaves nothing behind."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hub.push_checkpoint import _stage
 from modeling_movekd.files import new_file, save_json
 from modeling_movekd.inference import load_checkpoint, load_tower
 from tests.helpers.conversions import BAD_WEIGHTS, change_weight
+from tests.helpers.disks import full_disk
 from tests.helpers.exported import make_model, make_tower, save_model
 from tests.helpers.trainers import continue_student
 from train.data.sources import parse_line
@@ -145,17 +144,6 @@ def test_commands_say_one_sentence(copy: Path, original: Path, tmp_path: Path) -
     with pytest.raises(SystemExit, match="source.*"):
         convert_script.main([str(source), str(tmp_path / "dest")])
     assert isinstance(parse_line(DEEP.encode()), ValueError)
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond a size, which writers meet as they meet a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [1000, 20_000])

@@ -1,6 +1,7 @@
 """Two processes train like one: equal losses, gradient norms and weights, for all kinds of batches."""
 
 import json
+import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -189,4 +190,13 @@ def test_an_error_of_one_process_ends_the_job(write) -> None:
     config = write("paper", "failing", save_strategy="steps", save_steps=1)
     result = launch(SCRIPT, "--raise_after", "1", config, launcher=DDP_CPU, timeout=120)
     assert result.returncode != 0 and "RuntimeError: The last process fails." in result.stdout, result.stdout[-6000:]
+    assert {path.name for path in config.with_suffix("").iterdir()} == {"checkpoint-1"}
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_ends_the_job(write) -> None:
+    config = write("paper", "standing", save_strategy="steps", save_steps=1, ddp_timeout=30)
+    result = launch(SCRIPT, "--stop_after", "1", config, launcher=DDP_CPU)
+    message = "Another process did not answer for 30 seconds: .* Raise `ddp_timeout` .* `resume_from_checkpoint: true`"
+    assert result.returncode != 0 and re.search(message, result.stdout), result.stdout[-6000:]
     assert {path.name for path in config.with_suffix("").iterdir()} == {"checkpoint-1"}

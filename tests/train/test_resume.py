@@ -16,9 +16,18 @@ from safetensors.torch import load_file
 
 from tests.helpers.bare_process import load_as_stranger
 from tests.helpers.colored_rows import llava_rows
+from tests.helpers.disks import full_disk
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from train import run as stage_run
-from train.checkpoints import MANIFEST_NAME, SAMPLE, STRIDE, WHOLE_FILE, check_checkpoint, checksum
+from train.checkpoints import (
+    MANIFEST_NAME,
+    SAMPLE,
+    STRIDE,
+    WHOLE_FILE,
+    check_checkpoint,
+    checkpoint_to_resume,
+    checksum,
+)
 
 
 # With all randomness: the order of the rows and the dropout of the experts
@@ -131,6 +140,28 @@ def test_true_takes_the_newest_whole_checkpoint(
     assert_same(output, straight, processes=1)
     check_checkpoint(output / "checkpoint-4")
     assert not (output / "checkpoint-2").exists(), "`save_total_limit` is 1"
+
+
+@pytest.mark.parametrize("size", [30_000, 400_000])
+def test_a_full_disk_while_a_checkpoint_is_saved(
+    killed: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path, size: int
+) -> None:
+    """The run ends with a sentence, leaves no file that is cut off, and goes on from the checkpoint before."""
+    output = tmp_path / "resumed"
+    shutil.copytree(killed, output)
+    config = write_settings(output, parts, dataset_folder, **SETTINGS, resume_from_checkpoint=True)
+    message = "checkpoint-4 could not be written: .* If the disk is full, free space; .*`resume_from_checkpoint: true`"
+    with full_disk(size), pytest.raises(OSError, match=message):
+        run(config)
+    assert not [path for path in (output / "checkpoint-4").rglob("*") if path.is_file()]
+    assert checkpoint_to_resume(True, str(output)) == str(output / "checkpoint-2")
+
+
+def test_a_full_disk_while_the_student_is_saved(arguments) -> None:
+    data_args, args, model_args = arguments(max_steps=1)
+    with full_disk(30_000), pytest.raises(OSError, match="output could not be written: .* If the disk is full"):
+        stage_run.train(data_args, args, model_args)
+    assert not list(Path(args.output_dir).glob("*.safetensors"))
 
 
 def test_every_file_of_a_checkpoint_is_verified(straight: Path, tmp_path: Path) -> None:
