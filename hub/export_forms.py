@@ -53,6 +53,8 @@ def image_files(images: Sequence[str | Path]) -> list[Path]:
             files.append(path)
         else:
             raise ValueError(f"There is no image or folder {path}. Check `images`.")
+    if images and not files:
+        raise ValueError(f"There is no image in {[*map(str, images)]}: none ends in {sorted(IMAGE_ENDINGS)}.")
     return files
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -95,9 +96,9 @@ def picture(seed: int) -> str:
 def ask(client: openai.OpenAI, model: str, seed: int, new_tokens: int) -> float:
     """Seconds to the first token of a streamed answer, which is read to its end."""
     content = [{"type": "image_url", "image_url": {"url": picture(seed)}}, {"type": "text", "text": "What is there?"}]
-    messages = [{"role": "user", "content": content}]
+    messages: Any = [{"role": "user", "content": content}]
     start, first = time.perf_counter(), 0.0
-    stream = client.chat.completions.create(
+    stream: Any = client.chat.completions.create(
         model=model, messages=messages, max_tokens=new_tokens, temperature=0, stream=True
     )
     for chunk in stream:

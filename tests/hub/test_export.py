@@ -76,6 +76,9 @@ def test_images_to_measure_on_are_decoded_like_any_other(tmp_path):
     assert len(expected.unique()) > 100 and len(others) == 2 and all(torch.equal(it, expected) for it in others)
     Image.new("F", (8, 8)).save(tmp_path / "3.tif")
     assert len(read_pixels(image_files([tmp_path]), processor)) == 3, "the others are used"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"There is no image in .*none'\]: none ends in \['.bmp'"):
+        image_files([tmp_path / "none"])
     with pytest.raises(ValueError, match="3.tif: an image of mode 'F', whose values have no known range"):
         read_pixels([tmp_path / "3.tif"], processor)
 
