@@ -306,9 +306,5 @@ def test_decoding_in_another_process(tmp_path: Path) -> None:
             decode_in_time(content, 60)
     with pytest.raises(ValueError, match="20 x 12 pixels; its sides may have 1 to 19"):
         decode_in_time(stored(noise())["bytes"], 60, max_side=19)
-    # A text format, which Pillow reads number by number
-    slow = b"P3 3000 3000 255\n" + b"1 " * 27_000_000
-    start = time.monotonic()
     with pytest.raises(ValueError, match="decoding takes too long"):
-        decode_in_time(slow, 1)
-    assert time.monotonic() - start < 4
+        decode_in_time(stored(noise())["bytes"], 0)  # less than Python needs to start

@@ -386,9 +386,12 @@ def test_after_all_that_it_answers(client, plain):
 
 
 def test_a_signal_ends_it_in_time(checkpoint):
-    """While an image is decoded that would take a minute, and while half a request is there."""
-    slow = BASE64 + base64.b64encode(b"P3 3000 3000 255\n" + b"1 " * 7_000_000).decode()
-    body = json.dumps({"model": "tiny", "messages": [asked("?", [slow])]}).encode()
+    """While images are decoded that take seconds, and while half a request is there."""
+    Image.linear_gradient("L").resize((4000, 4000)).convert("RGB").save(file := io.BytesIO(), "JPEG", progressive=True)
+    content = file.getvalue()
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    slow = BASE64 + base64.b64encode(content[:-2] + last_scan * 80 + content[-2:]).decode()
+    body = json.dumps({"model": "tiny", "messages": [asked("?", [slow] * 4)]}).encode()
     command = [*MODULE, str(checkpoint), "--name", "tiny", "--port", "0"]
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
