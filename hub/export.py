@@ -15,6 +15,8 @@ Forms:
   experts.
 - `llava`: the whole model as the stock `LlavaForConditionalGeneration` (`LlavaNextForConditionalGeneration` for
   `anyres`), without code of ours. Needs a tower without experts.
+- `gguf`: `mmproj.gguf` for llama.cpp, and the language model (see `hub/export_gguf.py`). Needs a tower without experts
+  and `image_aspect_ratio` "pad".
 - `onnx`: an encoder with its routing and a dynamic batch size, checked with ONNX Runtime. Of a whole model, the vision
   encoder with its projector, the token embedding and the decoder with its past, for ONNX Runtime and transformers.js.
 - `merged`: the same kind of checkpoint with `num_experts` 0. Top-1 experts cannot be merged exactly into a plain MLP,
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of the weights; as stored by default")
     parser.add_argument("--images", nargs="+", default=(), help="files or folders of images (merged, dense, onnx)")
     parser.add_argument("--rank", type=int, help="merged: rank of an update at most; that of all experts by default")
+    parser.add_argument("--cls-last", action="store_true", help="gguf: for llama.cpp with its issue 25814 (see there)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub id")
     settings = vars(parser.parse_args(arguments))
     try:

@@ -28,6 +28,7 @@ from hub.checkpoint_parts import (
     read_weights,
 )
 from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
+from hub.export_gguf import check_gguf, convert_language_model, write_language_model, write_projector
 from hub.export_merged import features, merge_experts
 from hub.export_onnx import GRAPHS, check_decoder, check_onnx, write_onnx, write_whole_onnx
 from hub.files import new_folder, resolve_source
@@ -260,6 +261,23 @@ def export_llava(folder: Path, dest: Path, dtype: torch.dtype | None, **_: objec
     return [f"{type(stock).__name__}, {stock.dtype}, vision_feature_layer {stock.config.vision_feature_layer}."]
 
 
+def export_gguf(folder: Path, dest: Path, dtype: torch.dtype | None, cls_last: bool, **_: object) -> list[str]:
+    check_gguf(read_config(folder))
+    model = load_whole(folder, "gguf", dtype)
+    processor = load_processor(folder, model.config)
+    write_projector(model, processor.image_processor, dest / "mmproj.gguf", cls_last)
+    model.suppress_image_token()
+    write_language_model(model, processor.tokenizer, dest / "language_model")
+    add_older_names(dest / "language_model")
+    return [
+        *describe(model.model.vision_tower),
+        "mmproj.gguf is for releases of llama.cpp with issue 25814: the position of [CLS] is the last one."
+        if cls_last
+        else "Releases of llama.cpp with issue 25814, which b11739 still has, need `--cls-last`: see docs/serving.md.",
+        *convert_language_model(dest / "language_model", dest / "model.gguf", model.dtype),
+    ]
+
+
 def export_onnx(folder: Path, dest: Path, dtype: torch.dtype | None, images: list[Path], **_: object) -> list[str]:
     config = read_config(folder)
     whole = isinstance(config, MoveKDConfig)
@@ -358,6 +376,7 @@ EXPORTS: dict[str, Callable[..., list[str]]] = {
     "dense": export_dense,
     "clip": export_clip,
     "llava": export_llava,
+    "gguf": export_gguf,
     "onnx": export_onnx,
     "merged": export_merged,
 }
@@ -372,6 +391,7 @@ def export(
     dtype: str | None = None,
     images: Sequence[str | Path] = (),
     rank: int | None = None,
+    cls_last: bool = False,
     revision: str | None = None,
 ) -> Path:
     """
@@ -385,6 +405,8 @@ def export(
         images (sequence of `str` or `Path`, *optional*): Files or folders of images. `merged` needs them; `dense` and
             `onnx` measure on them.
         rank (`int`, *optional*): For `merged`, the rank of a layer's update at most.
+        cls_last (`bool`, *optional*, defaults to `False`): For `gguf`, write the positions for releases of llama.cpp
+            that put [CLS] behind the patches (see `hub/export_gguf.py`).
         revision (`str`, *optional*): Branch, tag or commit of the Hub id.
 
     Returns:
@@ -398,12 +420,15 @@ def export(
         raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
     if rank is not None and form != "merged":
         raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
+    if cls_last and form != "gguf":
+        raise ValueError(f"`cls_last` is for the form `gguf`; the form is `{form}`.")
     folder = resolve_source(checkpoint, revision)
     config = read_config(folder)
     torch_dtype = DTYPES[dtype] if dtype else None
     with new_folder(dest) as temporary:
-        lines = EXPORTS[form](folder, temporary, dtype=torch_dtype, images=image_files(images), rank=rank)
-        whole_model = form in ("llava", "merged", "onnx") and isinstance(config, MoveKDConfig)
+        settings = {"images": image_files(images), "rank": rank, "cls_last": cls_last}
+        lines = EXPORTS[form](folder, temporary, dtype=torch_dtype, **settings)
+        whole_model = form in ("llava", "merged", "onnx", "gguf") and isinstance(config, MoveKDConfig)
         if not whole_model:
             load_image_processor(folder, config).save_pretrained(temporary)
         for name in (TRAINING_FACTS_NAME, CONVERSION_NAME):  # for the card

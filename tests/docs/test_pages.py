@@ -43,7 +43,7 @@ from train.teachers.config import resolve_teacher
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"the Hub", "a browser", "a few minutes", "vLLM"}
+NEEDS = {"the Hub", "a browser", "a few minutes", "vLLM", "llama.cpp"}
 LANGUAGES = {"bash", "python", "json", "yaml"}
 # What stands on the pages for a reader's own, and what stands here for it
 TOYS = {"CHECKPOINT": "outputs/demo", "CLIP": str(TOWERS / "clip"), "LANGUAGE_MODEL": str(TOWERS / "language_model")}

@@ -36,7 +36,8 @@ STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3
 def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
     """Three layers, two of them after the cut, with routers that use all experts."""
     torch.manual_seed(seed)
-    clip = CLIPVisionModel(clip_config(hidden_act=kwargs.pop("hidden_act", "quick_gelu")))
+    settings = {"hidden_act": "quick_gelu", "image_size": SIZE}
+    clip = CLIPVisionModel(clip_config(**{name: kwargs.pop(name, value) for name, value in settings.items()}))
     spread(clip, seed)
     tower = MoveKDVisionModel.from_clip(clip, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
     for name, part in tower.named_modules():
