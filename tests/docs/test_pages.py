@@ -43,8 +43,8 @@ from train.teachers.config import resolve_teacher
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"the Hub", "a browser", "a few minutes", "vLLM", "llama.cpp"}
-LANGUAGES = {"bash", "python", "json", "yaml"}
+NEEDS = {"the Hub", "a browser", "a few minutes", "vLLM", "llama.cpp", "Node and @huggingface/transformers"}
+LANGUAGES = {"bash", "python", "json", "yaml", "js"}
 # What stands on the pages for a reader's own, and what stands here for it
 TOYS = {"CHECKPOINT": "outputs/demo", "CLIP": str(TOWERS / "clip"), "LANGUAGE_MODEL": str(TOWERS / "language_model")}
 # Started by other tests (tests/spaces), as a page has nothing to check on the line itself
