@@ -26,7 +26,7 @@ class Benchmark:
         prompt (`str`): The form of the question, in words.
         note (`str`, *optional*): What differs from the paper's measurement.
         task_id (`str`, *optional*): Task in the data set's `eval.yaml`, once the Hub lists the data set as a benchmark
-            (`HfApi().list_datasets(benchmark=True)`) that is scored as here. In November 2026 it lists none of these.
+            (`HfApi().list_datasets(benchmark=True)`) that is scored as here. None of these is known to be one.
         paper (`Mapping`, *optional*): The paper's numbers in the order of `COLUMNS`, by size of the language model
             (MoVE-KD, arXiv 2501.01709).
     """
