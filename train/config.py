@@ -278,13 +278,13 @@ class MoveKDSFTConfig(SFTConfig):
         self.batch_summary()
         self._check_choices()
         self._check_order()
-        cosine_share = self.cosine_share
+        share, preset_share = self.cosine_share, PRESETS[self.distillation_preset]["cosine_share"]
         for name, value in PRESETS[self.distillation_preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if cosine_share is not None and self.distillation_loss != "cosine_smooth_l1":
+        if share not in (None, preset_share) and self.distillation_loss != "cosine_smooth_l1":
             raise ValueError(
-                f"`cosine_share` is {cosine_share}, but `distillation_loss` {self.distillation_loss!r} has no share. "
+                f"`cosine_share` is {share}, but `distillation_loss` {self.distillation_loss!r} has no share. "
                 "Leave it out, or set `distillation_loss: cosine_smooth_l1`."
             )
         self._check_distillation()

@@ -66,7 +66,7 @@ def test_no_field_can_say_more_than_itself(tmp_path: Path, payload: str) -> None
         kinds = [(token.type, token.tag) for token in found if token.type in STRUCTURE]
         assert kinds == shape, fields
         links = [token.attrs["href"] for token in found if token.type == "link_open"]
-        assert links == ["https://arxiv.org/abs/2501.01709"], fields
+        assert links == ["https://docs.vllm.ai", "https://arxiv.org/abs/2501.01709"], fields
         assert [token.content for token in found if token.type.startswith("html")][0].startswith("<!-- Written by")
         assert sum(token.type.startswith("html") for token in found) == 1, fields
         text = path.read_text()

@@ -1,6 +1,6 @@
 """`--help` of the training commands."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from trl import SFTConfig
@@ -76,6 +76,8 @@ def test_trackers_and_resuming_on_the_command_line_and_in_a_recipe(tmp_path):
 def test_a_share_of_a_loss_that_is_not_mixed_is_refused(tmp_path):
     common = {"output_dir": str(tmp_path), "bf16": False, "teachers": ["clip"], "cosine_share": 0.5}
     assert MoveKDSFTConfig(**common, distillation_loss="cosine_smooth_l1").cosine_share == 0.5
+    args = MoveKDSFTConfig(**common | {"cosine_share": None})
+    assert replace(args, seed=7).cosine_share == 0.9, "what the preset has filled in is accepted again"
     with pytest.raises(ValueError, match="`cosine_share` is 0.5, but `distillation_loss` 'mse' has no share"):
         MoveKDSFTConfig(**common)
 

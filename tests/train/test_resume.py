@@ -243,7 +243,7 @@ def test_a_finished_folder_is_refused_or_overwritten(arguments, tmp_path: Path) 
     stage_run.train(*arguments(**small))
     before = (output / "model.safetensors").read_bytes()
     (output / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match="holds a run already: checkpoint-7, model.safetensors. Give another folder"):
+    with pytest.raises(ValueError, match="holds a run already: checkpoint-7, model.safetensors, model.saf"):
         stage_run.train(*arguments(**small, seed=1))
     assert (output / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="has no whole checkpoint"):
