@@ -323,7 +323,7 @@ def write_onnx_settings(model: MoveKDForConditionalGeneration, processor: Proces
     if processor.vision_feature_select_strategy == "default":
         processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
     processor.save_pretrained(dest)
-    # The same pixels in transformers. transformers.js, which pads after resizing, would crop the image instead
+    # transformers makes the same pixels without the crop. transformers.js would crop the image instead of padding it
     side = model.config.vision_config.image_size
     settings = processor.image_processor.to_dict() | {
         "do_center_crop": False,

@@ -18,6 +18,8 @@ from hub.card_facts import code_revision, weights_fingerprint
 from hub.card_write import write_card
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
+from modeling_movekd.inference import answer_batch
+from modeling_movekd.prompts import prepare
 from train.build import build_student
 from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
@@ -54,17 +56,8 @@ def answer_questions(
             ]
             for image, turns in zip(batch["image"], batch["conversations"], strict=True)
         ]
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
-        outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        new = outputs[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        inputs = prepare(processor, messages, model.device)
+        answers += answer_batch(model, processor, inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return answers
 
 
