@@ -32,7 +32,8 @@ from modeling_movekd.processing import (
     load_processor,
     update_processor,
 )
-from train.config import ModelArguments, MoveKDSFTConfig
+from train.arguments import ModelArguments
+from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.distillation.distiller import Distiller

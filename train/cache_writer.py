@@ -26,8 +26,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Processo
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor, load_processor
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, teacher_configs
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN

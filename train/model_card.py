@@ -19,8 +19,9 @@ from transformers import CLIPVisionModel, Trainer
 from hub.card_facts import code_revision, public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
 from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
+from train.arguments import DataArguments, ModelArguments
 from train.build import image_settings
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.data.datasets import data_sources
 from train.distributed import whole_weights
 from train.language_lora import language_lora_facts

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from modeling_movekd.inference import longest_context
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, build_distiller, build_student, build_teachers, fit_feature_statistics
 from train.callbacks import PictureCallback, check_pictures
 from train.checkpoints import checkpoint_to_resume, disk_errors_named, prepare_output_folder
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
 from train.distributed import whole_weights

@@ -18,9 +18,10 @@ from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import temporary_folder
 from modeling_movekd.processing import load_processor
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, build_student
 from train.cache_writer import CacheArguments, cache_features
-from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import PRESETS, MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
 from train.demo.run import accuracy_by_family, answer_questions

@@ -36,7 +36,8 @@ from trl import SFTConfig, TrlParser
 
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.running_space import ROOT, TOWERS, build_checkpoint
-from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments
+from train.config import PRESETS, MoveKDSFTConfig
 from train.data.conversations import convert_row
 from train.data.datasets import data_sources
 from train.teachers.config import resolve_teacher

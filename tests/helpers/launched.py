@@ -36,7 +36,8 @@ if __name__ == "__main__":
 from trl import TrlParser  # noqa: E402
 
 from train import run as stage_run  # noqa: E402
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig  # noqa: E402
+from train.arguments import DataArguments, ModelArguments  # noqa: E402
+from train.config import MoveKDSFTConfig  # noqa: E402
 from train.trainer import MoveKDTrainer  # noqa: E402
 
 

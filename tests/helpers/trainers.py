@@ -8,8 +8,9 @@ from transformers import TrainerCallback
 
 from modeling_movekd.inference import longest_context
 from train import run as stage_run
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, build_distiller, build_student, build_teachers
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.data.datasets import load_conversations
 from train.trainer import MoveKDTrainer
 

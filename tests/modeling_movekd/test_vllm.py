@@ -31,7 +31,8 @@ from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
 from tests.helpers.tiny import clip_config, llama_config, make_tokenizer, spread
 from tests.helpers.trainers import SMALL_RUN
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments
+from train.config import MoveKDSFTConfig
 from train.demo.scenes import scene_image, scenes
 from train.run import train
 

@@ -22,7 +22,8 @@ from transformers import (
 from tests.helpers.cached_rows import mixed_rows, write
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import SMALL_RUN
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments
+from train.config import MoveKDSFTConfig
 
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "parity" / "conversation" / "tokenizer"

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 from trl import SFTConfig
 
-from train.arguments import TrainingParser
-from train.config import PRESETS, DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments, TrainingParser
+from train.config import PRESETS, MoveKDSFTConfig
 
 
 def test_help_lists_our_options_first_each_with_a_sentence_and_its_values_by_preset():

@@ -21,9 +21,10 @@ from tests.helpers.cached_rows import TEXT_ONLY, write
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, launch, write_settings
 from train import run as stage_run
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, build_teachers
 from train.cache_writer import CacheArguments, cache_features, processor_of_recipe
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.data.datasets import load_conversations
 from train.feature_cache import main
 from train.teachers.cache_shards import decode, encode

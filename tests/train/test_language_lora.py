@@ -15,9 +15,10 @@ from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import read_json
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, run, write_settings
 from train import run as stage_run
+from train.arguments import DataArguments, ModelArguments
 from train.callbacks import STEPS_WATCHED
 from train.checkpoints import MANIFEST_NAME, write_manifest
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.language_lora import LANGUAGE_LORA_NAME, language_lora_layers, merged_state_dict
 from train.trainer import MoveKDTrainer
 

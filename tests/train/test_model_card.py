@@ -18,7 +18,8 @@ from modeling_movekd.files import cached_commit
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.trainers import SMALL_RUN, build_trainer
 from train import run as stage_run
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments
+from train.config import MoveKDSFTConfig
 from train.model_card import noted_license, run_facts, teacher_facts, training_facts, update_card
 from train.teachers.config import resolve_teacher
 

@@ -59,7 +59,8 @@ from dataclasses import replace
 from safetensors.torch import load_file
 from trl import TrlParser
 from train.build import build_distiller, build_student, build_teachers
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.arguments import DataArguments, ModelArguments
+from train.config import MoveKDSFTConfig
 
 _, args, _ = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments)).parse_args_and_config(['--config', config])
 args = replace(args, vision_model=None, language_model=None, push_to_hub=False)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from trl import TrlParser
 
+from train.arguments import DataArguments, ModelArguments
 from train.build import STUDENT_FIELDS
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.distributed import accumulation_steps
 from train.teachers.config import resolve_teacher
 
@@ -158,7 +159,8 @@ def test_two_processes_accumulate_half_as_much(tmp_path: Path):
     script.write_text(
         "import sys\n"
         "from trl import TrlParser\n"
-        "from train.config import DataArguments, ModelArguments, MoveKDSFTConfig\n"
+        "from train.arguments import DataArguments, ModelArguments\n"
+        "from train.config import MoveKDSFTConfig\n"
         "parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))\n"
         "_, args, _ = parser.parse_args_and_config(sys.argv[1:])\n"
         "sys.stdout.write(f'{args.batch_summary()} {args.gradient_accumulation_steps}\\n')\n"

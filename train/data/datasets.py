@@ -15,7 +15,7 @@ from datasets import (
     interleave_datasets,
 )
 
-from train.config import DataArguments
+from train.arguments import DataArguments
 from train.data import conversations
 from train.data.bad_rows import BadRows
 from train.data.conversations import FEATURES, convert_row

@@ -20,8 +20,9 @@ from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.files import EVALUATION_NAME, new_file, save_json
 from modeling_movekd.inference import answer_batch
 from modeling_movekd.prompts import prepare
+from train.arguments import DataArguments, ModelArguments
 from train.build import build_student
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
 from train.distributed import whole_weights
 from train.run import train

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.arguments import TrainingParser
+from train.arguments import ModelArguments, TrainingParser
 from train.build import parameter_groups
-from train.config import ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.distributed import accumulation_steps
 from train.plan.memory import optimizer_name, sharded_memory, usable_backends
 from train.plan.models import PlannedRun, build_planned_run

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 from trl.trainer.utils import add_fused_lm_head
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
+from train.arguments import ModelArguments
 from train.build import build_distiller, build_teachers, join_parts, set_trainable, teacher_configs
-from train.config import ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.distillation.heads import Target
 from train.forward import add_distilling_forward
 from train.language_lora import inject_language_lora, language_lora_layers

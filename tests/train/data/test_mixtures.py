@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.questions import asked, question, write_json
-from train.config import DataArguments
+from train.arguments import DataArguments
 from train.data.bad_rows import BadRows
 from train.data.datasets import DataSource, data_sources, load_conversations, load_train_and_validation
 

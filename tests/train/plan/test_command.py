@@ -17,8 +17,9 @@ from transformers import (
 )
 from trl import TrlParser
 
+from train.arguments import DataArguments, ModelArguments
 from train.cache_writer import CacheArguments, cache_features
-from train.config import DataArguments, ModelArguments, MoveKDSFTConfig
+from train.config import MoveKDSFTConfig
 from train.plan import __main__ as plan
 from train.plan import memory as plan_memory
 from train.plan.models import build_planned_run, build_planned_student
