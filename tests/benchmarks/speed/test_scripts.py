@@ -22,6 +22,8 @@ TABLES = {
     "inference": ("Inference", 2),
     "training_step": ("Step of training", 3),
 }
+# What `benchmarks.on_gpu` runs besides
+GPU_TABLES = {"devices": ("Device against CPU", 9), "small_recipe": ("The small recipe", 3)}
 
 
 @pytest.mark.parametrize("script", TABLES)
@@ -38,6 +40,19 @@ def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytes
     for row in table["rows"]:
         assert row["ours"] > 0 and row["rival"] > 0 and row["ratio"] > 0
         assert row["what"] in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", GPU_TABLES)
+def test_what_is_meant_for_a_gpu_runs_on_a_cpu(script: str, tmp_path: Path) -> None:
+    title, number = GPU_TABLES[script]
+    out = tmp_path / "tables.json"
+    flags = ["--toy", "--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(out)]
+    importlib.import_module(f"benchmarks.speed.{script}").main(flags)
+    rows = json.loads(out.read_text())[title]["rows"]
+    assert len(rows) == number
+    errors = [row for row in rows if row["what"].startswith("relative error")]
+    assert all(row["reached"] for row in errors) and len(errors) == (8 if script == "devices" else 0)
 
 
 @pytest.mark.slow
