@@ -16,11 +16,14 @@ ROOMS = {
 }
 # Inside `train`, from the bottom up: a module imports those of lower floors and of its own.
 FLOORS = (
-    ("train.presets", "train.config", "train.checkpoints", "train.arguments", "train.teachers", "train.distributed"),
+    (
+        *("train.presets", "train.config", "train.encoder_options", "train.checkpoints", "train.arguments"),
+        *("train.teachers", "train.distributed"),
+    ),
     ("train.data", "train.distillation", "train.language_lora"),
-    ("train.build", "train.forward"),
+    ("train.build", "train.build_encoder", "train.forward"),
     ("train.answers", "train.callbacks", "train.model_card", "train.publish", "train.plan", "train.cache_writer"),
-    ("train.trainer",),
+    ("train.distilling", "train.trainer", "train.encoder_trainer"),
     ("train.run", "train.feature_cache"),
     ("train.demo",),
     ("train.sft",),

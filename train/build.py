@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from hub.checkpoint_parts import feature_layer
+from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.chat_templates import chat_template_name, set_chat_template, set_own_chat_template
 from modeling_movekd.files import DISTILLER_NAME
 from modeling_movekd.inference import check_weights, read_config
@@ -33,6 +34,7 @@ from modeling_movekd.processing import (
     update_processor,
 )
 from train.arguments import ModelArguments
+from train.build_encoder import build_tower, refuse_other_options
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
@@ -57,22 +59,6 @@ DISTILLER_OPTIONS = (
     "clip_share",
     "teacher_dropping",
 )
-# Options that a saved student has decided. A run that continues the student must give the same values.
-STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")
-
-
-def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
-    """The arguments of `MoveKDVisionModel.from_clip` for a new student."""
-    settings = {name: getattr(args, name) for name in (*STUDENT_FIELDS, "expert_init")}
-    return settings | {"feature_layer": -2 if args.cut_tower else None}
-
-
-def image_settings(config: MoveKDConfig) -> dict[str, Any]:
-    """The values of `image_aspect_ratio` and `cut_tower` that a saved student was built with."""
-    return {
-        "image_aspect_ratio": config.image_aspect_ratio,
-        "cut_tower": not config.vision_config.add_pooling_layer,
-    }
 
 
 def build_student(
@@ -113,15 +99,7 @@ def _load_student(
     read_config(source, revision)
     model = MoveKDForConditionalGeneration.from_pretrained(source, revision=revision, **kwargs)
     check_weights(model, source)
-    tower = model.config.vision_config
-    compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
-    saved = {name: getattr(tower, name) for name in compared} | image_settings(model.config)
-    differing = {name: (value, getattr(args, name)) for name, value in saved.items() if value != getattr(args, name)}
-    if differing:
-        raise ValueError(
-            f"{source} was built with other options than this run asks for (saved, asked): {differing}. Give the "
-            "saved values."
-        )
+    refuse_other_options(args, model.config, source)
     processor = load_processor(source, revision)
     check_image_processor(processor.image_processor, model.config)
     saved_template = chat_template_name(processor)
@@ -143,10 +121,8 @@ def join_parts(
     image_token_id: int,
     attn_implementation: str | None = None,
 ) -> MoveKDForConditionalGeneration:
-    """A new student from a CLIP vision model (Hub id, folder or loaded) and a loaded causal language model."""
-    vision = MoveKDVisionModel.from_clip(clip, **tower_settings(args))
-    if attn_implementation is not None:
-        vision.set_attn_implementation(attn_implementation)
+    """A new student from a vision model, as [`build_tower`] takes it, and a loaded causal language model."""
+    vision = build_tower(args, clip, attn_implementation)
     return MoveKDForConditionalGeneration.from_parts(
         vision, language, image_token_id=image_token_id, image_aspect_ratio=args.image_aspect_ratio
     )
@@ -215,23 +191,30 @@ def build_collator(
         processor = set_chat_template(copy.deepcopy(processor), "plain")
     return MoveKDCollator(
         processor,
-        teacher_preprocessors={
-            name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
-        },
         max_length=args.max_length,
-        geometry=args.preset_options()["geometry"],
         labels="released" if args.distillation_preset == "released" else "answers",
         distill_text_only_rows=args.distill and bool(args.distill_text_only_rows),
-        apply_orientation=args.distillation_preset != "released",
         distill_tiles=args.distill_tiles,
-        feature_cache=next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
         max_positions=max_positions,
+        **_teacher_settings(args, teachers),
     )
+
+
+def _teacher_settings(args: MoveKDSFTConfig, teachers: Mapping[str, Teacher]) -> dict[str, Any]:
+    """What a collator must know of the teachers."""
+    return {
+        "teacher_preprocessors": {
+            name: teacher.preprocessor for name, teacher in teachers.items() if isinstance(teacher, FrozenTeacher)
+        },
+        "geometry": args.preset_options()["geometry"],
+        "apply_orientation": args.distillation_preset != "released",
+        "feature_cache": next((t.cache for t in teachers.values() if isinstance(t, CachedTeacher)), None),
+    }
 
 
 def build_distiller(
     args: MoveKDSFTConfig,
-    model: MoveKDForConditionalGeneration,
+    model: MoveKDForConditionalGeneration | MoveKDVisionModel,
     teachers: Mapping[str, Teacher],
     checkpoint: str | None = None,
     revision: str | None = None,
@@ -247,7 +230,7 @@ def build_distiller(
     """
     if not teachers:
         return None
-    vision_config = model.config.vision_config
+    vision_config = getattr(model.config, "vision_config", model.config)
     side = vision_config.image_size // vision_config.patch_size
     set_seed(args.seed)
     distiller = Distiller(
@@ -321,22 +304,30 @@ def fit_feature_statistics(
     distiller.fit_statistics(batches())
 
 
+def student_name(name: str, model: PreTrainedModel) -> str:
+    """The name of a parameter as in a student with a language model, also if the model is a tower alone."""
+    is_tower = isinstance(model, MoveKDVisionModel) and not name.startswith("distiller.")
+    return f"vision_tower.{name}" if is_tower else name
+
+
 def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     """
-    Freeze the parameters that the stage does not train. Both stages train the projector and the distiller.
+    Freeze the parameters that the stage does not train. All stages train the projector and the distiller.
 
+    - `encoder` trains the tower.
     - `pretrain` trains the experts and routers of the tower. Without experts it trains the whole tower, since there is
       nothing else to distill into; without distillation either, none of it.
     - `finetune` trains also the tower and the language model, or its LoRA with `language_lora_rank`.
 
-    Always frozen are parameters that no loss reaches, and with `freeze_vision_tower` the tower.
+    Always frozen are parameters that no loss reaches, with `freeze_vision_tower` the tower, and with
+    `freeze_base_tower` the tower except its experts and routers.
     """
-    used = _used_layers(model.config)
     for name, parameter in model.named_parameters():
+        name = student_name(name, model)
         if "distiller." in name:  # first, since teachers may be named like parts of the student
             trains = True
         elif "vision_tower." in name:
-            trains = not args.freeze_vision_tower and _tower_parameter_trains(name, model.config, args, used)
+            trains = not args.freeze_vision_tower and _tower_parameter_trains(name, model.config, args)
         elif "language_model." in name or "lm_head." in name:
             trains = args.stage == "finetune" and (not args.language_lora_rank or "lora_" in name)
         else:
@@ -344,17 +335,18 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
         parameter.requires_grad_(trains)
 
 
-def _used_layers(config: MoveKDConfig) -> int:
-    """The number of the tower's layers up to the one that the projector reads."""
-    depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+def _used_layers(config: MoveKDConfig | MoveKDVisionConfig) -> int:
+    """The number of the tower's layers up to the one that the projector reads, or would read."""
+    depth, layer = getattr(config, "vision_config", config).num_hidden_layers, feature_layer(config)
     layers = [layer] if isinstance(layer, int) else layer
     return max(index if index >= 0 else depth + 1 + index for index in layers)
 
 
-def _tower_parameter_trains(name: str, config: MoveKDConfig, args: MoveKDSFTConfig, used: int) -> bool:
-    experts, depth = config.vision_config.num_experts > 0, config.vision_config.num_hidden_layers
+def _tower_parameter_trains(name: str, config: MoveKDConfig | MoveKDVisionConfig, args: MoveKDSFTConfig) -> bool:
+    tower = getattr(config, "vision_config", config)
+    experts, depth = tower.num_experts > 0, tower.num_hidden_layers
     is_router = "router" in name
-    unused = [f"encoder.layers.{index}." for index in range(used, depth)]
+    unused = [f"encoder.layers.{index}." for index in range(_used_layers(config), depth)]
     if "post_layernorm." in name:
         return False
     if any(layer in name for layer in unused):
@@ -366,7 +358,7 @@ def _tower_parameter_trains(name: str, config: MoveKDConfig, args: MoveKDSFTConf
             return False
     elif is_router and args.router_gradient == "none" and not args.lambda_balance:
         return False
-    if args.stage == "finetune":
+    if args.stage != "pretrain" and not args.freeze_base_tower:
         return True
     return ("expert" in name or is_router) if experts else args.distill
 
@@ -376,6 +368,7 @@ def parameter_groups(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, 
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
+        name = student_name(name, model)
         if "distiller." in name:
             group = "distiller"
         elif "vision_tower." in name:

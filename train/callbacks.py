@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from hub.checkpoint_parts import feature_layer
+from modeling_movekd import MoveKDVisionModel
 from modeling_movekd.experts_movekd import LoraExperts
 from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
 from train.config import MoveKDSFTConfig
@@ -145,10 +147,12 @@ class PictureCallback(TrainerCallback):
             self.reference = values if len(values) == len(self.pixels) else None
 
     def _draw(self, args: MoveKDSFTConfig, step: int) -> None:
-        student, processor = self.student, self.trainer.processing_class.image_processor
-        index = student.config.vision_feature_layer
+        student, processor = self.student, self.trainer.processing_class
+        tower = student if isinstance(student, MoveKDVisionModel) else student.model.vision_tower
+        processor = getattr(processor, "image_processor", processor)
+        index = feature_layer(student.config)
         index = index if isinstance(index, int) else index[-1]
-        pictures = student.model.vision_tower.visualize(
+        pictures = tower.visualize(
             self.pixels.to(student.device),
             index if index < 0 else index - 1,  # the first hidden state is the embedding
             image_mean=processor.image_mean,

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from hub.card_licenses import check_license
 from train.distributed import accumulation_steps, join_cpu_processes
+from train.encoder_options import refuse_unused_options
 from train.presets import PRESETS, preset_option
 
 
@@ -23,13 +24,15 @@ class MoveKDSFTConfig(SFTConfig):
         ValueError: if an option would have no effect, or would make training go wrong without a sign.
     """
 
-    stage: Literal["pretrain", "finetune"] = HfArg(
+    stage: Literal["encoder", "pretrain", "finetune"] = HfArg(
         default="finetune",
-        help="`pretrain` trains experts, routers, distillation heads and projector; `finetune` everything except the "
-        "teachers.",
+        help="`encoder` distils into the vision tower alone, without a language model; `pretrain` trains experts, "
+        "routers, distillation heads and projector; `finetune` everything except the teachers.",
     )
     vision_model: str | None = HfArg(
-        default=None, help="CLIP checkpoint (Hub id or folder) that a new student starts from."
+        default=None,
+        help="CLIP checkpoint (Hub id or folder) that a new student starts from; or the result of stage `encoder`, "
+        "whose experts and distillation heads go on.",
     )
     language_model: str | None = HfArg(
         default=None,
@@ -73,6 +76,11 @@ class MoveKDSFTConfig(SFTConfig):
     lora_alpha: float = HfArg(default=1.0, help="The output of an expert is scaled by lora_alpha / lora_rank.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout on the input of the experts.")
     freeze_vision_tower: bool = HfArg(default=False, help="Freeze the whole vision tower, including its experts.")
+    freeze_base_tower: bool = HfArg(
+        default=False,
+        help="Stages `encoder` and `finetune`: of the vision tower, train only the experts and routers, as `pretrain` "
+        "does.",
+    )
     vision_tower_learning_rate: float | None = HfArg(
         default=None, help="Learning rate of the vision tower; `learning_rate` by default."
     )
@@ -211,6 +219,8 @@ class MoveKDSFTConfig(SFTConfig):
     assistant_only_loss: bool = HfArg(default=True, help="Compute the text loss on the assistant's turns only.")
 
     def __post_init__(self) -> None:
+        if self.stage == "encoder" and self.distillation_preset in PRESETS:
+            refuse_unused_options(self, PRESETS[self.distillation_preset])
         self.report_to = self.report_to or ["none"]
         # The command line gives text
         words = {"true": True, "false": None, "": None}
@@ -298,7 +308,13 @@ class MoveKDSFTConfig(SFTConfig):
                 "`freeze_vision_tower` is true, which leaves nothing to distill into. Set `distill: false`, or "
                 "unfreeze the tower."
             )
-        tower_trains = self.stage == "finetune" or self.distill or self.num_experts > 0
+        if self.freeze_base_tower and (self.stage == "pretrain" or self.freeze_vision_tower or not self.num_experts):
+            raise ValueError(
+                f"`freeze_base_tower` is true with stage '{self.stage}', `freeze_vision_tower` "
+                f"{self.freeze_vision_tower} and `num_experts` {self.num_experts}: it keeps the weights around the "
+                "experts frozen in stages 'encoder' and 'finetune'. Set it to false, or train experts there."
+            )
+        tower_trains = self.stage != "pretrain" or self.distill or self.num_experts > 0
         if self.vision_tower_learning_rate is not None and (self.freeze_vision_tower or not tower_trains):
             raise ValueError(
                 f"`vision_tower_learning_rate` is {self.vision_tower_learning_rate}, but with `freeze_vision_tower` "

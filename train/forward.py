@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from trl.trainer.utils import FusedCausalLMOutput
 
+from hub.checkpoint_parts import feature_layer
+from modeling_movekd import MoveKDVisionModel
 from train.distillation.losses import balance_loss
 
 
@@ -92,6 +94,39 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
             teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features]) * weights
         routing = measure_routing(vision, crop_weights, balance_form)
         return MoveKDTrainingOutput(**outputs, kd=kd, teacher_losses=teacher_losses, **routing)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
+    """
+    Wrap the forward of a vision tower with a distiller, as [`add_distilling_forward`] does for a student. Without
+    `image_weights` a call is the tower's own.
+    """
+    tower_forward, layer = model.forward, feature_layer(model.config)
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: MoveKDVisionModel,
+        pixel_values: torch.Tensor,
+        image_weights: torch.Tensor | None = None,
+        teacher_features: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if image_weights is None or teacher_features is None:
+            return tower_forward(pixel_values, **kwargs)
+        image_weights = image_weights.float()  # FSDP2 casts inputs to bfloat16
+        recorded = ("hidden_states", "router_probabilities", "expert_indices")
+        vision = tower_forward(pixel_values, return_dict=True, **{f"output_{name}": True for name in recorded})
+        tokens = vision.hidden_states[layer][:, getattr(self.config, "num_prefix_tokens", 1) :]
+        distillation = self.distiller(tokens, teacher_features)
+        teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features])
+        return MoveKDTrainingOutput(
+            # Nothing else may use the output of a tower that is not cut, and ZeRO-3 needs its backward
+            kd=distillation.loss * image_weights + 0.0 * vision.last_hidden_state[0].sum(),
+            teacher_losses=teacher_losses * image_weights,
+            **measure_routing(vision, image_weights, balance_form),
+        )
 
     model.forward = types.MethodType(forward, model)
 

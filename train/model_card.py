@@ -20,10 +20,11 @@ from hub.card_facts import code_revision, public_name, read_training_facts, with
 from hub.card_write import is_generated, write_card
 from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.arguments import DataArguments, ModelArguments
-from train.build import image_settings
+from train.build_encoder import image_settings, is_saved_encoder
 from train.config import MoveKDSFTConfig
 from train.data.datasets import data_sources
 from train.distributed import whole_weights
+from train.encoder_options import unused_options
 from train.language_lora import language_lora_facts
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, hub_revision, teacher_commit
@@ -85,22 +86,23 @@ def run_facts(
             for source in data_sources(data_args)
         ],
     }
-    source = model_args.model_name_or_path
-    if source is None:
-        roles = {"vision_model": args.vision_model, "language_model": args.language_model}
-        known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
-        if args.vision_model and args.process_index == 0:  # which writes the facts
-            with whole_weights(args):
-                known["vision_fingerprint"] = weights_fingerprint(args.vision_model)
-    else:
-        known["base_models"] = [base_model_facts("checkpoint", source)]
-        if (earlier := read_training_facts(Path(source))) is not None:
-            # Facts may hold a license alone, without base models
-            known["base_models"] = earlier.pop("base_models") or known["base_models"]
-            stages = earlier.pop("earlier_stages")
-            known["vision_fingerprint"] = earlier.get("vision_fingerprint")
-            known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
-            known["license"] = args.license or earlier.get("license")
+    source, vision = model_args.model_name_or_path, args.vision_model
+    roles = {"checkpoint": source, "vision_model": vision, "language_model": args.language_model}
+    known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
+    if vision and is_saved_encoder(vision):
+        source = vision
+    elif vision and args.process_index == 0:  # which writes the facts
+        with whole_weights(args):
+            known["vision_fingerprint"] = weights_fingerprint(vision)
+    if source is not None and (earlier := read_training_facts(Path(source))) is not None:
+        new = [entry for entry in known["base_models"] if entry["role"] == "language_model"]
+        # Facts may hold a license alone, without base models
+        if bases := earlier.pop("base_models"):
+            known["base_models"] = [*bases, *new]
+        stages = earlier.pop("earlier_stages")
+        known["vision_fingerprint"] = earlier.get("vision_fingerprint")
+        known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
+        known["license"] = args.license or (None if new else earlier.get("license"))
     return RunFacts(known, _seconds_before(args))
 
 
@@ -195,12 +197,16 @@ def training_facts(
     caches = [teacher.cache for teacher in teachers.values() if isinstance(teacher, CachedTeacher)]
     # From the student, not from the arguments: nobody has compared them if the trainer was built by hand
     images = image_settings(trainer.model.config)
+    unused = unused_options() if args.stage == "encoder" else set()
+    settings = [name for name in SETTINGS if name not in unused]
     facts: dict[str, Any] = {
         "stage": args.stage,
         "distillation_preset": args.distillation_preset if args.distill else None,
         "knobs": args.preset_options() | {"cut_tower": images["cut_tower"]},
-        "hyperparameters": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-        | {"image_aspect_ratio": images["image_aspect_ratio"]},
+        "hyperparameters": {
+            name: getattr(args, name) for name in settings if hasattr(args, name) and name not in unused
+        }
+        | {name: value for name, value in images.items() if name != "cut_tower"},
         "vision_model": public_name(args.vision_model) if args.vision_model else None,
         "language_model": public_name(args.language_model) if args.language_model else None,
         "teachers": [teacher_facts(teacher.config) for teacher in teachers.values()],

@@ -1,26 +1,30 @@
 """Collates rows to a batch: ids, labels, the student's pixels, and the teachers' pixels or cached features."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
-from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
-from transformers.image_utils import ChannelDimension
 
 from modeling_movekd.chat_templates import has_answer_markers
-from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
 from train.data.conversations import STAND_IN
+from train.data.image_collator import (
+    black_image,
+    check_geometry,
+    crop_facts,
+    decode_rows,
+    is_anyres,
+    named_problems,
+    row_numbers,
+    teacher_pixels,
+)
 from train.teachers.cached import FeatureCache
 from train.teachers.preprocessing import TeacherPreprocessor
 
 
 IGNORE_INDEX = -100
-GEOMETRIES = ("shared", "per_teacher")
 LABEL_RULES = ("answers", "released")
 DISTILL_TILES = ("base", "all")
 # Between a question and its answer in `vicuna_v1`
@@ -67,37 +71,6 @@ def released_label_mask(text: str, input_ids: Sequence[int], tokenizer: Any, max
     if position != counted and (max_length is None or position < max_length):
         return [False] * len(input_ids)
     return mask
-
-
-def cut_tiles(image: Image.Image, grids: Sequence[Sequence[int]], tile_size: int) -> list[Image.Image]:
-    """
-    Cut an image into tiles as `LlavaNextImageProcessor` does, but at the image's own resolution.
-
-    Grid, position and black margins are the same. The tiles of a large image keep its pixels; a small image is
-    enlarged to the student's tiles.
-
-    Args:
-        image (`PIL.Image.Image`): RGB image.
-        grids (`Sequence`): `(height, width)` in pixels of the possible grids, `image_grid_pinpoints`.
-        tile_size (`int`): Side of a tile in these pixels.
-
-    Returns:
-        Square tiles, row by row, without the whole image that `image_size_to_num_patches` counts too.
-    """
-    height, width = select_best_resolution((image.height, image.width), [list(grid) for grid in grids])
-    # transformers reads only the shape
-    shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))
-    new_height, new_width = get_patch_output_size(shape, (height, width), ChannelDimension.LAST)
-    shrinking = max(image.height / new_height, image.width / new_width, 1.0)
-    side = math.ceil(tile_size * shrinking)
-    left, top = (width - new_width) // 2, (height - new_height) // 2
-    edges = (left, top, left + new_width, top + new_height)
-    left, top, right, bottom = (round(edge * side / tile_size) for edge in edges)
-    canvas = Image.new("RGB", (width // tile_size * side, height // tile_size * side))
-    resized = image.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BICUBIC)
-    canvas.paste(resized, (left, top))
-    corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
-    return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 @dataclass
@@ -155,8 +128,7 @@ class MoveKDCollator:
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
-        if self.geometry not in GEOMETRIES:
-            raise ValueError(f"Unknown geometry {self.geometry!r}: choose from {GEOMETRIES}.")
+        check_geometry(self.geometry)
         if self.labels not in LABEL_RULES:
             raise ValueError(f"Unknown labels {self.labels!r}: choose from {LABEL_RULES}.")
         if self.distill_tiles not in DISTILL_TILES:
@@ -182,15 +154,7 @@ class MoveKDCollator:
             self.feature_cache.check_geometry(self.teacher_geometry)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        images, problems = [], {}
-        for position, row in enumerate(rows):
-            try:
-                if row.get("problem") is not None:
-                    raise ValueError(row["problem"])
-                images.append([decode_image(image, self.apply_orientation) for image in row.get("images") or []])
-            except ValueError as error:
-                images.append([])
-                problems[position] = str(error)
+        images, problems = decode_rows(rows, self.apply_orientation)
         return self._collate(rows, images, problems)
 
     def with_images(
@@ -231,7 +195,7 @@ class MoveKDCollator:
     def _collate(
         self, rows: Sequence[Mapping[str, Any]], images: list[list[Image.Image]], problems: dict[int, str]
     ) -> dict[str, Any]:
-        numbers = [int(row.get("row_index", position)) for position, row in enumerate(rows)]
+        numbers = row_numbers(rows)
         conversations = [
             self.with_images(STAND_IN if position in problems else row["messages"], of_row, numbers[position])
             for position, (row, of_row) in enumerate(zip(rows, images, strict=True))
@@ -271,10 +235,7 @@ class MoveKDCollator:
         }
         if self.max_length is not None:
             batch = {name: values[:, : self.max_length] for name, values in batch.items()}
-        batch["bad_rows"] = [
-            (rows[position].get("source") or f"row {numbers[position]}", reason)
-            for position, reason in (problems | untrained).items()
-        ]
+        batch["bad_rows"] = named_problems(rows, problems | untrained)
         flat = [image for of_row in images for image in of_row]
         black_rows = []
         if self.distill_text_only_rows:
@@ -298,9 +259,7 @@ class MoveKDCollator:
         pixels = encoded
         blank_rows = black_rows or ([] if images else [0])
         if blank_rows:
-            size = self.processor.image_processor.crop_size
-            blank = Image.new("RGB", (size["width"], size["height"]))
-            images = [*images, *[blank] * len(blank_rows)]
+            images = [*images, *[black_image(self.processor.image_processor)] * len(blank_rows)]
             pixels = self.processor(images=images, return_tensors="pt")
         weights = torch.ones(len(images))
         weights[len(image_rows) :] = float(bool(black_rows))
@@ -313,32 +272,23 @@ class MoveKDCollator:
         if "image_sizes" in pixels:
             batch["image_sizes"] = pixels["image_sizes"]
         if self.teacher_preprocessors:
-            batch["teacher_pixel_values"] = self._teacher_pixel_values(images)
+            batch["teacher_pixel_values"] = teacher_pixels(
+                images,
+                self.teacher_preprocessors,
+                self.processor.image_processor,
+                self.geometry,
+                tiles=self.distill_tiles == "all",
+            )
         return batch
 
     @property
     def teacher_geometry(self) -> dict[str, Any]:
-        """How images are cut for the teachers, as a feature cache stores and compares it."""
-        crop = "whole" if self._is_anyres else "pad" if self._pads else "center_square"
-        mean = self.processor.image_processor.image_mean
-        pads_with_mean = crop == "pad" and self.geometry == "shared"
-        return {
-            "geometry": self.geometry,
-            "crop": crop,
-            "background": [round(value, 6) for value in mean] if pads_with_mean else None,
-            "apply_orientation": self.apply_orientation,
-        }
+        """How images are cut for the teachers, see [`~train.data.image_collator.crop_facts`]."""
+        return crop_facts(self.processor.image_processor, self.geometry, self.apply_orientation)
 
     @property
     def _is_anyres(self) -> bool:
-        return getattr(self.processor.image_processor, "image_grid_pinpoints", None) is not None
-
-    @property
-    def _pads(self) -> bool:
-        return bool(self.processor.image_processor.do_pad) and not self._is_anyres
-
-    def _padded(self, images: list[Image.Image], preprocessor: TeacherPreprocessor) -> list[Image.Image]:
-        return [pad_to_square(image, color(preprocessor.mean)) for image in images] if self._pads else images
+        return is_anyres(self.processor.image_processor)
 
     def _check_image_tokens(
         self, encoded: Mapping[str, Any], is_image: torch.Tensor, image_rows: list[int], numbers: list[int]
@@ -400,20 +350,3 @@ class MoveKDCollator:
             columns = (~is_image[position]).nonzero().flatten()[: len(words)]
             trained[position, columns] = torch.tensor(words, dtype=torch.bool)
         return trained
-
-    def _teacher_pixel_values(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        shared = self.geometry == "shared"
-        if shared and self.teacher_preprocessors:
-            images = [shared_crop(image, self.processor.image_processor) for image in images]
-        if self.distill_tiles == "all":
-            images = [crop for image in images for crop in (image, *self._tiles(image))]
-        pixels = {}
-        for name, preprocessor in self.teacher_preprocessors.items():
-            pixels[name] = preprocessor(images) if shared else preprocessor(self._padded(images, preprocessor), False)
-            if len(pixels[name]) != len(images):
-                raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
-        return pixels
-
-    def _tiles(self, image: Image.Image) -> list[Image.Image]:
-        image_processor = self.processor.image_processor
-        return cut_tiles(image, image_processor.image_grid_pinpoints, image_processor.crop_size["height"])

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, Image, List, Value
-from PIL import Image as PILImage
 
-from modeling_movekd.images import path_in_folder
+from train.data.image_rows import BadRow, check_text, images_of_row
 from train.data.sources import parse_line
 
 
@@ -36,10 +35,6 @@ FEATURES = Features(
 )
 # The messages of a bad row. No token of it is trained on, but the batch keeps its number of rows
 STAND_IN = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("user", "assistant")]
-
-
-class _BadRow(Exception):
-    """The row cannot be used; the message is the reason."""
 
 
 def convert_row(
@@ -77,10 +72,10 @@ def convert_row(
     length, problem = 0, None
     try:
         if isinstance(row, ValueError):
-            raise _BadRow(str(row))
+            raise BadRow(str(row))
         if not isinstance(row, Mapping):
-            raise _BadRow(f"expected a mapping, got {type(row).__name__}")
-        images = _images(row, source, folder)
+            raise BadRow(f"expected a mapping, got {type(row).__name__}")
+        images = images_of_row(row, source, folder)
         turns = _turns(row, bool(images))
         # The original sampler counts words before a leading answer is dropped
         counted = [part for turn in turns for part in turn.parts if turn.must_place or part != IMAGE_TOKEN]
@@ -91,7 +86,7 @@ def convert_row(
             _message(turn, shown) for turn, shown in zip(turns, _images_of_turns(turns, len(images)), strict=True)
         ]
         length = max(length, 1) if images else -max(length, 1)
-    except _BadRow as reason:
+    except BadRow as reason:
         messages, images, length, problem = STAND_IN, [], 0, str(reason)
     return {
         "messages": messages,
@@ -107,49 +102,6 @@ def _known_as(row: Mapping[str, Any]) -> str:
     texts = {field: row[field] for field in sorted(set(row) - {"image", "images"}, key=str)}
     checksum = f"checksum {zlib.crc32(repr(texts).encode('utf-8', 'replace')):08x}"
     return checksum if row.get("id") is None else f"id {row['id']}"
-
-
-def _images(row: Mapping[str, Any], source: str, folder: str | None) -> list[Any]:
-    field = "image" if row.get("image") is not None else "images"
-    images = row.get(field)
-    if images is None:
-        return []
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    return [_image(image, f"{field!r}[{number}]", source, folder) for number, image in enumerate(images)]
-
-
-def _image(image: Any, field: str, source: str, folder: str | None) -> Any:
-    if isinstance(image, Mapping):
-        if image.get("bytes") is not None:
-            # datasets would prefer a file with the name of `path` to the bytes
-            return {"bytes": image["bytes"], "path": None}
-        if not image.get("path"):
-            raise _BadRow(f"{field} is an image with neither bytes nor path")
-        image = image["path"]
-    if image == "":
-        raise _BadRow(f"{field} is an empty image path")
-    if isinstance(image, str):
-        _check_text(image, field)
-        if folder is None:
-            raise ValueError(f"{_capital(source)} names the image file {image!r}: give the image_folder it lies in.")
-        try:
-            return {"bytes": None, "path": path_in_folder(folder, image)}
-        except ValueError as error:
-            raise ValueError(f"{_capital(source)}: {error}.") from None
-    if isinstance(image, PILImage.Image):
-        return image
-    raise _BadRow(f"{field} is an image of type {type(image).__name__}, expected a path, a picture or a mapping")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:] if text.startswith("row ") else text
-
-
-def _check_text(text: str, field: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"{field} holds half a character ({text[error.start]!r})") from None
 
 
 @dataclass
@@ -192,7 +144,7 @@ def _turns(row: Mapping[str, Any], has_images: bool) -> list[_Turn]:
     for field in CAPTIONS:
         if has_images and row.get(field) is not None:
             return [_Turn("user", [], "question"), _Turn("assistant", [_text(row[field], repr(field))], repr(field))]
-    raise _BadRow(
+    raise BadRow(
         f"its fields {sorted(map(str, row))} have neither 'conversations' nor 'messages' nor another known format. "
         f"Rows may have {'; '.join(FORMATS)}"
     )
@@ -200,25 +152,25 @@ def _turns(row: Mapping[str, Any], has_images: bool) -> list[_Turn]:
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"{field} is a {type(value).__name__}, expected a text")
-    _check_text(value, field)
+        raise BadRow(f"{field} is a {type(value).__name__}, expected a text")
+    check_text(value, field)
     return value
 
 
 def _from_llava(conversations: Any) -> list[_Turn]:
     if not isinstance(conversations, list | tuple) or not conversations:
-        raise _BadRow("'conversations' is not a list of turns")
+        raise BadRow("'conversations' is not a list of turns")
     turns = []
     for number, turn in enumerate(conversations):
         field = f"'conversations'[{number}]"
         if not isinstance(turn, Mapping):
-            raise _BadRow(f"{field} is a {type(turn).__name__}, expected a turn")
+            raise BadRow(f"{field} is a {type(turn).__name__}, expected a turn")
         if turn.get("from") is None:
-            raise _BadRow(f"{field} is without 'from'")
+            raise BadRow(f"{field} is without 'from'")
         if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
-            raise _BadRow(f"{field} has an unknown 'from' {turn['from']!r}, expected one of {sorted(ROLES)}")
+            raise BadRow(f"{field} has an unknown 'from' {turn['from']!r}, expected one of {sorted(ROLES)}")
         if not isinstance(turn.get("value"), str):
-            raise _BadRow(f"{field} is without a text in 'value'")
+            raise BadRow(f"{field} is without a text in 'value'")
         turns.append(_Turn(ROLES[turn["from"]], [_text(turn["value"], f"{field}['value']")], field, must_place=True))
     return turns
 
@@ -227,7 +179,7 @@ def _prompt_and_completion(prompt: Any, completion: Any) -> list[Any]:
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     if any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in prompt):
-        raise _BadRow("answers inside 'prompt' would be trained on: write the row as 'messages'")
+        raise BadRow("answers inside 'prompt' would be trained on: write the row as 'messages'")
     return [*prompt, *completion]
 
 
@@ -236,7 +188,7 @@ def _from_texts(texts: Any) -> list[_Turn]:
         # A column of lists, as older data sets store it
         texts = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=False)]
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(turn, Mapping) for turn in texts):
-        raise _BadRow("'texts' is not a list of 'user' and 'assistant'")
+        raise BadRow("'texts' is not a list of 'user' and 'assistant'")
     return [
         _Turn(role, [_text(turn.get(role), f"'texts'[{number}][{role!r}]")], f"'texts'[{number}][{role!r}]")
         for number, turn in enumerate(texts)
@@ -246,17 +198,17 @@ def _from_texts(texts: Any) -> list[_Turn]:
 
 def _from_trl(messages: Any) -> list[_Turn]:
     if not isinstance(messages, list | tuple) or not messages:
-        raise _BadRow("'messages' is not a list of messages")
+        raise BadRow("'messages' is not a list of messages")
     return [_parse_message(message, f"message {number}") for number, message in enumerate(messages)]
 
 
 def _parse_message(message: Any, field: str) -> _Turn:
     roles = sorted(set(ROLES.values()))
     if not isinstance(message, Mapping) or message.get("role") not in roles:
-        raise _BadRow(f"{field} is without a role among {roles}")
+        raise BadRow(f"{field} is without a role among {roles}")
     content = message.get("content")
     if not isinstance(content, str | list | tuple):
-        raise _BadRow(f"{field} has a 'content' that is neither text nor a list of parts")
+        raise BadRow(f"{field} has a 'content' that is neither text nor a list of parts")
     parts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -265,7 +217,7 @@ def _parse_message(message: Any, field: str) -> _Turn:
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append(_text(part["text"], f"{field}, 'content'"))
         else:
-            raise _BadRow(
+            raise BadRow(
                 f"{field} has a content part that is neither {{'type': 'image'}} nor a text; "
                 "pictures belong in 'images'"
             )
@@ -280,12 +232,12 @@ def _check_turns(turns: list[_Turn]) -> None:
     roles = [turn.role for turn in turns]
     asked = roles[1:] if roles and roles[0] == "system" else roles
     if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
-        raise _BadRow(f"wrong order of roles {roles}: questions and answers take turns, and an answer is last")
+        raise BadRow(f"wrong order of roles {roles}: questions and answers take turns, and an answer is last")
     for turn in turns:
         if turn.role != "user" and turn.placeholders:
-            raise _BadRow(f"{turn.field}, of role {turn.role!r}, contains {IMAGE_TOKEN}, which belongs in a question")
+            raise BadRow(f"{turn.field}, of role {turn.role!r}, contains {IMAGE_TOKEN}, which belongs in a question")
     if not any(part.strip() for turn in turns if turn.role == "assistant" for part in turn.parts):
-        raise _BadRow("every answer is empty")
+        raise BadRow("every answer is empty")
 
 
 def _images_of_turns(turns: list[_Turn], num_images: int) -> list[int]:
@@ -299,7 +251,7 @@ def _images_of_turns(turns: list[_Turn], num_images: int) -> list[int]:
     for shown in (counts, single):
         if sum(shown) == num_images:
             return shown
-    raise _BadRow(f"{sum(counts)} image placeholders for {num_images} images")
+    raise BadRow(f"{sum(counts)} image placeholders for {num_images} images")
 
 
 def _message(turn: _Turn, num_images: int) -> dict[str, Any]:

@@ -1,28 +1,66 @@
 """Loads training and validation rows: data sets, mixtures and streams, all converted to the same columns."""
 
 import json
+import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import (
     Dataset,
+    Features,
     IterableDataset,
     concatenate_datasets,
     interleave_datasets,
 )
 
 from train.arguments import DataArguments
-from train.data import conversations
+from train.data import conversations, image_rows
 from train.data.bad_rows import BadRows
 from train.data.conversations import FEATURES, convert_row
-from train.data.sources import open_rows, undecoded_images
+from train.data.image_rows import IMAGE_FEATURES, convert_image_batch, convert_images, only_images
+from train.data.sources import open_image_folder, open_rows, undecoded_images
 
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """
+    What rows are converted to.
+
+    Args:
+        convert (`Callable`): Makes a list of rows of a row.
+        map_options (`dict`): The same as arguments of `Dataset.map`.
+        features (`Features`): The columns.
+        code (`str`): File of the converter.
+    """
+
+    convert: Callable[..., list[dict[str, Any]]]
+    map_options: dict[str, Any]
+    features: Features
+    code: str
+
+
+CONVERSATIONS = RowForm(
+    lambda *args, **kwargs: [convert_row(*args, **kwargs)],
+    {"function": convert_row, "desc": "Reading conversations"},
+    FEATURES,
+    conversations.__file__,
+)
+# Batched, since a row may have several images; in small batches, since images are large
+IMAGES = RowForm(
+    convert_images,
+    {"function": convert_image_batch, "batched": True, "batch_size": 100, "desc": "Reading images"},
+    IMAGE_FEATURES,
+    image_rows.__file__,
+)
 
 
 @dataclass
@@ -76,6 +114,7 @@ def load_train_and_validation(
     seed: int = 0,
     evaluate: bool = False,
     num_proc: int | None = None,
+    images_only: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Load the rows to train on and the rows to evaluate on.
@@ -92,25 +131,29 @@ def load_train_and_validation(
         seed (`int`, defaults to 0): Seed of mixture, validation split and order of a stream.
         evaluate (`bool`, defaults to `False`): Whether the run evaluates.
         num_proc (`int`, *optional*): Processes that convert the rows of Parquet files and saved data sets.
+        images_only (`bool`, defaults to `False`): Load the images alone, a row for each. Text is ignored, and a row
+            without an image is left out.
 
     Returns:
-        The training rows, and the validation rows or `None`, both as from [`load_conversations`].
+        The training rows, and the validation rows or `None`, both as from [`load_conversations`], without `messages`
+        and `modality_length` if `images_only`.
     """
     share = data_args.validation_share
     if share and not evaluate:
         raise ValueError(
             f"validation_share is {share}, but eval_strategy is 'no'. Set eval_strategy, or no validation_share."
         )
-    sources = data_sources(data_args)
+    sources, form = data_sources(data_args), IMAGES if images_only else CONVERSATIONS
     train, validation = [], []
     for number, source in enumerate(sources):
         first_index = bad_rows.total
-        rows = _load(sources, number, source.split, data_args, bad_rows, num_proc)
+        rows = _load(sources, number, source.split, data_args, bad_rows, num_proc, form)
         if evaluate and share:
             rows, held_back = split_rows(rows, share, seed, first_index)
             validation.append(held_back)
         elif evaluate:
-            validation.append(_load(sources, number, data_args.dataset_test_split, data_args, bad_rows, num_proc))
+            held_back = _load(sources, number, data_args.dataset_test_split, data_args, bad_rows, num_proc, form)
+            validation.append(held_back)
         train.append(rows)
     mixture = _mix(train, sources, data_args, seed)
     if not validation:
@@ -118,7 +161,7 @@ def load_train_and_validation(
     held_back = concatenate_datasets(validation)
     if data_args.streaming:
         # A single shard, since processes with different shards would evaluate different numbers of batches
-        held_back = IterableDataset.from_generator(_rows_of, features=FEATURES, gen_kwargs={"stream": held_back})
+        held_back = IterableDataset.from_generator(_rows_of, features=form.features, gen_kwargs={"stream": held_back})
     return mixture, held_back
 
 
@@ -145,11 +188,13 @@ def _load(
     data_args: DataArguments,
     bad_rows: BadRows,
     num_proc: int | None,
+    form: RowForm,
 ) -> Any:
     source, split = sources[number], split or "train"
     names = [_report_name(each.name, split, each.subset) for each in sources]
     alone = names.count(names[number]) == 1
-    return load_conversations(
+    return load_rows(
+        form,
         source.name,
         source.image_folder,
         split,
@@ -225,18 +270,55 @@ def load_conversations(
             the image folder.
     """
     bad_rows = BadRows(max_share=max_bad_row_share) if bad_rows is None else bad_rows
+    return load_rows(CONVERSATIONS, source, image_folder, split, num_proc, subset, streaming, bad_rows, name)
+
+
+def load_rows(
+    form: RowForm,
+    source: str | os.PathLike | Dataset | Sequence[Mapping[str, Any]],
+    image_folder: str | os.PathLike | None,
+    split: str,
+    num_proc: int | None,
+    subset: str | None,
+    streaming: bool,
+    bad_rows: BadRows,
+    name: str | None,
+) -> Dataset | IterableDataset:
+    """[`load_conversations`] for rows of any form."""
     folder = _image_root(source, image_folder)
-    rows = open_rows(source, split, subset, streaming)
-    if isinstance(source, str | os.PathLike) and os.path.isdir(source) and _is_image_folder(rows):
+    is_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
+    rows = open_image_folder(source, split) if is_folder and form is IMAGES else None
+    scanned = rows is not None
+    if not scanned:
+        rows = open_rows(source, split, subset, streaming)
+    elif streaming:
+        rows = rows.to_iterable_dataset()
+    if is_folder and (scanned or _is_image_folder(rows)):
         folder = os.path.abspath(source)
     name = _report_name(source, split, subset) if name is None else name
+    if form is IMAGES and isinstance(rows, Dataset | IterableDataset):
+        rows = only_images(rows, name)
     fn_kwargs: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
-        return _convert_stream(rows, fn_kwargs)
-    converted = _convert_rows(rows, fn_kwargs, num_proc)
+        return _convert_stream(form, rows, fn_kwargs)
+    converted = _convert_rows(form, rows, fn_kwargs, num_proc)
+    if form is IMAGES:
+        converted = _with_own_indices(converted, rows, fn_kwargs)
     if streaming:
         return converted.to_iterable_dataset()
     return _without_bad_rows(converted, bad_rows)
+
+
+def _with_own_indices(images: Dataset, rows: Any, fn_kwargs: Mapping[str, Any]) -> Dataset:
+    """Number the images, of which a row may have several, and say how many rows have none."""
+    if missing := len(rows) - len(set(images["row_index"][:])):
+        logger.warning("%s: %d of %d rows have no image. They are left out.", fn_kwargs["name"], missing, len(rows))
+    if not len(images):
+        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no image in {len(rows)} rows.")
+    first = fn_kwargs["offset"]
+    features = images.features
+    images = images.remove_columns("row_index").add_column("row_index", range(first, first + len(images)))
+    return images.select_columns(list(features))
 
 
 def _image_root(
@@ -251,38 +333,43 @@ def _image_root(
     return folder
 
 
-def _convert_stream(rows: IterableDataset, fn_kwargs: dict[str, Any]) -> IterableDataset:
+def _convert_stream(form: RowForm, rows: IterableDataset, fn_kwargs: dict[str, Any]) -> IterableDataset:
     names = rows.column_names or list(next(iter(rows), {}))
     fn_kwargs["sharded"] = rows.num_shards > 1
+    options = {key: value for key, value in form.map_options.items() if key != "desc"}
     stream = (rows.decode(False) if rows.features else rows).map(
-        convert_row, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=names, features=FEATURES
+        **options, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=names, features=form.features
     )
     if next(iter(stream), None) is None:
-        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no row.")
+        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no {'image' if form is IMAGES else 'row'}.")
     return stream
 
 
 def _convert_rows(
-    rows: Dataset | Sequence[Mapping[str, Any]], fn_kwargs: dict[str, Any], num_proc: int | None
+    form: RowForm, rows: Dataset | Sequence[Mapping[str, Any]], fn_kwargs: dict[str, Any], num_proc: int | None
 ) -> Dataset:
     if isinstance(rows, Dataset):
         # datasets caches the result by the arguments, so the code is one of them
-        fn_kwargs["version"] = zlib.crc32(Path(conversations.__file__).read_bytes())
+        fn_kwargs["version"] = zlib.crc32(
+            b"".join(Path(code).read_bytes() for code in (image_rows.__file__, form.code))
+        )
         return undecoded_images(rows).map(
-            convert_row,
+            **form.map_options,
             with_indices=True,
             fn_kwargs=fn_kwargs,
             remove_columns=rows.column_names,
-            features=FEATURES,
+            features=form.features,
             num_proc=num_proc,
-            desc="Reading conversations",
         )
     if not rows:
         raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no row.")
     # In chunks, which limits the memory for intermediate forms
     chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
     return concatenate_datasets(
-        [Dataset.from_list([convert_row(rows[i], i, **fn_kwargs) for i in chunk], FEATURES) for chunk in chunks]
+        [
+            Dataset.from_list([made for i in chunk for made in form.convert(rows[i], i, **fn_kwargs)], form.features)
+            for chunk in chunks
+        ]
     )
 
 
@@ -315,7 +402,7 @@ def _checksum_share(content: bytes, seed: int) -> float:
 
 
 def _is_held_back(row: Mapping[str, Any], share: float, seed: int, wanted: bool) -> bool:
-    content = json.dumps(row["messages"]).encode()
+    content = json.dumps(row["messages"]).encode() if "messages" in row else b""
     for image in row["images"]:
         content += image["bytes"] or image["path"].encode()
     return (_checksum_share(content, seed) < share) is wanted

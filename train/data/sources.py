@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+from PIL import Image as PILImage
+
+from modeling_movekd.images import FORMATS
+
+
+# Names of splits as `datasets` knows them, and files that only `datasets` reads
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+PACKED = (".parquet", ".arrow", ".tar", ".zip")
 
 
 def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> Any:
@@ -41,6 +49,47 @@ def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> A
     if path.suffix in (".json", ".jsonl", ".parquet"):
         raise ValueError(f"There is no file {path}.")
     return load_dataset(str(source), subset, split=split, streaming=streaming)
+
+
+def open_image_folder(folder: str | os.PathLike, split: str) -> Dataset | None:
+    """
+    The image files in a folder and all folders in it, by path; `None` if the folder holds files of a data set.
+
+    Folders named like a split, with no other beside them, are splits; other names do not matter. `datasets` itself
+    needs minutes where this needs seconds.
+
+    Raises:
+        ValueError: if there is no image, or no such split.
+    """
+    root = Path(folder)
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        return None
+    splits = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if splits and set(splits) <= set(SPLITS):
+        if split not in splits:
+            raise ValueError(f"{root} has the splits {splits}, not {split!r}.")
+        root /= split
+    PILImage.init()
+    suffixes = tuple(suffix for suffix, form in PILImage.registered_extensions().items() if form in FORMATS)
+    paths: list[str] = []
+    seen: set[str] = set()
+    others = 0
+    for place, folders, files in os.walk(os.path.abspath(root), followlinks=True):
+        # A link may lead back to a folder above
+        is_new = (real := os.path.realpath(place)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        names = sorted(name for name in files if is_new and not name.startswith("."))
+        if any(name.lower().endswith(PACKED) for name in names):
+            return None
+        found = [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
+        others += len(names) - len(found)
+        paths += found
+    if not paths:
+        raise ValueError(f"{root} has no image among {others} files. Images end with one of {', '.join(suffixes)}.")
+    if root == Path(folder):
+        _only_train(folder, split)
+    return Dataset.from_dict({"image": paths})
 
 
 def _only_train(source: Any, split: str) -> None:

@@ -16,7 +16,8 @@ from modeling_movekd.images import decode_image
 from tests.helpers.launched import DDP_CPU, SCRIPT, launch, run, write_settings
 from tests.helpers.trainers import build_trainer
 from train.build import build_student, build_teachers
-from train.data.collator import MoveKDCollator, cut_tiles
+from train.data.collator import MoveKDCollator
+from train.data.image_collator import cut_tiles
 from train.teachers.preprocessing import TeacherPreprocessor
 from train.trainer import MoveKDTrainer
 

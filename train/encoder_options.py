@@ -1,0 +1,44 @@
+"""Options that have no effect in stage `encoder`, which has no language model and no text."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+
+OF_TEXT = (
+    *("language_model", "language_model_learning_rate", "load_in_4bit", "language_lora_rank", "language_lora_alpha"),
+    *("language_lora_dropout", "language_lora_learning_rate", "language_lora_target_modules"),
+    *("image_aspect_ratio", "distill_tiles", "chat_template", "eval_generate", "group_by_modality_length"),
+    *("neftune_noise_alpha", "use_liger_kernel"),
+)
+# All other options that TRL adds to Trainer's are of text
+ALSO_OF_IMAGES = ("dataset_num_proc",)
+
+
+def unused_options() -> set[str]:
+    """The names of the options that have no effect in stage `encoder`."""
+    names = [{field.name for field in fields(options)} for options in (SFTConfig, TrainingArguments)]
+    return (names[0] - names[1] - set(ALSO_OF_IMAGES)) | set(OF_TEXT)
+
+
+def refuse_unused_options(args: SFTConfig, preset: dict[str, Any]) -> None:
+    """Refuse options of stage `encoder` that have no effect. Call it before defaults are filled in."""
+    unused = unused_options()
+    given = {}
+    for field in fields(args):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(args, field.name)
+        # 0 is what a configuration without LoRA fills in for alpha
+        if field.name in unused and value != default and (field.name, value) != ("language_lora_alpha", 0):
+            given[field.name] = value
+    rows = args.distill_text_only_rows
+    if rows not in (None, preset["distill_text_only_rows"]):
+        given["distill_text_only_rows"] = rows
+    if given:
+        raise ValueError(
+            f"Stage 'encoder' has no language model and no text, where {given} do nothing. Leave them out."
+        )
+    if not args.distill:
+        raise ValueError("`distill` is false, but stage 'encoder' does nothing else. Leave it out, and name teachers.")
