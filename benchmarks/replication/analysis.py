@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from benchmarks.replication.arms import Arm
+from benchmarks.replication.design import Experiment
 
 
 RATE, SHARE = "vision_tower_learning_rate", "pretrain_share"  # the settings that the validation plot is drawn over
@@ -287,32 +287,20 @@ def best_control(choices: Sequence[Tuned], controls: Collection[str]) -> str | N
     return max(found, key=lambda choice: choice.average).arm if found else None
 
 
-@dataclass(frozen=True)
-class Design:
+@dataclass
+class Results:
     """
-    What was planned.
+    The runs beside the design, sorted by arm, with what several sections of the report need.
 
     Args:
-        arms (`Mapping`): The arms by name, in the order of the tables.
-        comparisons (`Sequence`): Arm, rival, and the question that the comparison answers.
+        networks (`Mapping`): Scores of the networks, by name.
         blind (`Mapping`): Accuracies of answers given without the picture, by name and family.
     """
 
-    arms: Mapping[str, Arm]
-    headline: Sequence[str]
-    controls: Sequence[str]
-    upper: str
-    comparisons: Sequence[tuple[str, str, str]]
-    blind: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass
-class Results:
-    """The runs beside the design, sorted by arm, with what several sections of the report need."""
-
     runs: Sequence[Run]
-    design: Design
+    design: Experiment
     networks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    blind: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     test: dict[str, list[Run]] = field(init=False)
     averages: dict[str, dict[int, float]] = field(init=False)
 

@@ -1,39 +1,17 @@
-"""The arms of the replication: the options that each sets in the common recipe, its schedules, and the comparisons."""
+"""The ablation: the paper's ladder and this project's, arm by arm, and the comparisons between them."""
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.replication.design import Arm, Experiment, Schedule
 
 
-ALL_TEACHERS = ("clip", "detector", "texture", "reader")
 CLIP_ALONE = ("clip",)
 NO_TEACHERS = ()
 
 RANK = 8
 
 
-class Schedule(NamedTuple):
-    """
-    The options of a run that are chosen on validation.
-
-    Args:
-        pretrain_vision_tower_learning_rate (`float`, *optional*): The tower's rate in the first stage; `None` takes
-            that of projector and heads. Without distillation, only experts train in the first stage.
-        vision_tower_learning_rate (`float`, *optional*): The tower's rate in the second stage; `None` as above.
-        learning_rate (`float`, *optional*, defaults to 5e-4): Rate of projector and heads in the second stage.
-        language_model_learning_rate (`float`, *optional*): The language model's rate in the second stage; `None` as
-            above.
-        pretrain_share (`float`, *optional*, defaults to 0.5): The first stage's share of the steps. All runs have the
-            same number of steps in both stages together.
-    """
-
-    pretrain_vision_tower_learning_rate: float | None = None
-    vision_tower_learning_rate: float | None = None
-    learning_rate: float = 5e-4
-    language_model_learning_rate: float | None = None
-    pretrain_share: float = 0.5
-
-
-def _apart(pretrain: float | None = None, tower: float | None = None, share: float = 0.5) -> Schedule:
+def rates_apart(pretrain: float | None = None, tower: float | None = None, share: float = 0.5) -> Schedule:
     """A low rate for the language model, which knows the answers in words, and a high one for the projector."""
     return Schedule(pretrain, tower, 4e-3, 1e-4, share)
 
@@ -49,29 +27,9 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "unfrozen_tuned": tuple(Schedule(None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4)),
     "paper": (*(Schedule(None, rate) for rate in (5e-4, 1.5e-3)), Schedule(6e-3, 1.5e-3)),
     "adapters_weighted": tuple(Schedule(None, rate) for rate in (5e-4, 1.5e-3)),
-    **dict.fromkeys(CHOSEN_TWICE, tuple(_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5))),
-    "encoders": (Schedule(pretrain_share=0.3), _apart(share=0.3)),
+    **dict.fromkeys(CHOSEN_TWICE, tuple(rates_apart(6e-3, 5e-3, share) for share in (0.2, 0.3, 0.5))),
+    "encoders": (Schedule(pretrain_share=0.3), rates_apart(share=0.3)),
 }
-
-
-@dataclass(frozen=True)
-class Arm:
-    """
-    Args:
-        title (`str`): What the tables call it.
-        group (`str`): Its heading in the tables.
-        schedule_of (`str`): Name of the arm whose validation runs choose the schedule.
-        teachers (`tuple`, *optional*): Names of the teachers; without any, nothing is distilled.
-        settings (`dict`, *optional*): Fields of [`~train.config.MoveKDSFTConfig`] for both stages.
-        side_by_side (`bool`, *optional*, defaults to `False`): Keep all encoders at inference and distill nothing.
-    """
-
-    title: str
-    group: str
-    schedule_of: str
-    teachers: tuple[str, ...] = ALL_TEACHERS
-    settings: dict[str, Any] = field(default_factory=dict)
-    side_by_side: bool = False
 
 
 CONTROL, LADDER, RELEASED = "controls", "the paper's ladder", "released"
@@ -169,3 +127,4 @@ COMPARISONS = [
     ("heads_unit_experts", "clip_anchor", "Does the student-side form with MoLE beat the CLIP anchor?"),
     ("heads_unit_experts", "paper", "Does the student-side form with MoLE beat `paper`?"),
 ]
+ABLATION = Experiment(ARMS, HEADLINE, CONTROLS, UPPER, COMPARISONS, SCHEDULES, CHOSEN_TWICE)

@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.replication import analysis, plots
-from benchmarks.replication.analysis import Design, Results, Run
+from benchmarks.replication.analysis import Results, Run
+from benchmarks.replication.arms import ABLATION
+from benchmarks.replication.recipes import RECIPES
 from benchmarks.replication.wording import NONE, points, probability, ranges, sentence, spanned, table
 from modeling_movekd.files import new_file
 
 
-FOLDER = Path(__file__).resolve().parent
-PAGE = Path("outputs/replication/report.html")
+EXPERIMENTS = {"ablation": ABLATION, "recipes": RECIPES}
+PAGES = Path("outputs/replication")
 TITLE = "Replication in a small world"
 ALONE = 0.99  # share of the tokens above which an expert counts as the only one
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1rem;color:#222;
@@ -38,7 +40,7 @@ def mean_of(runs: Sequence[Run], name: str, key: str) -> float:
 
 def accuracy(results: Results) -> str:
     rows, group = [], None
-    for name, levels in results.design.blind.items() if results.test else ():
+    for name, levels in results.blind.items() if results.test else ():
         shares = [points(levels[family]) for family in results.families]
         rows.append(["", name, "", *shares, points(float(np.mean(list(levels.values())))), ""])
     for arm, runs in results.test.items():
@@ -150,8 +152,9 @@ def networks(results: Results) -> str:
         cells = ", ".join(f"{kind} {points(value)}" for kind, value in scores.items() if kind != "seconds")
         rows.append([f"`{name}`", cells, f"{scores['seconds']:.0f}"])
     note = (
-        "All runs start from the same networks, trained once. The scores are percent right on scenes that were held "
-        "out: the language model's answers to scenes in words, probes of CLIP's tokens, the teachers' own labels."
+        "Runs start from these networks, trained once; with several sets, each seed has its set. The scores are "
+        "percent right on scenes that were held out: the language model's answers to scenes in words, probes of "
+        "CLIP's tokens, the teachers' own labels."
     )
     return "\n\n".join([note, table(["network", "scores", "seconds"], rows, "There are no scores of networks.")])
 
@@ -276,23 +279,25 @@ def write_report(results: Results, folder: Path, page: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from benchmarks.replication import arms
-    from benchmarks.replication.runs import PICTURES_SEED, Scale
+    from benchmarks.replication.runs import Scale, pictures_seed
     from benchmarks.replication.world import blind_levels
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--results", type=Path, default=FOLDER / "results.jsonl", help="JSON lines, one for each run")
-    options.add_argument("--out", type=Path, default=FOLDER, help="folder that takes report.md and plots/")
-    options.add_argument("--page", type=Path, default=PAGE, help="HTML file to write")
+    options.add_argument("--experiment", choices=EXPERIMENTS, default="ablation")
+    options.add_argument("--results", type=Path, default=None, help="JSON lines, one for each run")
+    options.add_argument("--out", type=Path, default=None, help="folder that takes report.md and plots/")
+    options.add_argument("--page", type=Path, default=None, help="HTML file to write")
     chosen = options.parse_args(arguments)
+    design = EXPERIMENTS[chosen.experiment]
+    lines, out = chosen.results or design.folder / "results.jsonl", chosen.out or design.folder
+    page = chosen.page or PAGES / f"{chosen.experiment}.html"
     try:
-        blind = blind_levels(Scale().test, PICTURES_SEED["test"])
-        design = Design(arms.ARMS, arms.HEADLINE, arms.CONTROLS, arms.UPPER, arms.COMPARISONS, blind)
-        networks = json.loads(chosen.results.with_name("networks.json").read_text())
-        write_report(Results(analysis.read_runs(chosen.results), design, networks), chosen.out, chosen.page)
+        blind = blind_levels(Scale().test, pictures_seed("test", design.networks[0]))
+        networks = json.loads(lines.with_name("networks.json").read_text())
+        write_report(Results(analysis.read_runs(lines), design, networks, blind), out, page)
     except (ValueError, FileNotFoundError) as error:
         options.exit(1, f"{error}\n")
-    print(chosen.out / "report.md", chosen.page, sep="\n")
+    print(out / "report.md", page, sep="\n")
 
 
 if __name__ == "__main__":

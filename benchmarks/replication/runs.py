@@ -1,5 +1,6 @@
 """One run of the replication: both stages with the project's own trainer, then its answers and measures."""
 
+import dataclasses
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from datasets import load_from_disk
 from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks.replication import world
-from benchmarks.replication.arms import ALL_TEACHERS, ARMS, RANK, Arm, Schedule
+from benchmarks.replication.arms import ARMS, RANK
+from benchmarks.replication.design import ALL_TEACHERS, Arm, Schedule
 from benchmarks.replication.measures import encoder_measures, prepare_measures
 from benchmarks.replication.side_by_side import keep_encoders
 from modeling_movekd import MoveKDForConditionalGeneration
@@ -57,6 +59,13 @@ QUICK = Scale(200, 200, 60, 120, 50, 0.05, 500)
 # The split `test` has pictures that no earlier round was scored on
 PICTURES_SEED = {"test": 3}
 STAGES = ("pretrain", "finetune")
+# Options of the common recipe that a stage without a language model does not have
+LANGUAGE_OPTIONS = ("chat_template", "max_length")
+
+
+def pictures_seed(split: str, networks: int) -> int:
+    """Seed of a split's pictures. Every set of networks but the first has pictures of its own."""
+    return PICTURES_SEED.get(split, 0) if networks == 0 else 10 + networks
 
 
 @dataclass(frozen=True)
@@ -67,16 +76,23 @@ class Job:
     schedule: Schedule
 
     def settings_in(self, stage: str, steps: int) -> dict[str, Any]:
-        """The schedule as options of a stage. In the first, projector and heads have one rate in all runs."""
-        settings = self.schedule._asdict()
-        tower = settings.pop("pretrain_vision_tower_learning_rate")
-        pretrain_steps = round(settings.pop("pretrain_share") * steps)
+        """The schedule as options of a stage. Before the last, projector and heads have one rate in all runs."""
+        schedule = self.schedule
+        encoder_steps = round((schedule.encoder_share or 0) * steps)
+        pretrain_steps = round(schedule.pretrain_share * (steps - encoder_steps))
+        weight = {} if schedule.kd_weight is None else {"lambda_kd": schedule.kd_weight}
         if stage == "finetune":
-            return settings | {"max_steps": steps - pretrain_steps}
-        return {"vision_tower_learning_rate": tower, "learning_rate": 2e-3, "max_steps": pretrain_steps}
+            names = ("vision_tower_learning_rate", "learning_rate", "language_model_learning_rate")
+            rates = {name: getattr(schedule, name) for name in names}
+            return weight | rates | {"max_steps": steps - encoder_steps - pretrain_steps}
+        return weight | {
+            "vision_tower_learning_rate": schedule.pretrain_vision_tower_learning_rate,
+            "learning_rate": 2e-3,
+            "max_steps": encoder_steps if stage == "encoder" else pretrain_steps,
+        }
 
 
-def prepare(folder: Path, scale: Scale) -> None:
+def prepare(folder: Path, scale: Scale, networks: int) -> None:
     """Write the pictures of every split, and cache the teachers' features of the training splits, if missing."""
     for split in (*STAGES, "validation", "test"):
         target = folder / "data" / split
@@ -84,7 +100,7 @@ def prepare(folder: Path, scale: Scale) -> None:
             questions = {"pretrain": 0, "finetune": len(world.FAMILIES)}.get(split, 1)
             target.parent.mkdir(exist_ok=True)
             with temporary_folder(target) as temporary:
-                rows = world.rows(split, getattr(scale, split), PICTURES_SEED.get(split, 0), questions)
+                rows = world.rows(split, getattr(scale, split), pictures_seed(split, networks), questions)
                 rows.save_to_disk(temporary / split)
                 shutil.move(temporary / split, target)
     parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
@@ -100,8 +116,13 @@ def towers(folder: Path) -> dict[str, str]:
     return {name: str(folder / "towers" / name) for name in (*ALL_TEACHERS, "language_model")}
 
 
+def data_of(stage: str) -> str:
+    # The stage `encoder` sees the pictures of the first stage, without their captions
+    return "pretrain" if stage == "encoder" else stage
+
+
 def data_arguments(folder: Path, stage: str) -> DataArguments:
-    return DataArguments(dataset_name=[str(folder / "data" / stage)])
+    return DataArguments(dataset_name=[str(folder / "data" / data_of(stage))])
 
 
 def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **settings: Any) -> MoveKDSFTConfig:
@@ -114,7 +135,7 @@ def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **set
         "chat_template": "own",
         "distill": bool(arm.teachers),
         "teachers": [{"name": teacher, "model": towers(folder)[teacher]} for teacher in arm.teachers] or None,
-        "feature_cache": str(folder / "features" / geometry / stage) if arm.teachers else None,
+        "feature_cache": str(folder / "features" / geometry / data_of(stage)) if arm.teachers else None,
         "feature_statistics_images": 512,
         "lora_rank": RANK,
         "lora_alpha": RANK,
@@ -130,13 +151,15 @@ def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **set
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if stage == "encoder":
+        chosen = {name: value for name, value in chosen.items() if name not in LANGUAGE_OPTIONS}
     return MoveKDSFTConfig(**chosen | arm.settings | settings)
 
 
-def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict[str, Any]:
-    """Train both stages, ask the questions and measure; returns one line of the results."""
+def run(job: Job, arm: Arm, folder: Path, scale: Scale, command: str, commit: str) -> dict[str, Any]:
+    """Train all stages, ask the questions and measure; returns one line of the results."""
     torch.set_num_threads(1)
-    arm, started = ARMS[job.arm], time.perf_counter()
+    started = time.perf_counter()
     with temporary_folder(folder / "run") as temporary:
         trained = train_side_by_side if arm.side_by_side else train_arm
         model, processor, training = trained(job, arm, folder, scale, temporary)
@@ -167,11 +190,20 @@ def run(job: Job, folder: Path, scale: Scale, command: str, commit: str) -> dict
 def train_arm(
     job: Job, arm: Arm, folder: Path, scale: Scale, output: Path
 ) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, Any]]:
-    """Both stages by [`train.run.train`]."""
+    """All stages by [`train.run.train`]."""
     start = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
     source = ModelArguments()
+    if job.schedule.encoder_share:
+        settings = job.settings_in("encoder", scale.steps) | {"vision_model": start["vision_model"]}
+        args = arguments(folder, arm, "encoder", job.seed, output / "encoder", **settings)
+        train(data_arguments(folder, "encoder"), args, source).end()
+        start["vision_model"] = str(output / "encoder")
+    frozen: dict[str, Any] = {}
+    if arm.frozen_after_encoder:
+        arm = dataclasses.replace(arm, teachers=())
+        frozen = {"freeze_vision_tower": True, "vision_tower_learning_rate": None}
     for stage in STAGES:
-        settings = start | job.settings_in(stage, scale.steps)
+        settings = start | job.settings_in(stage, scale.steps) | frozen
         args = arguments(folder, arm, stage, job.seed, output / stage, **settings)
         trainer = train(data_arguments(folder, stage), args, source)
         training = summary(trainer)

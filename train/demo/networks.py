@@ -87,9 +87,11 @@ def fit(name: str, modules: Iterable[nn.Module], loss: Callable[[], Tensor], ste
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    # Elsewhere bfloat16 is emulated: on a processor with AVX2, CLIP's step took seven times as long
+    fast_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     bar = trange(steps, desc=name)
     for step in bar:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16):
             value = loss()
         if not torch.isfinite(value):
             raise ValueError(f"The loss of {name} is {value.item()} at step {step}. Lower its learning rate.")

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.replication import analysis
-from benchmarks.replication.analysis import Design, Results
-from benchmarks.replication.arms import Arm
+from benchmarks.replication.analysis import Results
+from benchmarks.replication.design import Arm, Experiment
 from benchmarks.replication.report import routers, schedules, write_report
 from benchmarks.replication.wording import points, probability, ranges, sentence, spanned, table
 
@@ -95,7 +95,7 @@ def test_families_won_and_lost() -> None:
         ours.append(fields("ours", seed, accuracy=dict.fromkeys(asked, 0.5 + noise), questions=asked))
         rival.append(fields("rival", seed, accuracy={"read": 0.3, "count": 0.7, "size": 0.5}, questions=asked))
     arms = {name: Arm(name, "", name) for name in ("ours", "rival")}
-    results = Results(runs_of(*ours, *rival), Design(arms, [], [], "ours", []))
+    results = Results(runs_of(*ours, *rival), Experiment(arms, [], [], "ours", []))
     found = [pair for family in asked if (pair := results.compare("ours", "rival", family))]
     assert [pair.verdict for pair in found] == ["won", "lost", "undecided"]
     assert [pair.difference.mean for pair in found] == pytest.approx([0.2, -0.2, 0.0])
@@ -240,7 +240,7 @@ ARMS = {
 }
 ASKED = [("ours", "tuned", "Does KD help?"), ("tuned", "frozen", "Does training help?"), ("later", "ours", "More?")]
 BLIND = {"a constant": {"read": 0.125, "count": 0.25}}
-DESIGN = Design(ARMS, ["tuned", "ours"], ["frozen", "tuned"], upper="encoders", comparisons=ASKED, blind=BLIND)
+DESIGN = Experiment(ARMS, ["tuned", "ours"], ["frozen", "tuned"], upper="encoders", comparisons=ASKED)
 NETWORKS = {"clip": {"shape": 0.984, "seconds": 812.9}}
 
 
@@ -269,7 +269,9 @@ def lines_of_a_report() -> list[dict[str, Any]]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     results = write_lines(folder / "results.jsonl", lines_of_a_report())
-    write_report(Results(analysis.read_runs(results), DESIGN, NETWORKS), folder, folder / "outputs" / "report.html")
+    write_report(
+        Results(analysis.read_runs(results), DESIGN, NETWORKS, BLIND), folder, folder / "outputs" / "report.html"
+    )
     return folder
 
 

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication import runs, world
-from benchmarks.replication.arms import ARMS, COMPARISONS, CONTROLS, HEADLINE, SCHEDULES, UPPER, Schedule
+from benchmarks.replication.arms import ABLATION, ARMS, SCHEDULES
+from benchmarks.replication.design import Experiment, Schedule
+from benchmarks.replication.recipes import RECIPES
 from benchmarks.replication.runs import Job, Scale
 from benchmarks.replication.side_by_side import SideBySideEncoders
 from benchmarks.replication.towers import STEPS, TEACHERS, demo_language_model
@@ -143,22 +145,31 @@ def test_a_vocabulary_in_another_order_is_refused() -> None:
         demo_language_model(swapped)
 
 
-def test_arms_and_comparisons_name_each_other() -> None:
-    named = {*CONTROLS, *HEADLINE, UPPER, *(arm for pair in COMPARISONS for arm in pair[:2])}
-    assert named <= set(ARMS)
-    for owner in {arm.schedule_of for arm in ARMS.values()}:
-        assert ARMS[owner].schedule_of == owner and SCHEDULES[owner]
-    for arm in ARMS.values():
-        for schedule in SCHEDULES[arm.schedule_of]:
+@pytest.mark.parametrize("experiment", [ABLATION, RECIPES], ids=["ablation", "recipes"])
+def test_arms_and_comparisons_name_each_other(experiment: Experiment) -> None:
+    compared = {arm for pair in experiment.comparisons for arm in pair[:2]}
+    assert {*experiment.controls, *experiment.headline, experiment.upper, *compared} <= set(experiment.arms)
+    assert set(experiment.chosen_twice) <= set(experiment.schedules)
+    for arm in experiment.arms.values():
+        assert experiment.arms[arm.schedule_of].schedule_of == arm.schedule_of
+        for schedule in experiment.schedules[arm.schedule_of]:
             job, steps = Job("", 0, "test", schedule), 0
-            for stage in runs.STAGES:
-                told = job.settings_in(stage, TINY.steps)
+            assert arm.frozen_after_encoder <= bool(schedule.encoder_share)
+            for stage in ("encoder", *runs.STAGES) if schedule.encoder_share else runs.STAGES:
+                told = job.settings_in(stage, runs.QUICK.steps)
                 args = runs.arguments(Path("nowhere"), arm, stage, 0, Path("nowhere"), **told)
-                assert args.distill == bool(arm.teachers)
+                assert args.distill == bool(arm.teachers) and args.max_steps > 0
                 assert {name: getattr(args, name) for name in told} == told
                 steps += args.max_steps
-            assert steps == TINY.steps
-            assert set(schedule._fields) - set(told) == {"pretrain_vision_tower_learning_rate", "pretrain_share"}
+            assert steps == runs.QUICK.steps
+
+
+def test_sets_of_networks_are_paired_with_the_seeds() -> None:
+    found = [RECIPES.networks_of(seed) for seed in range(RECIPES.first_seed, RECIPES.first_seed + 6)]
+    assert sorted(found) == [1, 1, 2, 2, 3, 3] and ABLATION.networks_of(31) == 0
+    folders = {replication.networks_folder(Path("outputs"), networks) for networks in (0, 1, 2)}
+    assert folders == {Path("outputs"), Path("outputs/networks-1"), Path("outputs/networks-2")}
+    assert runs.pictures_seed("test", 0) == 3 and len({runs.pictures_seed("test", n) for n in range(4)}) == 4
 
 
 def line(arm: str, split: str, schedule: Schedule, value: float, **settings: Any) -> dict[str, Any]:
@@ -174,40 +185,41 @@ def test_schedules_are_chosen_on_validation_alone(monkeypatch) -> None:
         line("paper", "validation", Schedule(None, 1e-2), 0.9, lambda_kd=3.0),
         line("paper", "test", Schedule(None, 1e-3), 0.9),
     ]
-    assert replication.chosen_schedule("clip_anchor", lines) == best
+    assert replication.chosen_schedule("clip_anchor", lines, ABLATION) == best
     with pytest.raises(ValueError, match="heads_unit"):
-        replication.chosen_schedule("heads_raw", lines)
+        replication.chosen_schedule("heads_raw", lines, ABLATION)
     jobs = [Job("paper", 100, "validation", best), Job("paper", 100, "test", best)]
-    assert [replication.key(job) for job in jobs] == [replication.key_of(lines[1]), replication.key_of(lines[3])]
+    assert [replication.key(job) for job in jobs] == [replication.key_of(lines[number], ABLATION) for number in (1, 3)]
     # What was run before an arm got a setting is no run of it
     earlier = line("paper", "validation", best, 0.5)
     monkeypatch.setitem(ARMS, "paper", dataclasses.replace(ARMS["paper"], settings={"lambda_kd": 1.0}))
-    assert replication.key_of(earlier) != replication.key(jobs[0])
+    assert replication.key_of(earlier, ABLATION) != replication.key(jobs[0])
     monkeypatch.undo()
-    tried = replication.schedule_jobs(["frozen", "adapters", "paper"])
+    tried = replication.schedule_jobs(["frozen", "adapters", "paper"], ABLATION)
     assert [(job.arm, job.seed, job.schedule) for job in tried] == [
         (owner, 100, schedule) for owner in ("frozen", "paper") for schedule in SCHEDULES[owner]
     ]
     # Where one seed says too little, the mean of two decides
     first, second = SCHEDULES["heads_unit"][:2]
-    assert [(job.seed, job.schedule) for job in replication.schedule_jobs(["heads_raw"])][:3] == [
+    assert [(job.seed, job.schedule) for job in replication.schedule_jobs(["heads_raw"], ABLATION)][:3] == [
         (100, first),
         (101, first),
         (100, second),
     ]
     twice = [line("heads_unit", "validation", first, value) for value in (0.9, 0.2)]
-    assert replication.chosen_schedule("heads_raw", [*twice, line("heads_unit", "validation", second, 0.6)]) == second
+    twice.append(line("heads_unit", "validation", second, 0.6))
+    assert replication.chosen_schedule("heads_raw", twice, ABLATION) == second
 
 
 def test_arms_that_changed_since_test_was_asked_are_refused() -> None:
     chosen, other = Schedule(None, 1e-3), Schedule(None, 5e-3)
     lines = [line("paper", "validation", chosen, 0.5), line("paper", "test", chosen, 0.9)]
-    replication.check_asked(["paper"], lines)
-    replication.check_asked(["frozen"], [line("paper", "test", other, 0.9)])
+    replication.check_asked(["paper"], lines, ABLATION)
+    replication.check_asked(["frozen"], [line("paper", "test", other, 0.9)], ABLATION)
     with pytest.raises(ValueError, match="Line 3.*0.005.*paper has.*0.001.*fresh pictures"):
-        replication.check_asked(["paper"], [*lines, line("paper", "test", other, 0.9)])
+        replication.check_asked(["paper"], [*lines, line("paper", "test", other, 0.9)], ABLATION)
     with pytest.raises(ValueError, match="Line 3.*'lambda_kd': 3.0.*'lambda_kd': None"):
-        replication.check_asked(["paper"], [*lines, line("paper", "test", chosen, 0.9, lambda_kd=3.0)])
+        replication.check_asked(["paper"], [*lines, line("paper", "test", chosen, 0.9, lambda_kd=3.0)], ABLATION)
 
 
 def test_blind_answers() -> None:
@@ -246,7 +258,7 @@ def test_the_language_models_lessons_are_of_any_scene() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replication")
     replication.build_towers(folder / "towers", 0, TINY.tower_pictures, TINY.tower_effort, workers=1)
-    replication.prepare(folder, TINY)
+    replication.prepare(folder, TINY, 0)
     return folder
 
 
@@ -274,7 +286,7 @@ def test_encoders_side_by_side_are_the_encoders(folder: Path) -> None:
 @pytest.mark.parametrize("arm", ["frozen", "released", "heads_unit_experts", "heads_unit_dense_lora", "encoders"])
 def test_a_run_gives_a_whole_line(folder: Path, arm: str) -> None:
     job = Job(arm, 0, "test", SCHEDULES[ARMS[arm].schedule_of][-1])
-    found = runs.run(job, folder, TINY, "command", "commit")
+    found = runs.run(job, ARMS[arm], folder, TINY, "command", "commit")
     assert set(found["accuracy"]) == set(world.FAMILIES) == set(found["questions"])
     assert set(found["probe"]) == set(found["probe_at_start"]) == {"shape", "colour", "pattern", "size", "digit"}
     assert (found["experts"] is None) == ("experts" not in arm and arm not in ("released", "heads_unit_dense_lora"))
@@ -289,9 +301,9 @@ def test_runs_that_are_there_are_not_run_again(folder: Path, tmp_path: Path) -> 
     results = tmp_path / "results.jsonl"
     jobs = [Job("frozen", seed, "test", Schedule()) for seed in range(2)]
     now = replication.time.time()
-    assert replication.run_all(jobs, results, folder, TINY, 1, now - 1, "command") == 2
-    assert replication.run_all(jobs[:1], results, folder, TINY, 1, now + 600, "command") == 0
+    assert replication.run_all(jobs, ABLATION, results, folder, TINY, 1, now - 1, "command") == 2
+    assert replication.run_all(jobs[:1], ABLATION, results, folder, TINY, 1, now + 600, "command") == 0
     first = results.read_text()
-    assert replication.run_all(jobs, results, folder, TINY, 1, now + 600, "command") == 0
+    assert replication.run_all(jobs, ABLATION, results, folder, TINY, 1, now + 600, "command") == 0
     assert results.read_text().startswith(first) and [line["seed"] for line in replication.read(results)] == [0, 1]
     assert set(STEPS) == {path.name for path in (folder / "towers").iterdir() if path.is_dir()}
