@@ -20,10 +20,13 @@ VISION_PARTS = ("vision_model", "vision_encoder", "vision_tower", "visual")
 _OFF_THE_FEATURE_PATH = re.compile(
     r"(^|\.)(pooler|head|head_dist|fc_norm|attn_pool|classifier|text_model|(text|visual)_projection)\.|logit_"
 )
+# Weights that a pooled output passes through, besides those of the patch features
+_POOLING = re.compile(r"(^|\.)(pooler|head|fc_norm|attn_pool)\.")
 # Parameters that put tokens of their own in front of the patches
+_CLASS_TOKENS = ("cls_token", "class_embedding")
 _PREFIX_TOKENS = (
-    *("cls_token", "class_embedding", "dist_token", "distillation_token"),
-    *("reg_token", "register_tokens", "cls_register_token"),
+    *_CLASS_TOKENS,
+    *("dist_token", "distillation_token", "reg_token", "register_tokens", "cls_register_token"),
 )
 
 
@@ -45,6 +48,11 @@ def vision_part(model: nn.Module) -> nn.Module:
 def on_feature_path(keys: Iterable[str]) -> list[str]:
     """The keys, sorted, of weights that patch features pass through."""
     return sorted(key for key in keys if not _OFF_THE_FEATURE_PATH.search(key))
+
+
+def pooling_weights(keys: Iterable[str]) -> list[str]:
+    """The keys, sorted, of weights that pool the patch features."""
+    return sorted(key for key in keys if _POOLING.search(key))
 
 
 def square_size(processor: BaseImageProcessor) -> int | None:
@@ -115,6 +123,11 @@ def num_prefix_tokens(model: nn.Module, width: int) -> int:
     """How many [CLS], distillation and register tokens a model puts before its patches, from its parameters."""
     sizes = {name: value.numel() for name, value in model.named_parameters() if name.split(".")[-1] in _PREFIX_TOKENS}
     return sum(sizes[name] // width for name in on_feature_path(sizes))
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token of a model's hidden states is a [CLS] token, from its parameters."""
+    return any(name.split(".")[-1] in _CLASS_TOKENS for name in on_feature_path(dict(model.named_parameters())))
 
 
 def patch_tokens(

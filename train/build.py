@@ -53,6 +53,8 @@ DISTILLER_OPTIONS = (
     "feature_normalization",
     "grid_matching",
     "distillation_loss",
+    "summary_heads",
+    "summary_loss",
     "cosine_share",
     "token_weighting",
     "teacher_weighting",
@@ -162,6 +164,8 @@ def build_teachers(args: MoveKDSFTConfig) -> dict[str, Teacher]:
     configs = teacher_configs(args)
     if configs and args.feature_cache is not None:
         cache = FeatureCache(args.feature_cache, configs)
+        if args.summary_heads:
+            cache.check_summaries()
         return {config.name: CachedTeacher(config, cache) for config in configs}
     return {config.name: load_teacher(config) for config in configs}
 
@@ -237,6 +241,7 @@ def build_distiller(
         student_width=vision_config.hidden_size,
         student_grid=(side, side),
         teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
+        summary_widths={name: teacher.summary_width for name, teacher in teachers.items() if teacher.summary_width},
         whitening_components=args.whitening_components,
         **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
     )

@@ -297,6 +297,9 @@ def _index(
     for name in found["teachers"].keys() & index["teachers"].keys():
         # The recipe may now set what it left to the model's files before, if the features stay the same
         cached, needed = found["teachers"][name], index["teachers"][name]
+        if "summary_width" not in cached:  # an earlier version stored no summaries
+            del needed["summary_width"]
+            needed["tensors"].pop("summary", None)
         check_same(f"{what}, teacher {name}", cached, needed | {"asked": cached["asked"]})
     return found | {"teachers": index["teachers"] | found["teachers"]}
 
@@ -392,7 +395,8 @@ def _save(
     measures: Sequence[Mapping[str, float]],
 ) -> None:
     errors = (_total(measures) if measures else {}) | {"unreadable_images": checksums.count(UNREADABLE)}
-    tensors = {**encoded, "checksums": torch.tensor(checksums)}
+    stored = layout.index["teachers"][teacher]["tensors"]
+    tensors = {**{name: encoded[name] for name in stored}, "checksums": torch.tensor(checksums)}
     header = layout.header(teacher, shard) | {"format": "pt", "errors": json.dumps(errors)}
     with new_file(layout.path(teacher, shard)) as temporary:
         save_file(tensors, temporary, metadata=header | {"checksum": shard_checksum(tensors)})

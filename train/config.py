@@ -62,10 +62,11 @@ class MoveKDSFTConfig(SFTConfig):
         help="Crops of an `anyres` image to distill: `base` the whole image, `all` also its tiles, which share the "
         "image's weight in the loss.",
     )
-    distillation_preset: Literal["paper", "released", "student_heads"] = HfArg(
+    distillation_preset: Literal["paper", "released", "student_heads", "radio", "eupe", "unic", "theia"] = HfArg(
         default="paper",
         help="Form of the method: `paper` follows the text, `released` the original code, `student_heads` puts heads "
-        "on the student. Sets each option with values by preset that is not given.",
+        "on the student; `radio`, `eupe`, `unic` and `theia` follow those papers. Sets each option with values by "
+        "preset that is not given.",
     )
     reset_distiller: bool = HfArg(
         default=False,
@@ -178,6 +179,13 @@ class MoveKDSFTConfig(SFTConfig):
     distillation_loss: Literal["mse", "cosine", "smooth_l1", "cosine_smooth_l1"] | None = preset_option(
         "distillation_loss", "Loss of a token: `mse`, `cosine`, `smooth_l1`, or `cosine_smooth_l1` for a mixture."
     )
+    summary_heads: bool | None = preset_option(
+        "summary_heads",
+        "Also predict each teacher's summary, its [CLS] token or pooled feature, from the student's [CLS] token.",
+    )
+    summary_loss: Literal["mse", "cosine", "smooth_l1", "cosine_smooth_l1"] | None = preset_option(
+        "summary_loss", "Loss of a summary, as `distillation_loss` of a token."
+    )
     cosine_share: float | None = preset_option(
         "cosine_share", "Share of the cosine in `cosine_smooth_l1`; smooth L1 has the rest."
     )
@@ -190,7 +198,7 @@ class MoveKDSFTConfig(SFTConfig):
         "Weights of the other teachers: `cls_similarity` to CLIP's CLS token, `released` without its scale, `equal`.",
     )
     clip_share: float | None = preset_option(
-        "clip_share", "Weight of the teacher `clip`; the other teachers share the rest."
+        "clip_share", "Weight of the teacher `clip`; the other teachers share the rest. None is an equal share."
     )
     teacher_dropping: float | None = preset_option(
         "teacher_dropping",
@@ -236,15 +244,7 @@ class MoveKDSFTConfig(SFTConfig):
         self.batch_summary()
         self._check_choices()
         self._check_order()
-        share, preset_share = self.cosine_share, PRESETS[self.distillation_preset]["cosine_share"]
-        for name, value in PRESETS[self.distillation_preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if share not in (None, preset_share) and self.distillation_loss != "cosine_smooth_l1":
-            raise ValueError(
-                f"`cosine_share` is {share}, but `distillation_loss` {self.distillation_loss!r} has no share. "
-                "Leave it out, or set `distillation_loss: cosine_smooth_l1`."
-            )
+        self._set_preset()
         self._check_distillation()
         self._check_language_model()
         if self.push_to_hub and self.hub_strategy != "end":
@@ -259,6 +259,25 @@ class MoveKDSFTConfig(SFTConfig):
                 "a second forward without the distillation loss. Set it to 0."
             )
         refuse_reentrant_checkpointing(self)
+
+    def _set_preset(self) -> None:
+        preset = PRESETS[self.distillation_preset]
+        given = {name: value for name in preset if (value := getattr(self, name)) not in (None, preset[name])}
+        for name in preset.keys() - given.keys():
+            setattr(self, name, preset[name])
+        if "summary_loss" in given and not self.summary_heads:
+            raise ValueError(
+                f"`summary_loss` is {self.summary_loss!r}, but `summary_heads` is false. Leave it out, or set "
+                "`summary_heads: true`."
+            )
+        losses = {"distillation_loss": self.distillation_loss}
+        losses |= {"summary_loss": self.summary_loss} if self.summary_heads else {}
+        if "cosine_share" in given and "cosine_smooth_l1" not in losses.values():
+            named = " and ".join(f"`{name}` {loss!r}" for name, loss in losses.items())
+            raise ValueError(
+                f"`cosine_share` is {self.cosine_share}, but {named} has no share. Leave it out, or set "
+                "`distillation_loss: cosine_smooth_l1`."
+            )
 
     def _set_accumulation_steps(self) -> None:
         if self.global_batch_size is None:

@@ -176,7 +176,8 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
         sums = {"images": image_weights.sum()}
         if outputs.kd is not None and outputs.teacher_losses is not None:
             losses = outputs.teacher_losses.sum(dim=1)
-            sums |= {"kd": outputs.kd.sum(), **{f"kd/{name}": losses[i] for i, name in enumerate(self.teachers)}}
+            names = self._student().distiller.loss_names
+            sums |= {"kd": outputs.kd.sum(), **{f"kd/{name}": losses[i] for i, name in enumerate(names)}}
         if outputs.balance is not None and outputs.expert_tokens is not None:
             tokens = outputs.expert_tokens.sum(dim=0)
             sums |= {"balance": outputs.balance.sum(), **{f"experts/{i}": value for i, value in enumerate(tokens)}}

@@ -25,8 +25,8 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
     Trains a vision tower with the loss `lambda_kd` * distillation + `lambda_balance` * balance, each the mean over the
     images of a step.
 
-    Logs `kd`, `kd/{teacher}` (before the teacher weights), `balance`, `experts/{i}` (share of the patches) and
-    `images_per_second`.
+    Logs `kd`, `kd/{teacher}` (before the teacher weights), `kd/{teacher}/summary` (its part of the summary), `balance`,
+    `experts/{i}` (share of the patches) and `images_per_second`.
 
     Args:
         model ([`MoveKDVisionModel`]): The tower, from [`train.build_encoder.build_encoder`].

@@ -16,6 +16,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionModel
+from train.distillation.distiller import DistillationOutput
 from train.distillation.losses import balance_loss
 
 
@@ -27,8 +28,8 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
     Args:
         kd (`torch.Tensor` of shape `(num_images,)`): Distillation loss, the weighted sum over the teachers. If all
             tiles are distilled, the shape is `(num_crops,)`, and the crops of an image share its weight.
-        teacher_losses (`torch.Tensor` of shape `(num_teachers, num_images)`): Loss of each teacher before the teacher
-            weights, without gradient; `(num_teachers, num_crops)` if all tiles are distilled.
+        teacher_losses (`torch.Tensor` of shape `(num_losses, num_images)`): The losses of `Distiller.loss_names`
+            before the teacher weights, without gradient; `(num_losses, num_crops)` if all tiles are distilled.
         balance (`torch.Tensor` of shape `(num_crops,)`): Balance loss of the routers. With `pad` an image is one crop.
         expert_tokens (`torch.Tensor` of shape `(num_layers, num_experts)`): Number of patches routed to each expert.
     """
@@ -88,10 +89,11 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
         distilled, weights = (slice(None), crop_weights) if distill_tiles == "all" else (whole_images, image_weights)
         kd, teacher_losses = weights * 0.0 + zero, None
         if teacher_features:
-            tokens = vision.hidden_states[self.config.vision_feature_layer][:, 1:]
-            distillation = self.distiller(tokens[distilled], teacher_features)
+            hidden_state = vision.hidden_states[self.config.vision_feature_layer][distilled]
+            tokens, summary = split_summary(hidden_state, getattr(self.config.vision_config, "num_prefix_tokens", 1))
+            distillation = self.distiller(tokens, teacher_features, student_summary=summary)
             kd = kd + distillation.loss * weights
-            teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features]) * weights
+            teacher_losses = stack_losses(distillation) * weights
         routing = measure_routing(vision, crop_weights, balance_form)
         return MoveKDTrainingOutput(**outputs, kd=kd, teacher_losses=teacher_losses, **routing)
 
@@ -118,17 +120,37 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
         image_weights = image_weights.float()  # FSDP2 casts inputs to bfloat16
         recorded = ("hidden_states", "router_probabilities", "expert_indices")
         vision = tower_forward(pixel_values, return_dict=True, **{f"output_{name}": True for name in recorded})
-        tokens = vision.hidden_states[layer][:, getattr(self.config, "num_prefix_tokens", 1) :]
-        distillation = self.distiller(tokens, teacher_features)
-        teacher_losses = torch.stack([distillation.teacher_losses[name] for name in teacher_features])
+        tokens, summary = split_summary(vision.hidden_states[layer], getattr(self.config, "num_prefix_tokens", 1))
+        distillation = self.distiller(tokens, teacher_features, student_summary=summary)
         return MoveKDTrainingOutput(
             # Nothing else may use the output of a tower that is not cut, and ZeRO-3 needs its backward
             kd=distillation.loss * image_weights + 0.0 * vision.last_hidden_state[0].sum(),
-            teacher_losses=teacher_losses * image_weights,
+            teacher_losses=stack_losses(distillation) * image_weights,
             **measure_routing(vision, image_weights, balance_form),
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def split_summary(hidden_state: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The student's patches, and its summary: the [CLS] token, or the mean of the patches where there is none.
+
+    Args:
+        hidden_state (`torch.Tensor` of shape `(batch_size, num_prefix_tokens + num_patches, width)`): The tower's
+            hidden state that is distilled.
+        num_prefix_tokens (`int`): 1 with a [CLS] token, 0 without.
+
+    Returns:
+        `(batch_size, num_patches, width)` and `(batch_size, width)`.
+    """
+    tokens = hidden_state[:, num_prefix_tokens:]
+    return tokens, hidden_state[:, 0] if num_prefix_tokens else tokens.mean(dim=1)
+
+
+def stack_losses(distillation: DistillationOutput) -> torch.Tensor:
+    """The losses of `Distiller.loss_names`, `(num_losses, num_images)`."""
+    return torch.stack([*distillation.teacher_losses.values(), *distillation.summary_losses.values()])
 
 
 @contextmanager

@@ -36,8 +36,8 @@ class MoveKDTrainer(DistillingMixin, SFTTrainer):
     """
     Trains a MoVE-KD student with the loss text + `lambda_kd` * distillation + `lambda_balance` * balance.
 
-    Logs, besides TRL's metrics: `text`, `kd`, `kd/{teacher}` (before the teacher weights), `balance`, `experts/{i}`
-    (share of the tokens) and `images_per_second`.
+    Logs, besides TRL's metrics: `text`, `kd`, `kd/{teacher}` (before the teacher weights), `kd/{teacher}/summary` (its
+    part of the summary), `balance`, `experts/{i}` (share of the tokens) and `images_per_second`.
 
     Args:
         model (`PreTrainedModel`): The student, from [`train.build.build_student`].

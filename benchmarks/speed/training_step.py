@@ -55,6 +55,7 @@ class CachedFeatures(nn.Module):
     def __init__(self, teacher: FrozenTeacher) -> None:
         super().__init__()
         self.name, self.config, self.grid, self.width = teacher.name, teacher.config, teacher.grid, teacher.width
+        self.summary_width = teacher.summary_width
 
     def forward(self, cached: Mapping[str, torch.Tensor]) -> TeacherFeatures:
         return decode(cached, self.grid)

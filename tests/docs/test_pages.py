@@ -336,8 +336,7 @@ def test_the_table_of_options_is_complete() -> None:
 
 def test_the_table_of_presets_is_the_code() -> None:
     presets = table("docs/method.md", "## Presets")
-    names = ("paper", "released", "student_heads")
-    assert presets == {option: [shown(PRESETS[name][option]) for name in names] for option in PRESETS["paper"]}
+    assert presets == {option: [shown(of[option]) for of in PRESETS.values()] for option in PRESETS["paper"]}
 
 
 def test_the_map_names_every_file() -> None:

@@ -117,6 +117,25 @@ def test_what_the_recipe_said_cannot_be_left_to_the_model(cached, parts: dict[st
         build_teachers(settings[1])
 
 
+def test_a_cache_of_an_earlier_version_serves_all_but_summaries(cached) -> None:
+    settings = cached()
+    folder = Path(settings[1].feature_cache)
+    index = json.loads((folder / "index.json").read_text())
+    for teacher in index["teachers"].values():
+        del teacher["summary_width"]
+        teacher["tensors"].pop("summary", None)
+    for shard in folder.glob("vit/*.safetensors"):
+        assert "summary" in load_file(shard)
+        shard.unlink()
+    (folder / "index.json").write_text(json.dumps(index))
+    write(settings)  # goes on in the earlier form
+    assert not any("summary" in load_file(shard) for shard in folder.glob("vit/*.safetensors"))
+    assert build_teachers(settings[1])["vit"].summary_width is None
+    settings[1].summary_heads = True
+    with pytest.raises(ValueError, match=r"stored no summaries of \['clip', 'vit'\]"):
+        build_teachers(settings[1])
+
+
 def test_other_weights_are_refused(cached, parts: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(parts["vit"], tmp_path / "vit")
     teachers = [{"name": "clip", "model": parts["clip"]}, {"name": "vit", "model": str(tmp_path / "vit")}]

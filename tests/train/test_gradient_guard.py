@@ -134,6 +134,9 @@ def test_replaced_forward(train) -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"stage": "pretrian"}, "`stage` is 'pretrian'; choose one of .*'pretrain'"),
         ({"head_side": "left"}, "`head_side` is 'left'"),
+        ({"summary_loss": "mse"}, "`summary_loss` is 'mse', but `summary_heads` is false"),
+        ({"summary_heads": True, "summary_loss": "l2"}, "`summary_loss` is 'l2'; choose one of"),
+        ({"summary_heads": True, "cosine_share": 0.3}, "`summary_loss` 'cosine' has no share"),
         ({"distillation_preset": "papers"}, "`distillation_preset` is 'papers'"),
     ],
 )

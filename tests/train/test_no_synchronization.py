@@ -13,7 +13,7 @@ from train.distillation.losses import balance_loss
 from train.teachers.features import TeacherFeatures
 
 
-PRESETS = ("paper", "released", "student_heads")
+PRESETS = ("paper", "released", "student_heads", "radio", "unic")
 CONFIG = {
     "hidden_size": WIDTH,
     "intermediate_size": 32,
@@ -78,7 +78,9 @@ def test_distiller(preset):
             for name, teacher in FEATURES.items()
         }
         tokens = torch.randn(4, GRID[0] * GRID[1], WIDTH, requires_grad=True)
-        output = torch.func.functional_call(distiller, state, (tokens, features))
+        output = torch.func.functional_call(
+            distiller, state, (tokens, features), {"student_summary": tokens.mean(dim=1)}
+        )
         assert set(output.teacher_losses) == set(TEACHERS)
         output.loss.mean().backward()
         assert tokens.grad.shape == tokens.shape

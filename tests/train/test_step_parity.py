@@ -63,6 +63,7 @@ class GivenFeatures(nn.Module):
     def __init__(self, name: str, raw: torch.Tensor) -> None:
         super().__init__()
         side = round(raw.shape[1] ** 0.5)
+        self.summary_width = None
         self.grid = tuple(raw.shape[2:]) if raw.dim() == 4 else (side, side)
         tokens = raw.flatten(2).transpose(1, 2) if raw.dim() == 4 else raw
         self.config = TeacherConfig(name=name, model=name)

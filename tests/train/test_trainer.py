@@ -100,6 +100,19 @@ def test_each_stage_trains_its_parameters(arguments, stage: str, preset: str) ->
         assert not any(value.requires_grad for value in teacher.parameters())
 
 
+@pytest.mark.parametrize("preset", ["radio", "eupe", "unic", "theia"])
+def test_the_presets_of_other_recipes_train(arguments, preset: str) -> None:
+    snapshot = Snapshot()
+    trainer = train(*arguments(distillation_preset=preset, stage="pretrain", num_experts=0, max_steps=2), [snapshot])
+    logs = trainer.state.log_history[1]
+    summaries = {name: logs[name] for name in ("kd/clip/summary", "kd/vit/summary") if name in logs}
+    assert len(summaries) == (0 if preset == "theia" else 2)
+    assert all(0 < value < logs[name.removesuffix("/summary")] for name, value in summaries.items())
+    assert snapshot.changed(trainer.model) == {
+        name for name, value in trainer.model.named_parameters() if value.requires_grad
+    }
+
+
 def test_code_that_a_language_model_brings_along_is_neither_run_nor_asked_about(
     arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

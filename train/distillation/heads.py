@@ -43,6 +43,14 @@ def resample_grid(tokens: torch.Tensor, grid: tuple[int, int], target_grid: tupl
     if factors := unshuffle_factors(width, grid, target_grid):
         cells = tokens.reshape(-1, target_grid[0], factors[0], target_grid[1], factors[1], width)
         return cells.transpose(2, 3).flatten(3).flatten(1, 2)
+    return interpolate_grid(tokens, grid, target_grid)
+
+
+def interpolate_grid(tokens: torch.Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> torch.Tensor:
+    """As [`resample_grid`], but always by interpolation, so that the channels stay."""
+    if grid == target_grid:
+        return tokens
+    tokens = tokens.float() if tokens.dtype == torch.bfloat16 else tokens  # which a CPU does not interpolate
     maps = tokens.transpose(1, 2).unflatten(2, grid)
     maps = nn.functional.interpolate(maps, size=target_grid, mode="bilinear", align_corners=False, antialias=True)
     return maps.flatten(2).transpose(1, 2)
@@ -96,6 +104,8 @@ class Target(nn.Module):
                 self.target_width = min(whitening_components, channels)
             self.register_buffer("components", torch.full((self.target_width, channels), torch.nan))
         self.needs_statistics = bool(self.buffer_names)
+        # The head of the teacher's summary, if the distiller has heads for summaries
+        self.summary: StudentHead | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Target":
         """Move the statistics with the module, but keep them float32: half precision would round them for good."""
@@ -164,7 +174,8 @@ class UnitLinear(nn.Linear):
 
 class StudentHead(Target):
     """
-    A head on the student's features that predicts a teacher's target, and is upsampled to a larger grid of it.
+    A head on the student's features that predicts a teacher's target, and is interpolated to its grid. The head of a
+    summary is one on a grid of a single cell.
 
     An `"mlp"` (d-2d-k) can amplify features that are faint in the student. `"unit_linear"` cannot, so that training
     makes them as large as the projector needs to find them.
@@ -187,9 +198,12 @@ class StudentHead(Target):
             wide = nn.Linear(student_width, 2 * student_width)
             self.head = nn.Sequential(wide, nn.GELU(), nn.Linear(wide.out_features, self.target_width))
 
-    def forward(self, student_tokens: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, student_tokens: torch.Tensor, tokens: torch.Tensor, student_grid: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`Target.forward`]; `student_grid` is that of the student's tokens, if it differs in this step."""
         predicted = self.head(_to_parameters(student_tokens, self.head))
-        return resample_grid(predicted, self.student_grid, self.target_grid), self.target(tokens)
+        return interpolate_grid(predicted, student_grid or self.student_grid, self.target_grid), self.target(tokens)
 
 
 def _to_parameters(tokens: torch.Tensor, layer: nn.Module) -> torch.Tensor:

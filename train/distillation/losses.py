@@ -66,7 +66,7 @@ def teacher_scores(cls: torch.Tensor, teacher_tokens: Mapping[str, torch.Tensor]
 
 
 def teacher_weights(
-    cls: torch.Tensor | None, teacher_tokens: Mapping[str, torch.Tensor], form: str, clip_share: float
+    cls: torch.Tensor | None, teacher_tokens: Mapping[str, torch.Tensor], form: str, clip_share: float | None
 ) -> dict[str, torch.Tensor]:
     """
     Teacher weights of the paper's attention-guided distillation, for each image.
@@ -85,7 +85,8 @@ def teacher_weights(
         teacher_tokens (`Mapping[str, torch.Tensor]`): Each teacher's `(batch_size, num_tokens, hidden_size)` in the
             student's space.
         form (`str`): One of the forms above.
-        clip_share (`float`): Weight of the teacher `"clip"`, between 0 and 1.
+        clip_share (`float`, *optional*): Weight of the teacher `"clip"`, between 0 and 1; `None` for the same share as
+            each of n teachers has on average, 1 / n.
 
     Returns:
         `dict[str, torch.Tensor]`: Each teacher's weight `(batch_size,)`, float32, which sum to 1 for each image.
@@ -97,7 +98,10 @@ def teacher_weights(
     ones = torch.ones(len(first), device=first.device)
     if not others:
         return {CLIP: ones}
-    clip_share = clip_share if CLIP in teacher_tokens else 0.0
+    if CLIP not in teacher_tokens:
+        clip_share = 0.0
+    elif clip_share is None:
+        clip_share = 1 / len(teacher_tokens)
     if form == "equal":
         shares = ones[:, None].expand(-1, len(others)) / len(others)
     elif cls is None:
@@ -123,7 +127,7 @@ def token_losses(
     student_tokens: torch.Tensor, target: torch.Tensor, loss: str = "mse", cosine_share: float = 0.9
 ) -> torch.Tensor:
     """
-    Compare each token of the student with the teacher's.
+    Compare each token of the student with the teacher's; a summary is a single token.
 
     - `"mse"`: mean over the channels of (s - t)^2, as in the paper.
     - `"cosine"`: 1 - cos(s, t).

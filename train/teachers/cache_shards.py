@@ -47,8 +47,8 @@ def encode(features: TeacherFeatures, dtype: str) -> dict[str, torch.Tensor]:
 
     Returns:
         `tokens` of shape `(batch_size, h * w, width)`. For int8 also `scale` and `offset`, float32 of shape
-        `(batch_size, width)`: a value is `tokens * scale + offset`. `cls` and `cls_attention` in float32 if the
-        teacher has them.
+        `(batch_size, width)`: a value is `tokens * scale + offset`. `cls`, `cls_attention` and `summary` in float32 if
+        the teacher has them; with `cls` there is no `summary`, which is the same.
     """
     tokens = features.tokens.float()
     largest = tokens.abs().max()
@@ -64,8 +64,8 @@ def encode(features: TeacherFeatures, dtype: str) -> dict[str, torch.Tensor]:
         steps = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
         codes = ((tokens - offset.unsqueeze(1)) / steps).round().clamp(-127, 127)
         encoded = {"tokens": codes.to(torch.int8), "scale": scale, "offset": offset}
-    for name in ("cls", "cls_attention"):
-        if (value := getattr(features, name)) is not None:
+    for name in ("cls", "cls_attention", "summary"):
+        if (value := getattr(features, name)) is not None and not (name == "summary" and "cls" in encoded):
             encoded[name] = value.float()
     return encoded
 
@@ -75,7 +75,8 @@ def decode(encoded: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> Teache
     tokens = encoded["tokens"].float()
     if "scale" in encoded:
         tokens = tokens * encoded["scale"].unsqueeze(1) + encoded["offset"].unsqueeze(1)
-    return TeacherFeatures(tokens, grid, encoded.get("cls"), encoded.get("cls_attention"))
+    cls = encoded.get("cls")
+    return TeacherFeatures(tokens, grid, cls, encoded.get("cls_attention"), encoded.get("summary", cls))
 
 
 class ShardLayout:

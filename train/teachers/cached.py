@@ -140,6 +140,7 @@ def loaded_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
         "commit": teacher_commit(teacher.config),
         "grid": list(teacher.grid),
         "width": teacher.width,
+        "summary_width": teacher.summary_width,
         "asked": asked,
     }
 
@@ -187,6 +188,7 @@ class CachedTeacher(nn.Module):
         self.name, self.config, self.cache = config.name, config, cache
         self.grid: tuple[int, int] = (entry["grid"][0], entry["grid"][1])
         self.width: int = entry["width"]
+        self.summary_width: int | None = entry.get("summary_width")
         self._dtypes = {name: getattr(torch, dtype) for name, (dtype, _) in entry["tensors"].items()}
 
     def forward(self, cached: Mapping[str, torch.Tensor]) -> TeacherFeatures:
@@ -249,6 +251,14 @@ class FeatureCache:
             # A field left to the model's files must have been left to them when the cache was written
             if value != cached["asked"][field] and (value is None or value != cached[field]):
                 check_same(f"Teacher {config.name}", {field: cached[field]}, {field: value})
+
+    def check_summaries(self) -> None:
+        """Check that the cache was written by a version that stores summaries, for `summary_heads`."""
+        if old := [name for name in self.names if "summary_width" not in self.index["teachers"][name]]:
+            raise ValueError(
+                f"`summary_heads` is true, but `feature_cache` {self.folder} is of an earlier version, which stored "
+                f"no summaries of {old}. Write a new cache to another folder, or set `summary_heads: false`."
+            )
 
     def check_geometry(self, geometry: Mapping[str, Any]) -> None:
         """Check that images are cut as for the cache; `geometry` is the collator's `teacher_geometry`."""

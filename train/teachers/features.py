@@ -10,7 +10,13 @@ from torch import nn
 from transformers import Pix2StructImageProcessor
 from transformers.image_utils import SizeDict
 
-from modeling_movekd.vision_encoders import num_prefix_tokens, patch_features, patch_tokens, select_output
+from modeling_movekd.vision_encoders import (
+    has_class_token,
+    num_prefix_tokens,
+    patch_features,
+    patch_tokens,
+    select_output,
+)
 from train.teachers.config import TeacherConfig
 from train.teachers.preprocessing import TeacherPreprocessor
 
@@ -30,12 +36,15 @@ class TeacherFeatures(NamedTuple):
         cls_attention: `(batch_size, num_heads, h * w)`, the [CLS] query's attention to the patches in the layer that
             gives the features. It is cut from the softmax over [CLS] and patches, so its sum is below 1; `"clip"`
             only.
+        summary: `(batch_size, summary_width)`, the [CLS] token of the last hidden state, or else the model's pooled
+            feature if the checkpoint has the weights that pool it; `None` for a model that has neither.
     """
 
     tokens: torch.Tensor
     grid: tuple[int, int]
     cls: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
+    summary: torch.Tensor | None = None
 
 
 class FrozenTeacher(nn.Module):
@@ -50,7 +59,8 @@ class FrozenTeacher(nn.Module):
         weights (*optional*, defaults to `True`): Whether the model has its weights. Without them nothing is run until
             [`measure`] is called.
 
-    Attributes: `name`, `config`, `preprocessor`, `grid` `(h, w)`, `width` (channels).
+    Attributes: `name`, `config`, `preprocessor`, `grid` `(h, w)`, `width` (channels), `summary_width` (`None` without
+        a summary).
 
     Raises:
         ValueError: if weights are absent on this process, or if the features of a blank image are not finite, differ
@@ -59,6 +69,7 @@ class FrozenTeacher(nn.Module):
 
     grid: tuple[int, int]
     width: int
+    summary_width: int | None
 
     def __init__(
         self,
@@ -80,7 +91,7 @@ class FrozenTeacher(nn.Module):
 
     def measure(self) -> TeacherFeatures:
         """
-        Run the model on a blank image, and set `grid` and `width` by its features.
+        Run the model on a blank image, and set `grid`, `width` and `summary_width` by its features.
 
         Raises:
             ValueError: if the features are not on a square grid.
@@ -94,6 +105,7 @@ class FrozenTeacher(nn.Module):
                 f"features for a blank image of {size} x {size} pixels: {error}"
             ) from error
         self.grid, self.width = blank.grid, blank.tokens.shape[-1]
+        self.summary_width = None if blank.summary is None else blank.summary.shape[-1]
         return blank
 
     def _check(self) -> None:
@@ -103,8 +115,9 @@ class FrozenTeacher(nn.Module):
                 f"Teacher {self.name}: {len(absent)} weights, {absent[0]} first, are not on this process. Every "
                 "process needs the whole teacher: set fsdp_cpu_ram_efficient_loading and zero3_init_flag to false."
             )
-        blank, again = self.measure().tokens, self.measure().tokens
-        if not torch.isfinite(blank).all():
+        (blank, *_, summary), again = self.measure(), self.measure().tokens
+        summaries = [] if summary is None else [summary]
+        if not all(torch.isfinite(value).all() for value in (blank, *summaries)):
             raise ValueError(
                 f"Teacher {self.name}: features of a blank image are not finite in {self.dtype}; set another dtype."
             )
@@ -153,7 +166,8 @@ def clip_features(interpolate: bool, model: nn.Module, pixel_values: torch.Tenso
     """
     output = model(pixel_values, interpolate_pos_encoding=interpolate, cls_attention_layer=-1)
     tokens, grid = patch_tokens(output.last_hidden_state, prefix=1)
-    return TeacherFeatures(tokens, grid, output.last_hidden_state[:, 0], output.cls_attention[..., 1:])
+    cls = output.last_hidden_state[:, 0]
+    return TeacherFeatures(tokens, grid, cls, output.cls_attention[..., 1:], summary=cls)
 
 
 def transformers_features(
@@ -162,9 +176,10 @@ def transformers_features(
     model: nn.Module,
     pixel_values: torch.Tensor,
     layout: str = "map",
+    pools: bool = True,
 ) -> TeacherFeatures:
     """
-    One output of a vision model of transformers.
+    One output of a vision model of transformers, and its summary.
 
     Args:
         output: See [`~train.teachers.config.TeacherConfig`].
@@ -172,6 +187,7 @@ def transformers_features(
         model: The vision model.
         pixel_values: `(batch_size, 3, size, size)`.
         layout: See [`~train.teachers.config.TeacherConfig`].
+        pools (*optional*, defaults to `True`): Whether the checkpoint has a trained pooled output.
 
     Raises:
         ValueError: if there is no such output, or it is not on a square grid.
@@ -179,7 +195,12 @@ def transformers_features(
     outputs = model(pixel_values=pixel_values, **arguments)
     if layout == "interleaved":
         return TeacherFeatures(*patch_tokens(interleave(select_output(outputs, output)), channels_last=False))
-    return TeacherFeatures(*patch_features(model, outputs, output))
+    features, last, pooled = patch_features(model, outputs, output), outputs.get("last_hidden_state"), None
+    if last is not None and last.dim() == 3 and has_class_token(model):
+        pooled = last[:, 0]
+    elif pools:
+        pooled = outputs.get("pooler_output")
+    return TeacherFeatures(*features, summary=None if pooled is None else pooled.flatten(1))
 
 
 def interleave(feature_map: torch.Tensor) -> torch.Tensor:
@@ -253,9 +274,17 @@ def pix2struct_features(
     return TeacherFeatures(*patch_tokens(resized, channels_last=False))
 
 
-def timm_features(output: int | str | None, model: Any, pixel_values: torch.Tensor) -> TeacherFeatures:
+def timm_features(
+    output: int | str | None, model: Any, pixel_values: torch.Tensor, pools: bool = True
+) -> TeacherFeatures:
     """
-    Features of a timm model: the last ones, or those of block `output`.
+    Features of a timm model, the last ones or those of block `output`, and its summary.
+
+    Args:
+        output: See [`~train.teachers.config.TeacherConfig`].
+        model: A timm model without classifier.
+        pixel_values: `(batch_size, 3, size, size)`.
+        pools (*optional*, defaults to `True`): Whether the checkpoint has a trained pooled output.
 
     Raises:
         ValueError: for an `output` by name.
@@ -263,10 +292,16 @@ def timm_features(output: int | str | None, model: Any, pixel_values: torch.Tens
     if isinstance(output, str):
         raise ValueError(f"output {output!r}: a timm model's outputs are None (the last) or an integer.")
     if output is not None:
-        only = {"output_fmt": "NCHW", "intermediates_only": True}
-        (raw,) = model.forward_intermediates(pixel_values, indices=[output], **only)
-        return TeacherFeatures(*patch_tokens(raw, 0, channels_last=False))
-    raw = model.forward_features(pixel_values)
-    prefix = getattr(model, "num_prefix_tokens", None)
-    prefix = num_prefix_tokens(model, raw.shape[-1]) if prefix is None else prefix
-    return TeacherFeatures(*patch_tokens(raw, prefix, getattr(model, "output_fmt", "NCHW") == "NHWC"))
+        last, (raw,) = model.forward_intermediates(pixel_values, indices=[output], output_fmt="NCHW")
+        features = patch_tokens(raw, 0, channels_last=False)
+    else:
+        last = model.forward_features(pixel_values)
+        prefix = getattr(model, "num_prefix_tokens", None)
+        prefix = num_prefix_tokens(model, last.shape[-1]) if prefix is None else prefix
+        features = patch_tokens(last, prefix, getattr(model, "output_fmt", "NCHW") == "NHWC")
+    summary = None
+    if last.dim() == 3 and has_class_token(model):
+        summary = last[:, 0]
+    elif pools:
+        summary = model.forward_head(last, pre_logits=True)
+    return TeacherFeatures(*features, summary=summary)

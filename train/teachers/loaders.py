@@ -26,7 +26,13 @@ from transformers.utils import cached_file
 
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDVisionModel
-from modeling_movekd.vision_encoders import forward_arguments, on_feature_path, square_size, vision_part
+from modeling_movekd.vision_encoders import (
+    forward_arguments,
+    on_feature_path,
+    pooling_weights,
+    square_size,
+    vision_part,
+)
 from train.teachers.config import (
     COMMIT,
     TEACHERS,
@@ -73,13 +79,16 @@ def _read_config(config: TeacherConfig, config_class: Any = AutoConfig) -> PreTr
     )
 
 
-def _read_model(config: TeacherConfig, auto_class: Any, weights: bool) -> Any:
-    """A model of transformers; with `weights`, every one that features pass through is in the file."""
+def _read_model(config: TeacherConfig, auto_class: Any, weights: bool) -> tuple[Any, bool]:
+    """
+    A model of transformers, and whether it has the weights of its pooled output. With `weights`, every one that patch
+    features pass through is in the file.
+    """
     if not weights:
         if auto_class is AutoModel:
             code = {"trust_remote_code": config.trust_remote_code}
-            return AutoModel.from_config(_read_config(config), **code)
-        return auto_class._from_config(_read_config(config, auto_class.config_class))
+            return AutoModel.from_config(_read_config(config), **code), True
+        return auto_class._from_config(_read_config(config, auto_class.config_class)), True
     model, info = auto_class.from_pretrained(
         config.model,
         revision=config.revision,
@@ -94,7 +103,7 @@ def _read_model(config: TeacherConfig, auto_class: Any, weights: bool) -> Any:
     ):
         if keys:
             raise ValueError(f"Teacher {config.name}: {config.model} {problem}: {sorted(keys)}.")
-    return model
+    return model, not pooling_weights(info["missing_keys"])
 
 
 def _preprocessor(
@@ -148,7 +157,7 @@ def preprocessor_of_transformers(config: TeacherConfig) -> TeacherPreprocessor:
 
 def load_clip(config: TeacherConfig, weights: bool = True) -> Loaded:
     """A CLIP tower cut to the layer that is distilled."""
-    clip = _read_model(config, CLIPVisionModel, weights)
+    clip, _ = _read_model(config, CLIPVisionModel, weights)
     preprocessor = preprocessor_of_transformers(config)
     model = MoveKDVisionModel.from_clip(clip, -2 if config.output is None else int(config.output), num_experts=0)
     interpolate = model.config.image_size != preprocessor.image_size
@@ -159,14 +168,15 @@ def load_transformers(config: TeacherConfig, weights: bool = True) -> Loaded:
     """The vision part of any model that takes `pixel_values`, or of Pix2Struct."""
     if _read_config(config).model_type == "pix2struct":
         return _load_pix2struct(config, weights)
-    model = _read_model(config, AutoModel, weights)
+    model, pools = _read_model(config, AutoModel, weights)
     try:
         model = vision_part(model)
     except ValueError as error:
         raise ValueError(f"Teacher {config.name}: {error}") from error
     preprocessor = preprocessor_of_transformers(config)
     arguments = forward_arguments(model, preprocessor.image_size, isinstance(config.output, int))
-    return model, partial(transformers_features, config.output, arguments, layout=config.layout), preprocessor
+    read = partial(transformers_features, config.output, arguments, layout=config.layout, pools=pools)
+    return model, read, preprocessor
 
 
 def _load_pix2struct(config: TeacherConfig, weights: bool) -> Loaded:
@@ -175,7 +185,8 @@ def _load_pix2struct(config: TeacherConfig, weights: bool) -> Loaded:
             f"Teacher {config.name}: Pix2Struct gives its last hidden state as a map; found output {config.output!r} "
             f"and layout {config.layout!r}."
         )
-    encoder = _read_model(config, Pix2StructForConditionalGeneration, weights).encoder
+    model, _ = _read_model(config, Pix2StructForConditionalGeneration, weights)
+    encoder = model.encoder
     preprocessor = _preprocessor(config, 1024, CLIP_MEAN, CLIP_STD)
     return encoder, partial(pix2struct_features, preprocessor.mean, preprocessor.std), preprocessor
 
@@ -183,7 +194,7 @@ def _load_pix2struct(config: TeacherConfig, weights: bool) -> Loaded:
 def load_eva02(config: TeacherConfig, weights: bool = True) -> Loaded:
     """EVA-02's detection backbone, from a detector's checkpoint or a folder that `save_pretrained` wrote."""
     if config.file is None and not os.path.isfile(config.model):
-        model = _read_model(config, Eva02DetectionBackbone, weights)
+        model, _ = _read_model(config, Eva02DetectionBackbone, weights)
     else:
         architecture = Eva02DetectionConfig()
         if os.path.isfile(os.path.join(config.model, "config.json")):
@@ -225,9 +236,14 @@ def load_timm(config: TeacherConfig, weights: bool = True) -> Loaded:
         builder.setLevel(level)
         builder.removeHandler(log)
     reports = [re.match(r"Missing keys \((.*?)\)", record.getMessage()) for record in log.buffer]
-    if missing := on_feature_path(key for report in reports if report for key in report[1].split(", ")):
-        raise ValueError(f"Teacher {config.name}: {config.model} lacks: {missing}.")
+    missing = [key for report in reports if report for key in report[1].split(", ")]
+    if lacking := on_feature_path(missing):
+        raise ValueError(f"Teacher {config.name}: {config.model} lacks: {lacking}.")
+    is_classifier = model.num_classes > 0
     model.reset_classifier(0)
+    # A mean over the patches that neither a classifier nor weights of its own ever read is no summary
+    pooling = pooling_weights(dict(model.named_parameters()))
+    pools = (is_classifier or bool(pooling)) and not set(pooling) & set(missing)
     settings = timm.data.resolve_model_data_config(model, size)
     height, width = settings["input_size"][-2:]
     interpolation = config.interpolation or settings["interpolation"]
@@ -238,7 +254,7 @@ def load_timm(config: TeacherConfig, weights: bool = True) -> Loaded:
         )
     mean, std = config.mean or tuple(settings["mean"]), config.std or tuple(settings["std"])
     preprocessor = TeacherPreprocessor(height, mean, std, interpolation, config.fit or "center_crop")
-    return model, partial(timm_features, config.output), preprocessor
+    return model, partial(timm_features, config.output, pools=pools), preprocessor
 
 
 LOADERS = {"transformers": load_transformers, "timm": load_timm, "eva02": load_eva02}

@@ -8,7 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.helpers.distillers import GRID, TEACHERS, WIDTH, images, make_distiller, make_features, make_student
+from tests.helpers.distillers import (
+    GRID,
+    SUMMARY_WIDTHS,
+    TEACHERS,
+    WIDTH,
+    compare,
+    images,
+    make_distiller,
+    make_features,
+    make_student,
+)
 from train.build import DISTILLER_OPTIONS
 from train.config import PRESETS
 from train.distillation.distiller import NUM_PARTS, DistillationOutput, Distiller
@@ -21,7 +31,7 @@ STUDENT_SIDE = {"head_side": "student", "grid_matching": "resample", "teacher_we
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_loss_is_the_weighted_sum_over_teachers(preset: str) -> None:
-    output = make_distiller(preset)(make_student(), make_features())
+    output = compare(make_distiller(preset), make_student(), make_features())
     assert isinstance(output, DistillationOutput)
     total = sum(output.teacher_weights[name] * output.teacher_losses[name] for name in TEACHERS)
     torch.testing.assert_close(output.loss, total)
@@ -34,7 +44,7 @@ def test_the_loss_is_the_weighted_sum_over_teachers(preset: str) -> None:
 
 def test_adapter_and_weights_of_the_paper_written_out() -> None:
     distiller, student, features = make_distiller("paper"), make_student(), make_features()
-    output = distiller(student, features)
+    output = compare(distiller, student, features)
     attention = features["clip"].cls_attention
     weights = (attention / attention.sum(dim=-1, keepdim=True)).mean(dim=1)
     adapted = {"clip": features["clip"].tokens}
@@ -56,7 +66,7 @@ def test_adapter_and_weights_of_the_paper_written_out() -> None:
 
 def test_student_head_written_out() -> None:
     distiller, student, features = make_distiller("student_heads", head_form="mlp"), make_student(), make_features()
-    output = distiller(student, features)
+    output = compare(distiller, student, features)
     weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
     for name in TEACHERS:
         wide, _, narrow = distiller[name].head
@@ -72,18 +82,18 @@ def test_student_head_written_out() -> None:
 def test_unit_heads_amplify_nothing() -> None:
     distiller = make_distiller("student_heads", head_form="unit_linear")
     student, features = make_student(), make_features()
-    before = distiller(student, features)
+    before = compare(distiller, student, features)
     head = distiller["eva"].head
     expected = student @ (head.weight / head.weight.norm(dim=1, keepdim=True)).T + head.bias
     torch.testing.assert_close(distiller["eva"](student, features["eva"].tokens)[0], expected)
     with torch.no_grad():
         head.weight.mul_(5)
-    torch.testing.assert_close(distiller(student, features).loss, before.loss)
+    torch.testing.assert_close(compare(distiller, student, features).loss, before.loss)
     # A unit head's output for faint tokens is as faint; an MLP could amplify it
     faint = 0.01 * student
     spread = distiller["eva"](faint, features["eva"].tokens)[0].var(dim=(0, 1)).sqrt()
     assert (spread <= faint.flatten(0, 1).T.cov().trace().sqrt()).all()
-    distiller(student, features).loss.sum().backward()
+    compare(distiller, student, features).loss.sum().backward()
     assert all(value.grad.any() for value in distiller.parameters())
     # The gradient turns the weight rows, and does not lengthen them
     lengthening = (head.weight.grad * head.weight).sum(dim=1).abs().max()
@@ -94,12 +104,14 @@ def test_unit_heads_amplify_nothing() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_loss_works_with_every_preset(preset: str, loss: str) -> None:
     distiller, student, features = make_distiller(preset, distillation_loss=loss), make_student(), make_features()
-    output = distiller(student.requires_grad_(), features)
+    output = compare(distiller, student.requires_grad_(), features)
     # The other options of the preset hold: weights of tokens and teachers
-    weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
     predicted, target = distiller["sam"](student, features["sam"].tokens)
-    errors = token_losses(predicted, target, loss, 0.9)
-    expected = (weights * errors).sum(dim=1) + (errors.mean(dim=1) if preset == "released" else 0)
+    errors = token_losses(predicted, target, loss, PRESETS[preset]["cosine_share"])
+    expected = errors.mean(dim=1)
+    if distiller.token_weighting != "none":
+        weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
+        expected = (weights * errors).sum(dim=1) + (expected if preset == "released" else 0)
     torch.testing.assert_close(output.teacher_losses["sam"], expected.detach())
     output.loss.sum().backward()
     assert student.grad is not None and student.grad.any()
@@ -108,9 +120,9 @@ def test_every_loss_works_with_every_preset(preset: str, loss: str) -> None:
 
 def test_dropped_teachers_leave_their_weight_to_the_others_in_training_alone() -> None:
     distiller, student, features = make_distiller(teacher_dropping=0.5), make_student(64), make_features(64)
-    whole = make_distiller()(student, features)
-    torch.testing.assert_close(distiller.eval()(student, features).loss, whole.loss)
-    output = distiller.train()(student, features)
+    whole = compare(make_distiller(), student, features)
+    torch.testing.assert_close(compare(distiller.eval(), student, features).loss, whole.loss)
+    output = compare(distiller.train(), student, features)
     losses, shares = (torch.stack(list(values.values())) for values in (output.teacher_losses, output.teacher_weights))
     torch.testing.assert_close(losses, torch.stack(list(whole.teacher_losses.values())))
     torch.testing.assert_close(shares.sum(dim=0), torch.ones(64))
@@ -126,7 +138,7 @@ def test_a_teacher_without_weight_is_not_the_one_that_is_kept() -> None:
     distiller = make_distiller(clip_share=0.0, teacher_dropping=1.0)
     features = make_features(32)
     features["clip"] = features["clip"]._replace(tokens=100 * features["clip"].tokens)
-    output = distiller(make_student(32), features)
+    output = compare(distiller, make_student(32), features)
     assert output.loss.isfinite().all()
     torch.testing.assert_close(output.teacher_weights["eva"] + output.teacher_weights["sam"], torch.ones(32))
 
@@ -134,9 +146,9 @@ def test_a_teacher_without_weight_is_not_the_one_that_is_kept() -> None:
 @pytest.mark.parametrize("preset", ["paper", "student_heads"])
 def test_an_images_loss_does_not_depend_on_its_batch(preset: str) -> None:
     distiller, student, features = make_distiller(preset), make_student(5), make_features(5)
-    whole = distiller(student, features)
+    whole = compare(distiller, student, features)
     for part in (slice(0, 2), slice(2, 5)):
-        split = distiller(student[part], images(features, part))
+        split = compare(distiller, student[part], images(features, part))
         torch.testing.assert_close(split.loss, whole.loss[part])
         for name in TEACHERS:
             torch.testing.assert_close(split.teacher_losses[name], whole.teacher_losses[name][part])
@@ -151,18 +163,18 @@ def test_gradient_reaches_every_parameter_and_no_teacher(preset: str) -> None:
         for tensor in (value.tokens, value.cls, value.cls_attention):
             if tensor is not None:
                 tensor.requires_grad_()
-    distiller(student, features).loss.mean().backward()
+    compare(distiller, student, features).loss.mean().backward()
     assert student.grad is not None and student.grad.any()
     names = {name for name, _ in distiller.named_parameters()}
-    if preset == "student_heads":
-        assert names == {f"{teacher}.head.{kind}" for teacher in TEACHERS for kind in ("weight", "bias")}
+    options = PRESETS[preset]
+    parts = ["head"] if options["head_form"] == "unit_linear" else ["head.0", "head.2"]
+    if options["head_side"] == "student":
+        modules = [f"{teacher}.{part}" for teacher in TEACHERS for part in parts]
     else:
-        assert names == {
-            f"{teacher}.{part}.{kind}"
-            for teacher in ("eva", "sam")
-            for part in ("channels", "tokens")
-            for kind in ("weight", "bias")
-        }
+        modules = [f"{teacher}.{part}" for teacher in ("eva", "sam") for part in ("channels", "tokens")]
+    if options["summary_heads"]:
+        modules += [f"{teacher}.summary.{part}" for teacher in SUMMARY_WIDTHS for part in parts]
+    assert names == {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     for name, parameter in distiller.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     for name, value in features.items():
@@ -177,8 +189,8 @@ def test_gradient_through_teacher_weights(preset: str, flows: bool) -> None:
     distiller, student, features = make_distiller(preset), make_student(), make_features()
     parameter = distiller["eva"].channels.weight
     # Small scores, since a saturated softmax has no gradient
-    features["clip"] = features["clip"]._replace(cls=0.01 * features["clip"].cls)
-    output = distiller(student, features)
+    features["clip"] = features["clip"]._replace(cls=0.1 * features["clip"].cls)
+    output = compare(distiller, student, features)
     (whole,) = torch.autograd.grad(output.loss.sum(), parameter)
 
     weights = token_weights(features["clip"].cls_attention, distiller.token_weighting)
@@ -193,9 +205,9 @@ def test_gradient_through_teacher_weights(preset: str, flows: bool) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_form_runs_without_waiting_for_the_device(preset: str) -> None:
     """A forward that read a value could not be captured as one graph."""
-    distiller, student, features = make_distiller(preset), make_student(), make_features()
+    distiller, student, features = make_distiller(preset).eval(), make_student(), make_features()
     compiled = torch.compile(distiller, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(student, features).loss, distiller(student, features).loss)
+    torch.testing.assert_close(compare(compiled, student, features).loss, compare(distiller, student, features).loss)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -210,7 +222,7 @@ def test_large_features_pass_in_parts_with_the_same_result(
         distiller, student = make_distiller(preset), make_student(batch_size).requires_grad_()
         calls: list[int] = []
         distiller["sam"].register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(len(inputs[1])))
-        output = distiller(student, make_features(batch_size))
+        output = compare(distiller, student, make_features(batch_size))
         output.loss.mean().backward()
         gradients = {name: parameter.grad for name, parameter in distiller.named_parameters()}
         found.append((output._asdict(), gradients | {"student": student.grad}))
@@ -221,14 +233,14 @@ def test_large_features_pass_in_parts_with_the_same_result(
 @pytest.mark.parametrize("preset", PRESETS)
 def test_half_precision_is_close(preset: str) -> None:
     distiller, student, features = make_distiller(preset), make_student(), make_features()
-    exact = distiller(student, features)
+    exact = compare(distiller, student, features)
     rounded = {
         name: TeacherFeatures(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in value))
         for name, value in features.items()
     }
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [distiller(student, features), distiller(student.bfloat16(), rounded)]
-    outputs += [distiller(student, rounded), distiller.bfloat16()(student.bfloat16(), rounded)]
+        outputs = [compare(distiller, student, features), compare(distiller, student.bfloat16(), rounded)]
+    outputs += [compare(distiller, student, rounded), compare(distiller.bfloat16(), student.bfloat16(), rounded)]
     for output in outputs:
         assert output.loss.dtype == torch.float32
         for name in TEACHERS:
@@ -237,20 +249,21 @@ def test_half_precision_is_close(preset: str) -> None:
 
 def test_teachers_without_clip() -> None:
     teachers = {name: value for name, value in TEACHERS.items() if name != "clip"}
-    for preset in PRESETS:
-        weighted = {} if preset != "student_heads" else {"token_weighting": "cls_attention"}
+    for preset, options in PRESETS.items():
+        weighted = {} if options["token_weighting"] != "none" else {"token_weighting": "cls_attention"}
+        weighted |= {"grid_matching": "resample"} if options["grid_matching"] == "upsample" else {}
         with pytest.raises(ValueError, match=r"'clip'; there are only \['eva', 'sam'\].*'none' and 'equal'"):
             make_distiller(preset, teachers, **weighted)
-        distiller = make_distiller(preset, teachers, token_weighting="none", teacher_weighting="equal")
-        output = distiller(make_student(), make_features(teachers=teachers))
+        distiller = make_distiller(preset, teachers, token_weighting="none", teacher_weighting="equal").eval()
+        output = compare(distiller, make_student(), make_features(teachers=teachers))
         assert all(torch.equal(share, torch.full((4,), 0.5)) for share in output.teacher_weights.values())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_clip_alone_has_all_the_weight(preset: str, tmp_path: Path) -> None:
     teachers = {"clip": TEACHERS["clip"]}
-    distiller = make_distiller(preset, teachers)
-    output = distiller(make_student(), make_features(teachers=teachers))
+    distiller = make_distiller(preset, teachers, teacher_dropping=0.0)
+    output = compare(distiller, make_student(), make_features(teachers=teachers))
     assert torch.equal(output.teacher_weights["clip"], torch.ones(4)) and output.loss.all()
     distiller.save(tmp_path / "distiller.safetensors")
     distiller.load(tmp_path / "distiller.safetensors")
@@ -295,7 +308,7 @@ def test_inputs_that_do_not_fit_are_refused_with_both_numbers(preset: str) -> No
 
     def refused(message: str, student: torch.Tensor = student, **changed: TeacherFeatures) -> None:
         with pytest.raises(ValueError, match=message):
-            distiller(student, features | changed)
+            compare(distiller, student, features | changed)
 
     refused("student gave 23 tokens of width 16.*24", student[:, 1:])
     refused("24 tokens of width 15.*width 16", student[..., 1:])
@@ -303,9 +316,9 @@ def test_inputs_that_do_not_fit_are_refused_with_both_numbers(preset: str) -> No
     larger = {"eva": TEACHERS["eva"], "sam": (24, (10, 14))}
     refused(r"sam gave 140 tokens.*\(10, 14\).*35 on \(5, 7\)", sam=make_features(teachers=larger)["sam"])
     refused(r"eva gave 96 tokens.*\(12, 8\).*96 on \(8, 12\)", eva=features["eva"]._replace(grid=(12, 8)))
-    wider = features["eva"]._replace(tokens=torch.ones(4, 96, 11))
-    refused("eva.*width 11.*width 10", eva=wider)
-    if preset != "student_heads":
+    wider = features["eva"]._replace(tokens=torch.ones(4, 96, 13))
+    refused("eva.*width 13.*width 12", eva=wider)
+    if PRESETS[preset]["token_weighting"] != "none":
         refused("cls_attention.*'none'", clip=features["clip"]._replace(cls_attention=None))
         refused("needs `cls` of teacher clip.*'equal'", clip=features["clip"]._replace(cls=None))
     refused("dinov2.*are needed", dinov2=features["eva"])
@@ -321,16 +334,22 @@ def test_the_seed_decides_the_initial_weights() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_saved_and_loaded_it_gives_the_same_loss(preset: str, tmp_path: Path) -> None:
-    path, distiller = tmp_path / "distiller.safetensors", make_distiller(preset)
+    path, distiller = tmp_path / "distiller.safetensors", make_distiller(preset).eval()
     distiller.save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert set(load_file(path)) == set(distiller.state_dict())
     torch.manual_seed(99)
     other = Distiller(
-        WIDTH, GRID, TEACHERS, whitening_components=8, **{name: PRESETS[preset][name] for name in DISTILLER_OPTIONS}
+        WIDTH,
+        GRID,
+        TEACHERS,
+        summary_widths=SUMMARY_WIDTHS,
+        whitening_components=8,
+        **{name: PRESETS[preset][name] for name in DISTILLER_OPTIONS},
     )
-    other.load(path)
-    assert torch.equal(other(make_student(), make_features()).loss, distiller(make_student(), make_features()).loss)
+    other.eval().load(path)
+    outputs = [compare(module, make_student(), make_features()) for module in (other, distiller)]
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
 
 
 def test_keys_of_the_file(tmp_path: Path) -> None:
@@ -349,9 +368,9 @@ def test_keys_of_the_file(tmp_path: Path) -> None:
         "eva.head.0.bias": (32,),
         "eva.head.2.weight": (8, 32),
         "eva.head.2.bias": (8,),
-        "eva.mean": (40,),
-        "eva.variance": (40,),
-        "eva.components": (8, 40),
+        "eva.mean": (48,),
+        "eva.variance": (48,),
+        "eva.components": (8, 48),
     }
 
 
@@ -363,7 +382,7 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path)
         (lambda state: state.pop("eva.head.2.bias"), r"missing \['eva.head.2.bias'\], left over \[\]"),
         (lambda state: state.pop("sam.components"), r"missing \['sam.components'\]"),
         (lambda state: state.update({"dino.mean": torch.ones(2)}), r"left over \['dino.mean'\]"),
-        (lambda state: state.update({"eva.mean": torch.ones(2)}), r"'eva.mean': \(\(2,\), \(40,\)\)"),
+        (lambda state: state.update({"eva.mean": torch.ones(2)}), r"'eva.mean': \(\(2,\), \(48,\)\)"),
         (lambda state: state["eva.mean"].fill_(torch.nan), r"not finite in \['eva.mean'\]"),
     ):
         state = {key: value.clone() for key, value in changed.items()}
@@ -374,6 +393,19 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path)
         assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
     with pytest.raises(ValueError, match="nowhere.safetensors is missing"):
         distiller.load(tmp_path / "nowhere.safetensors")
+
+
+def test_heads_of_other_options_are_refused_although_their_shapes_fit(tmp_path: Path) -> None:
+    path, teachers = tmp_path / "distiller.safetensors", {"clip": TEACHERS["clip"]}
+    make_distiller("student_heads", teachers, whitening_components=WIDTH).save(path)
+    other = make_distiller("student_heads", teachers, feature_normalization="phi_s")
+    message = (
+        r"was trained with \{'feature_normalization': 'whiten'\}, and this run asks for .*'phi_s'.*reset_distiller"
+    )
+    with pytest.raises(ValueError, match=message):
+        other.load(path)
+    save_file(load_file(path), path)  # as earlier versions did, without options
+    other.load(path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
@@ -399,7 +431,7 @@ def test_weights_are_those_of_the_functions() -> None:
         distiller = make_distiller("paper", teacher_weighting=form, clip_share=0.3)
         targets = {name: distiller[name](student, features[name].tokens)[1] for name in TEACHERS}
         expected = teacher_weights(features["clip"].cls, targets, form, 0.3)
-        output = distiller(student, features)
+        output = compare(distiller, student, features)
         torch.testing.assert_close(output.teacher_weights["sam"], expected["sam"].detach())
         for other in {"cls_similarity", "released", "equal"} - {form}:
             others = teacher_weights(features["clip"].cls, targets, other, 0.3)

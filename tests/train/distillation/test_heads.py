@@ -40,7 +40,7 @@ def test_targets_have_the_moments_asked_for(normalization: str, teacher: str) ->
     elif teacher == "eva":
         # The four cells of a channel share its variance
         torch.testing.assert_close(
-            covariance.diagonal().unflatten(0, (4, 10)).mean(dim=0), torch.ones(10).double(), rtol=0, atol=1e-2
+            covariance.diagonal().unflatten(0, (4, 12)).mean(dim=0), torch.ones(12).double(), rtol=0, atol=1e-2
         )
     elif teacher == "clip":
         torch.testing.assert_close(covariance.diagonal(), torch.ones(WIDTH).double(), rtol=0, atol=1e-3)
@@ -142,7 +142,7 @@ def test_constant_channels_become_zero() -> None:
     features["eva"].tokens[::2, :, 3] += 1e-4
     distiller = make_distiller("student_heads", feature_normalization="standardize")
     distiller.fit_statistics([features])
-    target = distiller["eva"].target(features["eva"].tokens).unflatten(2, (4, 10))
+    target = distiller["eva"].target(features["eva"].tokens).unflatten(2, (4, 12))
     assert target[..., 3].abs().max() < 1e-3
     assert target[..., 4].abs().max() > 1
 
@@ -154,7 +154,7 @@ def test_constant_channels_become_zero() -> None:
             lambda tokens: tokens[:, :, :1].expand_as(tokens),
             r"eva has 4 directions.*8 principal components.*4 or less",
         ),
-        (lambda tokens: torch.ones_like(tokens), "All 10 channels of teacher eva are constant"),
+        (lambda tokens: torch.ones_like(tokens), "All 12 channels of teacher eva are constant"),
         (lambda tokens: tokens * torch.tensor(torch.nan), "eva are not finite"),
     ],
 )
@@ -232,7 +232,7 @@ def test_adapters_take_normalized_and_resampled_features_too(normalization: str,
 @pytest.mark.parametrize("normalization", ["none", "standardize"])
 def test_heads_without_whitening_predict_all_channels(normalization: str) -> None:
     distiller = make_distiller("student_heads", feature_normalization=normalization)
-    assert {name: distiller[name].head.out_features for name in TEACHERS} == {"clip": 16, "eva": 40, "sam": 24}
+    assert {name: distiller[name].head.out_features for name in TEACHERS} == {"clip": 16, "eva": 48, "sam": 24}
     assert distiller(make_student(), make_features()).loss.isfinite().all()
 
 

@@ -170,6 +170,13 @@ def test_transformers_teacher_gives_the_patch_features_of_the_library(family, tm
     assert features.tokens.shape == (2, grid[0] * grid[1], width) and not features.tokens.requires_grad
     with torch.no_grad():
         torch.testing.assert_close(features.tokens, expected(model, x), rtol=1e-5, atol=1e-5)
+        outputs = getattr(model, "vision_model", getattr(model, "vision_encoder", model))(x)
+    if family in (siglip, convnext, swin):
+        torch.testing.assert_close(features.summary, outputs.pooler_output.flatten(1), rtol=1e-5, atol=1e-5)
+    elif family is not sam:
+        torch.testing.assert_close(features.summary, outputs.last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
+    assert teacher.summary_width == (None if family is sam else width)
+    assert (features.summary is None) == (family is sam)
     assert_frozen(teacher)
     torch.testing.assert_close(teacher(x).tokens, features.tokens, rtol=0, atol=0)
 
@@ -196,6 +203,7 @@ def test_clip_teacher(layout: str, tmp_path: Path) -> None:
         expected = clip(x, output_hidden_states=True, output_attentions=True)
     torch.testing.assert_close(features.tokens, expected.hidden_states[-2][:, 1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features.cls, expected.hidden_states[-2][:, 0], rtol=1e-5, atol=1e-5)
+    assert features.summary is features.cls and teacher.summary_width == 24
     assert features.cls_attention.shape == (2, 4, 16)
     torch.testing.assert_close(features.cls_attention, expected.attentions[-2][:, :, 0, 1:], rtol=1e-5, atol=1e-6)
     assert (features.cls_attention.sum(-1) < 1).all()
@@ -260,7 +268,9 @@ def test_timm_teacher_gives_the_patch_features_of_the_library(name, arguments, g
             expected = raw[:, model.num_prefix_tokens :]
         else:
             expected = raw.flatten(1, 2) if raw.shape[-1] == width else raw.flatten(2).transpose(1, 2)
+        summary = raw[:, 0] if getattr(model, "has_class_token", False) else model.forward_head(raw, pre_logits=True)
     torch.testing.assert_close(features.tokens, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.summary, summary, rtol=1e-5, atol=1e-5)
     assert_frozen(teacher)
 
     source = {"name": "t", "model": f"local-dir:{folder}", "output": -2}
@@ -269,6 +279,14 @@ def test_timm_teacher_gives_the_patch_features_of_the_library(name, arguments, g
     earlier = load_teacher(resolve_teacher(source))
     assert earlier.grid == tuple(kept.shape[2:]) and earlier.width == kept.shape[1]
     torch.testing.assert_close(earlier(x).tokens, kept.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(earlier(x).summary, summary, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pooled_output_without_weights_of_the_file_is_no_summary(tmp_path: Path) -> None:
+    model, processor, *_ = siglip()
+    folder = save(tmp_path / "siglip", perturb(model), processor)
+    drop(folder, "vision_model.head.probe")
+    assert load_teacher(resolve_teacher(folder)).summary_width is None
 
 
 @pytest.mark.parametrize(
