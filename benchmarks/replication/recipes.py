@@ -27,7 +27,7 @@ RECIPE, ENCODER, TRAINED, FROZEN = (
 PUBLISHED = ("radio", "eupe", "unic", "theia")
 HEADLINE = ("paper", *PUBLISHED, "student_heads")
 OWN = STUDENT_SIDE | UNIT
-FROZEN_BASE = {"freeze_vision_base": True}
+FROZEN_BASE = {"freeze_base_tower": True}
 ASSIGNED: dict[str, Any] = {"expert_assignment": "teacher", "num_experts": 4}
 LOSS_FREE: dict[str, Any] = {"balance_form": "bias", "lambda_balance": 0.0}
 

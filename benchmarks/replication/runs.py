@@ -151,9 +151,12 @@ def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **set
         "report_to": "none",
         "disable_tqdm": True,
     }
+    settings = arm.settings | settings
+    if stage == "pretrain":  # which trains the experts alone
+        settings.pop("freeze_base_tower", None)
     if stage == "encoder":
         chosen = {name: value for name, value in chosen.items() if name not in LANGUAGE_OPTIONS}
-    return MoveKDSFTConfig(**chosen | arm.settings | settings)
+    return MoveKDSFTConfig(**chosen | settings)
 
 
 def run(job: Job, arm: Arm, folder: Path, scale: Scale, command: str, commit: str) -> dict[str, Any]:
