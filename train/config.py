@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from hub.card_licenses import check_license
 from train.distributed import accumulation_steps, join_cpu_processes
-from train.encoder_options import refuse_unused_options
+from train.encoder_options import check_student_image_sizes, refuse_unused_options
 from train.presets import PRESETS, preset_option
 
 
@@ -61,6 +61,11 @@ class MoveKDSFTConfig(SFTConfig):
         default="base",
         help="Crops of an `anyres` image to distill: `base` the whole image, `all` also its tiles, which share the "
         "image's weight in the loss.",
+    )
+    student_image_sizes: list[int] | None = HfArg(
+        default=None,
+        help="Sizes in pixels, one of which is drawn for the student in each step of stage `encoder`, where it sees "
+        "the image smaller; multiples of the patch size, up to the tower's image size, which is the default.",
     )
     distillation_preset: Literal["paper", "released", "student_heads", "radio", "eupe", "unic", "theia"] = HfArg(
         default="paper",
@@ -340,6 +345,7 @@ class MoveKDSFTConfig(SFTConfig):
                 f"{self.freeze_vision_tower}, stage '{self.stage}', `distill` {self.distill} and `num_experts` "
                 f"{self.num_experts} the tower does not train. Leave the rate out, or train the tower."
             )
+        check_student_image_sizes(self)
         if self.distill_tiles == "base":
             return
         needed = {"distill": True, "image_aspect_ratio": "anyres", "geometry": "shared", "feature_cache": None}

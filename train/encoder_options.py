@@ -1,5 +1,6 @@
-"""Options that have no effect in stage `encoder`, which has no language model and no text."""
+"""Checks of the options of stage `encoder`, which has no language model and no text."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -15,6 +16,33 @@ OF_TEXT = (
 )
 # All other options that TRL adds to Trainer's are of text
 ALSO_OF_IMAGES = ("dataset_num_proc",)
+
+
+def check_student_image_sizes(args: Any) -> None:
+    """Refuse `student_image_sizes` where the number of the student's tokens must stay the same."""
+    if args.student_image_sizes is None:
+        return
+    if args.stage != "encoder":
+        raise ValueError(
+            f"`student_image_sizes` is {args.student_image_sizes}, but in stage '{args.stage}' the projector would "
+            "get another number of tokens in each step. Leave it out, or set `stage: encoder`."
+        )
+    needed = {"head_side": "student", "token_weighting": "none"}
+    if other := {name: getattr(args, name) for name, value in needed.items() if getattr(args, name) != value}:
+        raise ValueError(
+            f"`student_image_sizes` is {args.student_image_sizes}, with {other}: only heads on the student, without "
+            f"weights of its tokens, fit any grid. Set { {name: needed[name] for name in other} } and `grid_matching` "
+            "'upsample' or 'resample', as the preset `radio` does, or leave the sizes out."
+        )
+
+
+def check_sizes_fit(sizes: Sequence[int], image_size: int, patch_size: int) -> None:
+    """Refuse sizes that are no grid of patches, or larger than the pixels that the data gives."""
+    if not sizes or any(size % patch_size or not patch_size <= size <= image_size for size in sizes):
+        raise ValueError(
+            f"`student_image_sizes` is {sizes}. Give multiples of the tower's patch size {patch_size}, up to its "
+            f"image size {image_size}."
+        )
 
 
 def unused_options() -> set[str]:

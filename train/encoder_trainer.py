@@ -15,7 +15,8 @@ from train.data.bad_rows import BadRows
 from train.distillation.distiller import Distiller
 from train.distilling import DistillingMixin
 from train.distributed import prepare_fsdp
-from train.forward import add_encoder_forward
+from train.encoder_options import check_sizes_fit
+from train.forward import add_encoder_forward, step_image_size
 from train.model_card import RunFacts
 from train.teachers.cached import Teacher
 
@@ -25,8 +26,8 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
     Trains a vision tower with the loss `lambda_kd` * distillation + `lambda_balance` * balance, each the mean over the
     images of a step.
 
-    Logs `kd`, `kd/{teacher}` (before the teacher weights), `kd/{teacher}/summary` (its part of the summary), `balance`,
-    `experts/{i}` (share of the patches) and `images_per_second`.
+    Logs `kd`, `kd/{teacher}` (before the teacher weights), `kd/{teacher}/summary` (its part of the summary),
+    `balance`, `experts/{i}` (share of the patches) and `images_per_second`.
 
     Args:
         model ([`MoveKDVisionModel`]): The tower, from [`train.build_encoder.build_encoder`].
@@ -52,6 +53,8 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
     ) -> None:
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._add_distiller(model, args, teachers, distiller)
+        if args.student_image_sizes is not None:
+            check_sizes_fit(args.student_image_sizes, model.config.image_size, model.config.patch_size)
         set_trainable(model, args)
         refuse_reentrant_checkpointing(args)
         super().__init__(model=model, args=args, **kwargs)
@@ -80,6 +83,9 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
     ) -> Any:
         inputs = self._teach(inputs, model.training)
         inputs.pop("num_blank_images")
+        if model.training and self.args.student_image_sizes is not None:
+            sizes, step = self.args.student_image_sizes, self.state.global_step
+            inputs["student_image_size"] = step_image_size(sizes, self.args.seed, step)
         outputs = model(**inputs)
         loss = self._add_losses(None, outputs, inputs["image_weights"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -1,8 +1,9 @@
 """The forward of a training step: text, distillation and balance losses of MoVE-KD inside TRL's fused forward."""
 
 import functools
+import random
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
 def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
     """
     Wrap the forward of a vision tower with a distiller, as [`add_distilling_forward`] does for a student. Without
-    `image_weights` a call is the tower's own.
+    `image_weights` a call is the tower's own. With `student_image_size` the tower sees the images in that size.
     """
     tower_forward, layer = model.forward, feature_layer(model.config)
 
@@ -113,15 +114,22 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
         pixel_values: torch.Tensor,
         image_weights: torch.Tensor | None = None,
         teacher_features: Mapping[str, Any] | None = None,
+        student_image_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if image_weights is None or teacher_features is None:
             return tower_forward(pixel_values, **kwargs)
         image_weights = image_weights.float()  # FSDP2 casts inputs to bfloat16
+        arguments, grid = {}, None
+        if student_image_size not in (None, self.config.image_size):
+            pixel_values = resize_images(pixel_values, student_image_size)
+            side = student_image_size // self.config.patch_size
+            arguments, grid = {"interpolate_pos_encoding": True}, (side, side)
         recorded = ("hidden_states", "router_probabilities", "expert_indices")
-        vision = tower_forward(pixel_values, return_dict=True, **{f"output_{name}": True for name in recorded})
+        arguments |= {f"output_{name}": True for name in recorded}
+        vision = tower_forward(pixel_values, return_dict=True, **arguments)
         tokens, summary = split_summary(vision.hidden_states[layer], getattr(self.config, "num_prefix_tokens", 1))
-        distillation = self.distiller(tokens, teacher_features, student_summary=summary)
+        distillation = self.distiller(tokens, teacher_features, student_summary=summary, student_grid=grid)
         return MoveKDTrainingOutput(
             # Nothing else may use the output of a tower that is not cut, and ZeRO-3 needs its backward
             kd=distillation.loss * image_weights + 0.0 * vision.last_hidden_state[0].sum(),
@@ -130,6 +138,18 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def step_image_size(sizes: Sequence[int], seed: int, step: int) -> int:
+    """The student's image size in a step: drawn anew for each, the same on all processes and in a resumed run."""
+    return random.Random(f"{seed} {step}").choice(sizes)
+
+
+def resize_images(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize pixels `(num_images, 3, height, width)` to squares, as an image processor does: bicubic, antialiased."""
+    square = (size, size)
+    resized = nn.functional.interpolate(pixel_values.float(), square, mode="bicubic", antialias=True)
+    return resized.to(pixel_values.dtype)
 
 
 def split_summary(hidden_state: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +201,8 @@ def count_expert_tokens(expert_indices: torch.Tensor, num_experts: int, is_count
     """
     Count the patches that each expert got, `(num_layers, num_experts)`, over the crops where `is_counted` is true.
 
-    [CLS] is left out: nothing reads it in the last layer, so that it does not train the expert that it is routed to.
+    [CLS] is left out: without heads for summaries nothing reads it in the last layer, so that it does not train the
+    expert that it is routed to.
     """
     one_hot = nn.functional.one_hot(expert_indices[..., 1:], num_experts)
     return (one_hot.sum(dim=2) * is_counted.unsqueeze(-1)).sum(dim=1)

@@ -57,6 +57,10 @@ def test_gradient_of_zero_throughout(train) -> None:
     train(clip_share=1.0, max_steps=STEPS_WATCHED - 1)
 
 
+def test_heads_of_summaries_get_a_gradient_too(train) -> None:
+    train(distillation_preset="unic", max_steps=STEPS_WATCHED)
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_steps_of_text_alone_are_not_watched(train, tmp_path: Path, preset: str) -> None:
     """Also if these steps distill black images, which do not reach the projector."""
