@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -38,6 +39,7 @@ from train.build_encoder import build_tower, refuse_other_options
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
+from train.data.image_collator import ImageCollator
 from train.distillation.distiller import Distiller
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, resolve_teacher
@@ -204,6 +206,13 @@ def build_collator(
     )
 
 
+def build_image_collator(
+    args: MoveKDSFTConfig, image_processor: BaseImageProcessor, teachers: Mapping[str, Teacher]
+) -> ImageCollator:
+    """Build the collator of stage `encoder`."""
+    return ImageCollator(image_processor, **_teacher_settings(args, teachers))
+
+
 def _teacher_settings(args: MoveKDSFTConfig, teachers: Mapping[str, Teacher]) -> dict[str, Any]:
     """What a collator must know of the teachers."""
     return {
@@ -267,7 +276,7 @@ def fit_feature_statistics(
     distiller: Distiller | None,
     teachers: Mapping[str, Teacher],
     dataset: Dataset | IterableDataset,
-    collator: MoveKDCollator,
+    collator: MoveKDCollator | ImageCollator,
     bad_rows: BadRows | None = None,
 ) -> None:
     """

@@ -42,8 +42,9 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
     """
 
     _metrics: dict[str, defaultdict[str, list[float]]]
-    # Of the error at a step in which nothing trains: what trains, and the ways out
-    _trained, _ways_out = "token", "Repair the data, raise `max_length`, or set another `chat_template`."
+    # The error at a step in which nothing trains, and the ways out
+    _nothing_trains = "No token is trained in step"
+    _ways_out = "Repair the data, raise `max_length`, or set another `chat_template`."
 
     def _add_distiller(
         self,
@@ -120,7 +121,7 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
         if is_step and not items and (self.state.global_step == 0 or rows >= MIN_ROWS_OF_STEP):
             reasons = list(dict.fromkeys(self.bad_rows.reasons.values()))
             raise ValueError(
-                f"No {self._trained} is trained in step {self.state.global_step + 1}, which has {int(rows)} rows: "
+                f"{self._nothing_trains} {self.state.global_step + 1}, which has {int(rows)} rows: "
                 f"{'; '.join(reasons[:3])}. {self._ways_out}"
             )
         return counts[0], counts[2]

@@ -39,7 +39,7 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
         kwargs: Passed to [`~transformers.Trainer`].
     """
 
-    _trained, _ways_out = "image", "Repair the data."
+    _nothing_trains, _ways_out = "No image can be used in step", "Repair the data."
 
     def __init__(
         self,

@@ -4,20 +4,29 @@ from pathlib import Path
 
 from modeling_movekd.inference import longest_context
 from train.arguments import DataArguments, ModelArguments
-from train.build import build_collator, build_distiller, build_student, build_teachers, fit_feature_statistics
+from train.build import (
+    build_collator,
+    build_distiller,
+    build_image_collator,
+    build_student,
+    build_teachers,
+    fit_feature_statistics,
+)
+from train.build_encoder import build_encoder, heads_to_continue
 from train.callbacks import PictureCallback, check_pictures
 from train.checkpoints import checkpoint_to_resume, disk_errors_named, prepare_output_folder
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.datasets import load_train_and_validation
 from train.distributed import whole_weights
+from train.encoder_trainer import MoveKDEncoderTrainer
 from train.model_card import run_facts
 from train.trainer import MoveKDTrainer
 
 
 def train(
     data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, recipe: str | None = None
-) -> MoveKDTrainer:
+) -> MoveKDTrainer | MoveKDEncoderTrainer:
     """
     Load, train and save one stage.
 
@@ -26,15 +35,16 @@ def train(
         recipe (`str`, *optional*): File that the arguments come from, for the model card.
 
     Returns:
-        [`MoveKDTrainer`]: The trainer. It has not published yet.
+        [`MoveKDTrainer`] or [`MoveKDEncoderTrainer`]: The trainer. It has not published yet.
     """
     check_pictures(args)
+    is_encoder = args.stage == "encoder"
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     prepare_output_folder(args)
     with whole_weights(args):
-        model, processor = build_student(args, model_args)
+        model, processor = (build_encoder if is_encoder else build_student)(args, model_args)
         teachers = build_teachers(args)
-        distiller = build_distiller(args, model, teachers, model_args.model_name_or_path, model_args.model_revision)
+        distiller = build_distiller(args, model, teachers, *heads_to_continue(args, model_args))
     bad_rows = BadRows(
         args.output_dir,
         data_args.max_bad_row_share,
@@ -46,15 +56,18 @@ def train(
         _check_streaming(args)
         bad_rows.total = args.rows_of_run
     train_dataset, eval_dataset = load_train_and_validation(
-        data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
+        data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc, images_only=is_encoder
     )
-    collator = build_collator(args, processor, teachers, longest_context(model))
+    if is_encoder:
+        collator = build_image_collator(args, processor, teachers)
+    else:
+        collator = build_collator(args, processor, teachers, longest_context(model))
     if collator.feature_cache is not None:
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 collator.feature_cache.check_data(dataset)
     fit_feature_statistics(args, distiller, teachers, train_dataset, collator, bad_rows)
-    trainer = MoveKDTrainer(
+    trainer = (MoveKDEncoderTrainer if is_encoder else MoveKDTrainer)(
         model,
         args,
         teachers=teachers,
@@ -71,7 +84,7 @@ def train(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     with disk_errors_named(Path(args.output_dir), "*.safetensors"):
         trainer.save_model(args.output_dir, _internal_call=True)  # does not publish
-    trainer.accelerator.print(f"Saved the student to {args.output_dir}.")
+    trainer.accelerator.print(f"Saved the {'encoder' if is_encoder else 'student'} to {args.output_dir}.")
     return trainer
 
 

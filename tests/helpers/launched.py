@@ -38,11 +38,12 @@ from trl import TrlParser  # noqa: E402
 from train import run as stage_run  # noqa: E402
 from train.arguments import DataArguments, ModelArguments  # noqa: E402
 from train.config import MoveKDSFTConfig  # noqa: E402
+from train.encoder_trainer import MoveKDEncoderTrainer  # noqa: E402
 from train.trainer import MoveKDTrainer  # noqa: E402
 
 
-class RecordingTrainer(MoveKDTrainer):
-    """Records which model class is called, and the images of every micro-batch of this process."""
+class RecordingMixin:
+    """Records which model class is called, and the images of every training batch of this process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,9 +52,10 @@ class RecordingTrainer(MoveKDTrainer):
         self.images: list[int] = []
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
-        self.called.add((type(model).__name__, getattr(model, "find_unused_parameters", None)))
-        self.checkpointed.add(self.model.is_activation_checkpointing)
-        self.images.append(int(inputs["image_weights"].sum()))
+        if model.training:
+            self.called.add((type(model).__name__, getattr(model, "find_unused_parameters", None)))
+            self.checkpointed.add(self.model.is_activation_checkpointing)
+            self.images.append(int(inputs["image_weights"].sum()))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def facts(self) -> dict[str, Any]:
@@ -78,6 +80,14 @@ class RecordingTrainer(MoveKDTrainer):
         }
 
 
+class RecordingTrainer(RecordingMixin, MoveKDTrainer):
+    """A recording trainer of the stages with a language model."""
+
+
+class RecordingEncoderTrainer(RecordingMixin, MoveKDEncoderTrainer):
+    """A recording trainer of stage `encoder`."""
+
+
 class EndAfterSave(TrainerCallback):
     """Ends one process after every process has written the checkpoint of a step."""
 
@@ -100,18 +110,22 @@ class EndAfterSave(TrainerCallback):
 def record(data_args: DataArguments, args: MoveKDSFTConfig, model_args: ModelArguments, *callbacks: TrainerCallback):
     """Run `train.run.train` with a recording trainer, and return the trainer."""
 
-    def build(*arguments: Any, **kwargs: Any) -> RecordingTrainer:
-        trainer = RecordingTrainer(*arguments, **kwargs)
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        return trainer
+    def recording(kind: type[RecordingMixin]) -> Any:
+        def build(*arguments: Any, **kwargs: Any) -> RecordingMixin:
+            trainer = kind(*arguments, **kwargs)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            return trainer
 
-    original = stage_run.MoveKDTrainer
-    stage_run.MoveKDTrainer = build
+        return build
+
+    originals = stage_run.MoveKDTrainer, stage_run.MoveKDEncoderTrainer
+    stage_run.MoveKDTrainer = recording(RecordingTrainer)
+    stage_run.MoveKDEncoderTrainer = recording(RecordingEncoderTrainer)
     try:
         return stage_run.train(data_args, args, model_args)
     finally:
-        stage_run.MoveKDTrainer = original
+        stage_run.MoveKDTrainer, stage_run.MoveKDEncoderTrainer = originals
 
 
 def launch(

@@ -36,6 +36,11 @@ RUNS: dict[str, dict[str, Any]] = {
         # Not the released form, which is no sum over the images of a batch
         "teacher_weighting": "cls_similarity",
     },
+    # Of the 12 rows to evaluate on, the second process gets some twice
+    "encoder": {
+        **{"stage": "encoder", "language_model": None, "validation_share": 0.25, "eval_strategy": "steps"},
+        **{"eval_steps": 4, "lambda_balance": 1.0},
+    },
     "grouped": {"dataset": "mixed", "group_by_modality_length": True, "activation_checkpointing": False},
 }
 # Images of each process in the five steps of `MIXED`, with four rows each. In the first and third step one process has
@@ -49,9 +54,10 @@ def facts(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 def steps(folder: Path) -> list[dict[str, float]]:
-    entries = [entry for entry in facts(folder)["log_history"] if "text" in entry]
+    entries = [entry for entry in facts(folder)["log_history"] if {"text", "kd", "eval_kd"} & entry.keys()]
     # The last two are TRL's, which averages micro-batches without regard to their numbers of tokens
     left_out = ("images_per_second", "entropy", "mean_token_accuracy")
+    left_out += ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     return [{name: value for name, value in entry.items() if name not in left_out} for entry in entries]
 
 
