@@ -121,8 +121,8 @@ def _only(names: Sequence[str], what: str, rows: Dataset) -> str:
 
 def load_encoders(encoder: str, clip: str | None = None, revision: str | None = None) -> dict[str, Tokens]:
     """
-    By name, a function from RGB images to float32 tokens `(batch_size, 1 + num_patches, hidden_size)`, [CLS] first.
-    Plain CLIP's tokens are those of the student's last layer, on the same crops.
+    By name, a function from RGB images to float32 tokens `(batch_size, num_tokens, hidden_size)`, [CLS] first if there
+    is one. Plain CLIP's tokens are those of the student's last layer, on the same crops.
     """
     tower, processor = load_tower(encoder, revision)
 
@@ -142,7 +142,7 @@ def load_encoders(encoder: str, clip: str | None = None, revision: str | None = 
             hidden = other.model(pixel_values=pixels, output_hidden_states=True).hidden_states
             if len(hidden) <= depth:
                 raise ValueError(
-                    f"{clip} has {len(hidden) - 1} layers, the student {depth}. Give the CLIP that it started from."
+                    f"{clip} has {len(hidden) - 1} layers, the student {depth}. Give the model that it started from."
                 )
             return hidden[depth].float()
 
@@ -153,7 +153,7 @@ def load_encoders(encoder: str, clip: str | None = None, revision: str | None = 
 @torch.inference_mode()
 def extract(tokens: Tokens, rows: Dataset, batch_size: int = 32, name: str = "") -> dict[str, np.ndarray]:
     """
-    Features of all rows by kind (`patch mean`, `[CLS]`), float32 `(num_rows, hidden_size)`.
+    Features of all rows by kind (`patch mean`, and `[CLS]` if there is one), float32 `(num_rows, hidden_size)`.
 
     Raises:
         ValueError: if a feature is not finite.
@@ -163,10 +163,12 @@ def extract(tokens: Tokens, rows: Dataset, batch_size: int = 32, name: str = "")
         for start in range(0, len(rows), batch_size):
             images = [decode_image(image) for image in rows[start : start + batch_size]["image"]]
             found = tokens(images)
-            kinds["patch mean"].append(found[:, 1:].mean(dim=1).cpu().numpy())
-            kinds["[CLS]"].append(found[:, 0].cpu().numpy())
+            prefix = found.shape[1] - math.isqrt(found.shape[1]) ** 2  # the patches are on a square grid
+            kinds["patch mean"].append(found[:, prefix:].mean(dim=1).cpu().numpy())
+            if prefix:
+                kinds["[CLS]"].append(found[:, 0].cpu().numpy())
             progress.update(len(images))
-    features = {kind: np.concatenate(parts) for kind, parts in kinds.items()}
+    features = {kind: np.concatenate(parts) for kind, parts in kinds.items() if parts}
     if not all(np.isfinite(values).all() for values in features.values()):
         raise ValueError(f"The encoder {name} gives features that are not finite. Check its weights.")
     return features
@@ -248,7 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("encoder", help="Hub id or folder of a whole model or an encoder alone")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labeled images")
-    parser.add_argument("--clip", metavar="ID", help="plain CLIP to compare with: Hub id (ID@REVISION) or folder")
+    parser.add_argument(
+        "--clip",
+        metavar="ID",
+        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
+    )
     parser.add_argument("--image-column")
     parser.add_argument("--label-column")
     parser.add_argument("--neighbors", "--neighbours", type=int, default=NEIGHBORS)

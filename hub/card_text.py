@@ -189,7 +189,8 @@ def limits(config: Mapping[str, Any], encoder_only: bool) -> list[str]:
     if tower_of(config).get("num_experts"):
         limits.append("Each token is routed to one expert, so the experts cannot be merged exactly into a plain MLP.")
     if encoder_only:
-        limits.append("The features no longer match the text model of CLIP.")
+        base = "CLIP" if tower_of(config).get("class_token", True) else "SigLIP"
+        limits.append(f"The features no longer match the text model of {base}.")
     else:
         limits.append("Answers can sound sure and be wrong about the picture. Check them before you rely on them.")
     return limits

@@ -9,9 +9,9 @@ from transformers import initialization as init
 from hub.files import weight_files
 from hub.weights import WeightFiles
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel, inference
+from modeling_movekd.base_encoders_movekd import load_strictly
 from modeling_movekd.files import read_json, reading
 from modeling_movekd.processing import check_image_processor
-from modeling_movekd.vision_movekd import load_strictly
 
 
 TOWER_PREFIX = "model.vision_tower."

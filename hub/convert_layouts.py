@@ -11,8 +11,8 @@ from transformers import initialization as init
 from hub.convert_original_keys import pack_experts, replace_prefix
 from hub.weights import WeightConversion, WeightFiles
 from modeling_movekd import MoveKDForConditionalGeneration
+from modeling_movekd.base_encoders_movekd import CLIP_TEXT_KEYS
 from modeling_movekd.modeling_movekd import refuse_scaled_logits
-from modeling_movekd.vision_movekd import CLIP_TEXT_KEYS
 
 
 VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."

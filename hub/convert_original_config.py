@@ -118,6 +118,8 @@ def config_to_original(
     """
     vision, text = config.vision_config, config.text_config
     layer = config.vision_feature_layer
+    if not vision.class_token:
+        raise ValueError("The vision tower is SigLIP's, without [CLS]; the original code runs CLIP's alone.")
     if not vision.add_pooling_layer or layer == -1:
         raise ValueError(
             f"The vision tower is cut to {vision.num_hidden_layers} layers (`vision_feature_layer` is {layer}), but "

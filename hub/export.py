@@ -12,11 +12,11 @@ Forms:
 - `dense`: the encoder with `dense_routing`: every expert serves every token, weighted by the router's probability. The
   outputs of a model that was trained with top-1 routing change; the change is measured on the images given.
 - `clip`: plain CLIP for transformers 4 and 5, timm and open_clip (see `hub/export_clip.py`). Needs a tower without
-  experts.
+  experts that started from CLIP.
 - `llava`: the whole model as the stock `LlavaForConditionalGeneration` (`LlavaNextForConditionalGeneration` for
   `anyres`), without code of ours. Needs a tower without experts.
 - `gguf`: `mmproj.gguf` for llama.cpp, and the language model (see `hub/export_gguf.py`). Needs a tower without experts
-  and `image_aspect_ratio` "pad".
+  that started from CLIP, and `image_aspect_ratio` "pad".
 - `onnx`: an encoder with its routing and a dynamic batch size, checked with ONNX Runtime. Of a whole model, the vision
   encoder with its projector, the token embedding and the decoder with its past, for ONNX Runtime and transformers.js.
 - `merged`: the same kind of checkpoint with `num_experts` 0. Top-1 experts cannot be merged exactly into a plain MLP,

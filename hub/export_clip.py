@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import BaseImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
+from transformers import BaseImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, SiglipVisionConfig
 from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.base_encoders_movekd import load_strictly
 from modeling_movekd.files import save_json
-from modeling_movekd.vision_movekd import load_strictly
 
 
 # Our names, and those of OpenAI's layout, which open_clip uses
@@ -53,17 +53,21 @@ def refuse_experts(config: MoveKDVisionConfig, form: str) -> None:
         )
 
 
-def plain_clip_config(tower: MoveKDVisionModel) -> CLIPVisionConfig:
-    """The tower's configuration without the fields that only MoVE-KD has."""
-    names = set(CLIPVisionConfig().to_dict()) - set(PreTrainedConfig().to_dict())
-    return CLIPVisionConfig(**{name: getattr(tower.config, name) for name in names - {"model_type"}})
+def plain_config(tower: MoveKDVisionModel) -> CLIPVisionConfig | SiglipVisionConfig:
+    """The configuration of the plain CLIP or SigLIP that the tower is without experts."""
+    config_class: type[CLIPVisionConfig | SiglipVisionConfig] = CLIPVisionConfig
+    settings = {}
+    if not tower.config.class_token:
+        config_class, settings = SiglipVisionConfig, {"vision_use_head": False}
+    names = set(config_class().to_dict()) - set(PreTrainedConfig().to_dict()) - {"model_type", *settings}
+    return config_class(**{name: getattr(tower.config, name) for name in names}, **settings)
 
 
-def plain_clip_state_dict(tower: MoveKDVisionModel) -> dict[str, torch.Tensor]:
+def plain_state_dict(tower: MoveKDVisionModel) -> dict[str, torch.Tensor]:
     """The tower's weights, with a neutral final layer norm where it was cut."""
     state_dict = dict(tower.state_dict())
     if tower.post_layernorm is None:
-        like = state_dict["pre_layrnorm.weight"]
+        like = state_dict["encoder.layers.0.layer_norm1.weight"]
         state_dict["post_layernorm.weight"] = torch.ones_like(like)
         state_dict["post_layernorm.bias"] = torch.zeros_like(like)
     return state_dict
@@ -71,10 +75,15 @@ def plain_clip_state_dict(tower: MoveKDVisionModel) -> dict[str, torch.Tensor]:
 
 def plain_clip(tower: MoveKDVisionModel) -> CLIPVisionModel:
     """The stock model with the tower's weights, which are shared."""
+    if not tower.config.class_token:
+        raise ValueError(
+            "The tower is SigLIP's, without [CLS], which the form `clip` cannot hold. Choose `encoder`, or "
+            "`llava` for a whole model."
+        )
     refuse_experts(tower.config, "clip")
     with init.no_init_weights():
-        clip = CLIPVisionModel._from_config(plain_clip_config(tower), dtype=tower.dtype)
-    load_strictly(clip, plain_clip_state_dict(tower), may_lack=lambda key: False, assign=True)
+        clip = CLIPVisionModel._from_config(plain_config(tower), dtype=tower.dtype)
+    load_strictly(clip, plain_state_dict(tower), may_lack=lambda key: False, assign=True)
     return clip.eval()
 
 

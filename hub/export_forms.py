@@ -27,17 +27,18 @@ from hub.checkpoint_parts import (
     read_config,
     read_weights,
 )
-from hub.export_clip import plain_clip_config, plain_clip_state_dict, refuse_experts, write_clip
+from hub.export_clip import plain_config, plain_state_dict, refuse_experts, write_clip
 from hub.export_gguf import check_gguf, convert_language_model, write_language_model, write_projector
 from hub.export_merged import features, merge_experts
 from hub.export_onnx import GRAPHS, check_decoder, check_onnx, write_onnx, write_whole_onnx
 from hub.files import new_folder, resolve_source
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
+from modeling_movekd.base_encoders_movekd import load_strictly
 from modeling_movekd.files import CONVERSION_NAME, TRAINING_FACTS_NAME, read_json, reading, save_json
 from modeling_movekd.images import decode_image
 from modeling_movekd.processing import check_image_processor, update_processor
-from modeling_movekd.vision_movekd import load_strictly, save_weight_index
+from modeling_movekd.vision_movekd import save_weight_index
 
 
 MEASURED_FORMS = ("dense", "onnx", "merged")
@@ -109,7 +110,7 @@ def stock_config(model: MoveKDForConditionalGeneration) -> LlavaConfig | LlavaNe
     names -= {"model_type", "vision_config", "text_config"}
     return config_class(
         **{name: getattr(config, name) for name in names},
-        vision_config=plain_clip_config(model.model.vision_tower),
+        vision_config=plain_config(model.model.vision_tower),
         text_config=config.text_config,
     )
 
@@ -126,7 +127,7 @@ def stock_llava(model: MoveKDForConditionalGeneration) -> LlavaForConditionalGen
     anyres = config.image_aspect_ratio == "anyres"
     model_class = LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration
     state_dict = {key: value for key, value in model.state_dict().items() if not key.startswith(TOWER_PREFIX)}
-    tower = plain_clip_state_dict(model.model.vision_tower)
+    tower = plain_state_dict(model.model.vision_tower)
     state_dict |= {TOWER_PREFIX + key: value for key, value in tower.items()}
     with init.no_init_weights():
         stock = model_class._from_config(stock_config(model), dtype=model.dtype)

@@ -62,6 +62,7 @@ def check_gguf(config: MoveKDConfig | MoveKDVisionConfig) -> None:
     vision, layers = config.vision_config, used_layers(config)
     refuse_experts(vision, "gguf")
     only = {
+        "class_token": (vision.class_token, (True,)),
         "image_aspect_ratio": (config.image_aspect_ratio, ("pad",)),
         "vision_feature_select_strategy": (config.vision_feature_select_strategy, ("default",)),
         "projector_hidden_act": (config.projector_hidden_act, GELUS),

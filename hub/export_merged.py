@@ -28,8 +28,8 @@ from transformers import initialization as init
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionModel
+from modeling_movekd.base_encoders_movekd import load_strictly
 from modeling_movekd.experts_movekd import LoraExperts, MixtureOfLoraExpertsMLP
-from modeling_movekd.vision_movekd import load_strictly
 
 
 # Strengths of the penalty, relative to the mean square of an input
@@ -209,7 +209,7 @@ def merge_experts(
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` is {rank}; it must be at least 1.")
     dtype, tower = tower.dtype, copy.deepcopy(tower).float().eval()
-    hidden_states = [tower.pre_layrnorm(tower.embeddings(image[None].float())) for image in pixels]
+    hidden_states = [tower.embed(image[None].float()) for image in pixels]
     updates: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(tqdm(tower.encoder.layers, desc="Merging experts", unit="layer")):
@@ -243,7 +243,7 @@ def merge_experts(
 
 
 def features(tower: MoveKDVisionModel, image: torch.Tensor) -> torch.Tensor:
-    """The features that feed the projector, with [CLS], `(1, 1 + num_patches, width)`."""
+    """The features that feed the projector, with [CLS], `(1, num_tokens, width)`."""
     layer = feature_layer(tower.config)
     hidden_states = tower(image[None].to(tower.dtype), output_hidden_states=True).hidden_states
     return torch.cat([hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)], dim=-1)

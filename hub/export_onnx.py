@@ -2,9 +2,9 @@
 ONNX graphs with dynamic batches and lengths, checked by ONNX Runtime against the model they came from.
 
 An encoder is one graph. Input: `pixel_values` `(batch_size, 3, image_size, image_size)`. Outputs, float32 unless said
-otherwise: `last_hidden_state` `(batch_size, 1 + num_patches, hidden_size)`; `features`, what feeds the projector;
-`pooler_output` `(batch_size, hidden_size)` if the tower has it; `expert_indices` `(num_layers, batch_size,
-1 + num_patches)`, int64, if it has experts.
+otherwise: `last_hidden_state` `(batch_size, num_tokens, hidden_size)`, with [CLS] before the patches if the tower has
+it; `features`, what feeds the projector; `pooler_output` `(batch_size, hidden_size)` if the tower has it;
+`expert_indices` `(num_layers, batch_size, num_tokens)`, int64, if it has experts.
 
 A whole model is three graphs, with the names and inputs of onnx-community's LLaVA repositories:
 
@@ -45,7 +45,7 @@ class EncoderGraph(nn.Module):
         self.tower, self.projector = tower, projector
         layer = feature_layer(tower.config)
         self.feature_layers = [layer] if isinstance(layer, int) else list(layer)
-        self.first_token = 1 if select_strategy == "default" else 0
+        self.first_token = tower.config.num_prefix_tokens if select_strategy == "default" else 0
         self.routed = tower.config.num_experts > 0
         self.output_names = ["last_hidden_state", "features"]
         self.output_names += ["pooler_output"] if tower.post_layernorm is not None else []

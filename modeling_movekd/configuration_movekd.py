@@ -9,6 +9,10 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, PreTrain
 MAX_TILES = 32  # in each direction; an image becomes up to this number squared
 
 
+# What tells SigLIP's tower from CLIP's. A tower of CLIP keeps a `config.json` without these fields.
+BASE_SWITCHES = {"class_token": True, "pre_norm": True, "patch_bias": False}
+
+
 def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
@@ -17,7 +21,8 @@ def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 @strict
 class MoveKDVisionConfig(CLIPVisionConfig):
     r"""
-    Configuration of CLIP's vision tower with a mixture of LoRA experts in every MLP (MoVE-KD, arXiv 2501.01709).
+    Configuration of CLIP's or SigLIP's vision tower with a mixture of LoRA experts in every MLP (MoVE-KD, arXiv
+    2501.01709).
 
     Every field of [`~transformers.CLIPVisionConfig`] keeps its meaning.
 
@@ -35,6 +40,10 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             the tower starts as CLIP. `"kaiming"` draws both projections at random.
         add_pooling_layer (`bool`, *optional*, defaults to `True`): Whether the tower has CLIP's final layer norm and a
             pooled output. A tower cut to the layers in use has neither.
+        class_token (`bool`, *optional*, defaults to `True`): Whether a [CLS] token precedes the patches. SigLIP has
+            none, and then no pooling layer here either.
+        pre_norm (`bool`, *optional*, defaults to `True`): Whether a layer norm precedes the first layer, as in CLIP.
+        patch_bias (`bool`, *optional*, defaults to `False`): Whether the patch embedding has a bias, as in SigLIP.
     """
 
     model_type = "movekd_vision"
@@ -48,6 +57,21 @@ class MoveKDVisionConfig(CLIPVisionConfig):
     router_gradient: str = "straight_through"
     expert_init: str = "zero"
     add_pooling_layer: bool = True
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The number of tokens before the patches: 1 with [CLS], else 0."""
+        return int(self.class_token)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the switches that have CLIP's values."""
+        output = super().to_dict()
+        return {
+            name: value for name, value in output.items() if name not in BASE_SWITCHES or value != BASE_SWITCHES[name]
+        }
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -61,6 +85,10 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             raise ValueError(f"`lora_rank` is {self.lora_rank}; it must be at least 1. Set `num_experts=0` for none.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must be in [0, 1).")
+        if self.add_pooling_layer and not self.class_token:
+            raise ValueError(
+                "`add_pooling_layer` is True, but without `class_token` there is no [CLS] to pool. Set it to False."
+            )
         validate_choice("router_gradient", self.router_gradient, ("straight_through", "none"))
         validate_choice("expert_init", self.expert_init, ("zero", "kaiming"))
 
@@ -96,6 +124,8 @@ class MoveKDConfig(LlavaNextConfig):
             tower's image size; those of LLaVA-NeXT by default.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1): Hidden state that feeds the projector.
             -1 suits a tower that is cut to the layers in use. A tower with all layers uses -2, as LLaVA does.
+        vision_feature_select_strategy (`str`, *optional*): `"default"` drops the features of [CLS], `"full"` keeps
+            all. A tower without [CLS] needs `"full"`, and has it by default.
     """
 
     model_type = "movekd"
@@ -105,6 +135,7 @@ class MoveKDConfig(LlavaNextConfig):
     image_aspect_ratio: str = "pad"
     image_grid_pinpoints: Any = None
     vision_feature_layer: int | list[int] = -1
+    vision_feature_select_strategy: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         parts: dict[str, Any] = {name: getattr(self, name) for name in self.sub_configs}
@@ -113,6 +144,8 @@ class MoveKDConfig(LlavaNextConfig):
         if not isinstance(parts["text_config"], PreTrainedConfig):
             parts["text_config"] = AutoConfig.for_model(**{"model_type": "llama"} | (parts["text_config"] or {}))
         self.vision_config, self.text_config = parts["vision_config"], parts["text_config"]
+        if self.vision_feature_select_strategy is None:
+            self.vision_feature_select_strategy = "default" if self.vision_config.class_token else "full"
         if self.image_grid_pinpoints is None:
             side = self.vision_config.image_size
             self.image_grid_pinpoints = [[rows * side, columns * side] for rows, columns in DEFAULT_TILES]
@@ -120,6 +153,7 @@ class MoveKDConfig(LlavaNextConfig):
         self.validate_image_aspect_ratio()
         self.validate_image_grid()
         self.validate_feature_layer()
+        self.validate_select_strategy()
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the parts' `_name_or_path`, which may name a folder of this machine."""
@@ -131,6 +165,14 @@ class MoveKDConfig(LlavaNextConfig):
 
     def validate_image_aspect_ratio(self) -> None:
         validate_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "anyres"))
+
+    def validate_select_strategy(self) -> None:
+        validate_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
+        if self.vision_feature_select_strategy == "default" and not self.vision_config.class_token:
+            raise ValueError(
+                "`vision_feature_select_strategy` is 'default', which drops [CLS], but this tower has none, so that "
+                "the first patch would be lost. Set it to 'full'."
+            )
 
     def validate_feature_layer(self) -> None:
         layer, layers = self.vision_feature_layer, self.vision_config.num_hidden_layers

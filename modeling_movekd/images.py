@@ -287,10 +287,10 @@ def center_square(image: PILImage.Image) -> PILImage.Image:
 def shared_crop(image: PILImage.Image, image_processor: Any) -> PILImage.Image:
     """
     Crop or pad an RGB image as the student's image processor does before it resizes, so that other encoders see the
-    same pixels. For anyres the image stays whole, to be stretched.
+    same pixels. For anyres, and for a processor that neither crops nor pads, the image stays whole, to be stretched.
     """
     if getattr(image_processor, "image_grid_pinpoints", None) is not None:
         return image
     if getattr(image_processor, "do_pad", False):
         return pad_to_square(image, color(image_processor.image_mean))
-    return center_square(image)
+    return center_square(image) if getattr(image_processor, "do_center_crop", False) else image

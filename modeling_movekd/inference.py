@@ -169,8 +169,8 @@ def load_tower(
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP model that the "
-                "student was made from into its folder."
+                f"{checkpoint} has no image processor ({error}). Save the image processor of the CLIP or SigLIP that "
+                "the student was made from into its folder."
             ) from error
     check_image_processor(processor, config)
     tower = tower.to(_choose_device(device)).eval()

@@ -17,8 +17,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .base_encoders_movekd import load_strictly
 from .configuration_movekd import MoveKDConfig
-from .vision_movekd import MoveKDCheckpointMixin, MoveKDVisionModel, MoveKDVisionOutput, load_strictly
+from .vision_movekd import MoveKDCheckpointMixin, MoveKDVisionModel, MoveKDVisionOutput
 from .visualization_movekd import MoveKDPictures
 
 

@@ -42,7 +42,8 @@ def build_processor(
 
     Args:
         config (`MoveKDConfig`): Configuration of the model, which gives the image size.
-        image_processor (`BaseImageProcessor`): The CLIP checkpoint's, which gives mean and standard deviation.
+        image_processor (`BaseImageProcessor`): That of the CLIP or SigLIP checkpoint, which gives mean, standard
+            deviation and the filter that resizes.
         tokenizer (`PreTrainedTokenizerBase`): The language model's tokenizer.
         chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): Name in `CHAT_TEMPLATES`, or a jinja template for
             [`~chat_templates.set_own_chat_template`].
@@ -64,6 +65,7 @@ def build_processor(
     settings = {
         "image_mean": image_processor.image_mean,
         "image_std": image_processor.image_std,
+        "resample": image_processor.resample,
         "crop_size": {"height": size, "width": size},
         "size": {"shortest_edge": size},
     }
@@ -77,7 +79,8 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # [CLS], which the default strategy removes again
+        # [CLS], which the default strategy removes again
+        num_additional_image_tokens=config.vision_config.num_prefix_tokens,
         image_token=IMAGE_TOKEN,
     )
     if chat_template in CHAT_TEMPLATES:

@@ -1,15 +1,15 @@
-"""The vision tower of MoVE-KD (arXiv 2501.01709): CLIP with a mixture of LoRA experts in every MLP."""
+"""The vision tower of MoVE-KD (arXiv 2501.01709): CLIP or SigLIP with a mixture of LoRA experts in every MLP."""
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -18,47 +18,30 @@ from transformers.models.clip.modeling_clip import (
     CLIPAttention,
     CLIPEncoderLayer,
     CLIPPreTrainedModel,
-    CLIPVisionEmbeddings,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .base_encoders_movekd import (
+    CLIP,
+    POOLING_KEYS,
+    SIGLIP,
+    BaseEncoder,
+    MoveKDPatchEmbeddings,
+    base_settings,
+    build_embeddings,
+    find_base_encoder,
+    load_strictly,
+    read_base_encoder,
+    read_model_type,
+)
 from .configuration_movekd import MoveKDVisionConfig
 from .experts_movekd import ExpertRouter, LoraExperts, MixtureOfLoraExpertsMLP
 from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 
 
-# Weights of a whole CLIP checkpoint outside its vision tower
-CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 SHARD_SIZE = "5GB"
-
-
-def load_strictly(
-    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], may_lack: Callable[[str], bool], assign: bool
-) -> None:
-    """
-    Load weights into a model that was built without initialization, and initialize only the weights that are missing.
-
-    Args:
-        model (`PreTrainedModel`): The model to fill.
-        state_dict (`dict[str, torch.Tensor]`): The weights.
-        may_lack (`Callable`): Says for a key of the model whether `state_dict` may lack it.
-        assign (`bool`): Whether to share the tensors instead of copying them.
-
-    Raises:
-        ValueError: If other keys are missing, or keys are left over.
-    """
-    expected = set(model.state_dict())
-    missing = sorted(key for key in expected - set(state_dict) if not may_lack(key))
-    unexpected = sorted(set(state_dict) - expected)
-    if missing or unexpected:
-        raise ValueError(f"The weights do not fit {type(model).__name__}: missing {missing}, left over {unexpected}.")
-    model.load_state_dict(state_dict, strict=False, assign=assign)
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if key in state_dict:
-            tensor._is_hf_initialized = True
-    model.initialize_weights()
 
 
 def save_weight_index(folder: str | os.PathLike) -> None:
@@ -78,14 +61,14 @@ def save_weight_index(folder: str | os.PathLike) -> None:
 @dataclass
 class MoveKDVisionOutput(BaseModelOutputWithPooling):
     """
-    Output of [`MoveKDVisionModel`].
+    Output of [`MoveKDVisionModel`]. The tokens are [CLS], if the tower has it, and the patches.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_patches, hidden_size)`): Last hidden state.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Last hidden state.
         pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): `None` for a tower without pooling.
-        router_probabilities (`tuple[torch.Tensor]`): Per layer `(batch_size, 1 + num_patches, num_experts)`.
-        expert_indices (`tuple[torch.Tensor]`): Per layer `(batch_size, 1 + num_patches)`.
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, 1 + num_patches)`): Attention of the [CLS]
+        router_probabilities (`tuple[torch.Tensor]`): Per layer `(batch_size, num_tokens, num_experts)`.
+        expert_indices (`tuple[torch.Tensor]`): Per layer `(batch_size, num_tokens)`.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens)`): Attention of the [CLS]
             query to all tokens in the chosen layer, after the softmax.
     """
 
@@ -209,6 +192,7 @@ class MoveKDVisionEncoder(nn.Module):
     def __init__(self, config: MoveKDVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList([MoveKDVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.class_token = config.class_token
         self.gradient_checkpointing = False
 
     def forward(
@@ -216,6 +200,10 @@ class MoveKDVisionEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cls_attention = None
         if cls_attention_layer is not None:
+            if not self.class_token:
+                raise ValueError(
+                    f"`cls_attention_layer` is {cls_attention_layer}, but this tower has no [CLS] token. Leave it out."
+                )
             if not -len(self.layers) <= cls_attention_layer < len(self.layers):
                 raise ValueError(
                     f"`cls_attention_layer` is {cls_attention_layer}; the tower has {len(self.layers)} layers."
@@ -230,7 +218,7 @@ class MoveKDVisionEncoder(nn.Module):
 
 class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     """
-    CLIP's vision tower with a mixture of LoRA experts in every MLP. `num_experts=0` is plain CLIP.
+    CLIP's or SigLIP's vision tower with a mixture of LoRA experts in every MLP. `num_experts=0` has plain MLPs.
 
     Besides transformers' `output_hidden_states` and `output_attentions`, the forward takes
     `output_router_probabilities`, `output_expert_indices` and `cls_attention_layer`.
@@ -242,7 +230,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embedding"
-    _no_split_modules = ["CLIPVisionEmbeddings", "MoveKDVisionEncoderLayer"]
+    _no_split_modules = ["CLIPVisionEmbeddings", "MoveKDPatchEmbeddings", "MoveKDVisionEncoderLayer"]
     _can_record_outputs = {
         "hidden_states": MoveKDVisionEncoderLayer,
         "attentions": CLIPAttention,
@@ -256,8 +244,10 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
 
     def __init__(self, config: MoveKDVisionConfig):
         super().__init__(config)
-        self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = build_embeddings(config)
+        self.pre_layrnorm = None
+        if config.pre_norm:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = MoveKDVisionEncoder(config)
         self.post_layernorm = None
         if config.add_pooling_layer:
@@ -267,7 +257,9 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ExpertRouter):
+        if isinstance(module, MoveKDPatchEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        elif isinstance(module, ExpertRouter):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
         elif isinstance(module, LoraExperts):
@@ -282,6 +274,17 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             if module.bias_a is not None:
                 init.zeros_(module.bias_a)
                 init.zeros_(module.bias_b)
+
+    @classmethod
+    def from_encoder(
+        cls, encoder: str | os.PathLike | PreTrainedModel, feature_layer: int | None = -2, **kwargs: Any
+    ) -> "MoveKDVisionModel":
+        """
+        Build the tower from the vision model of CLIP, SigLIP or SigLIP 2: by [`MoveKDVisionModel.from_clip`] or
+        [`MoveKDVisionModel.from_siglip`], as the configuration's `model_type` says.
+        """
+        kind = find_base_encoder(read_model_type(encoder))
+        return cls._from_base(kind, encoder, feature_layer, **kwargs)
 
     @classmethod
     def from_clip(
@@ -301,42 +304,49 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             ValueError: If `clip` has no CLIP vision tower, its weights do not fit, or `feature_layer` selects none of
                 its layers.
         """
-        owned = not isinstance(clip, PreTrainedModel)
-        if owned:
-            source = clip
-            clip, loading_info = CLIPVisionModel.from_pretrained(source, output_loading_info=True)
-            missing = sorted(loading_info["missing_keys"])
-            left_over = sorted(key for key in loading_info["unexpected_keys"] if not key.startswith(CLIP_TEXT_KEYS))
-            if missing or left_over:
-                raise ValueError(f"{source} is not a CLIP vision tower: missing {missing}, left over {left_over}.")
-        clip = getattr(clip, "vision_model", clip)
-        if not isinstance(clip, CLIPVisionModel):
-            raise ValueError(f"`clip` is a {type(clip).__name__}; expected a model with a CLIP vision tower.")
+        return cls._from_base(CLIP, clip, feature_layer, **kwargs)
 
-        clip_fields = {field.name for field in fields(CLIPVisionConfig)} - {
-            field.name for field in fields(PreTrainedConfig)
-        }
-        config = MoveKDVisionConfig(**{name: getattr(clip.config, name) for name in clip_fields}, **kwargs)
-        if feature_layer is not None:
-            depth = clip.config.num_hidden_layers
-            layers = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
-            if not 1 <= layers <= depth:
-                raise ValueError(
-                    f"`feature_layer` is {feature_layer}, which selects no layer of the {depth} in `clip`."
-                )
-            config.num_hidden_layers = layers
-            config.add_pooling_layer = False
-        config._attn_implementation = clip.config._attn_implementation
+    @classmethod
+    def from_siglip(
+        cls, siglip: str | os.PathLike | PreTrainedModel, feature_layer: int = -2, **kwargs: Any
+    ) -> "MoveKDVisionModel":
+        """
+        Build the tower from the vision model of SigLIP, or of a SigLIP 2 with a fixed resolution. All weights up to
+        `feature_layer` are copied or the call fails. The layers behind it, the final layer norm and the pooling head
+        are left out, as in LLaVA-NeXT's SigLIP encoder.
 
-        state_dict = clip.state_dict()
-        cut = tuple(f"encoder.layers.{i}." for i in range(config.num_hidden_layers, clip.config.num_hidden_layers))
+        Args:
+            siglip (`str`, `os.PathLike` or `PreTrainedModel`): As `clip` in [`MoveKDVisionModel.from_clip`].
+            feature_layer (`int`, *optional*, defaults to -2): Hidden state that will feed the projector.
+            kwargs: Fields of [`MoveKDVisionConfig`], such as `num_experts` and `lora_rank`.
+
+        Raises:
+            ValueError: As in [`MoveKDVisionModel.from_clip`], and if `feature_layer` is `None`.
+        """
+        return cls._from_base(SIGLIP, siglip, feature_layer, **kwargs)
+
+    @classmethod
+    def _from_base(
+        cls, kind: BaseEncoder, source: str | os.PathLike | PreTrainedModel, feature_layer: int | None, **kwargs: Any
+    ) -> "MoveKDVisionModel":
+        base = read_base_encoder(kind, source)
+        depth, settings = base.config.num_hidden_layers, base_settings(kind, base.config, feature_layer)
+        config = MoveKDVisionConfig(**settings, **kwargs)
+        config._attn_implementation = base.config._attn_implementation
+        cut = tuple(f"encoder.layers.{index}." for index in range(config.num_hidden_layers, depth))
         if not config.add_pooling_layer:
-            cut += ("post_layernorm.",)
-        kept = {key: value for key, value in state_dict.items() if not (cut and key.startswith(cut))}
+            cut += POOLING_KEYS
+        kept = {key: value for key, value in base.state_dict().items() if not key.startswith(cut)}
         with init.no_init_weights():
-            model = cls._from_config(config, dtype=clip.dtype)
+            model = cls._from_config(config, dtype=base.dtype)
+        owned = not isinstance(source, PreTrainedModel)
         load_strictly(model, kept, may_lack=lambda key: "expert" in key or "router" in key, assign=owned)
-        return model.to(clip.device).eval()
+        return model.to(base.device).eval()
+
+    def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """The input of the first layer, `(batch_size, num_tokens, hidden_size)`."""
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return hidden_states if self.pre_layrnorm is None else self.pre_layrnorm(hidden_states)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -351,15 +361,15 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`): The images.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept other image sizes.
-            cls_attention_layer (`int`, *optional*): Layer whose [CLS] attention is recorded.
+            cls_attention_layer (`int`, *optional*): Layer whose [CLS] attention is recorded. A tower without
+                `class_token` has none.
         """
         if pixel_values.dim() != 4:
             raise ValueError(
                 f"`pixel_values` has {pixel_values.dim()} dimensions {tuple(pixel_values.shape)}; 4 are expected: "
                 "(batch_size, num_channels, height, width)."
             )
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        hidden_states = self.pre_layrnorm(hidden_states)
+        hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
         hidden_states, cls_attention = self.encoder(hidden_states, cls_attention_layer=cls_attention_layer, **kwargs)
         pooler_output = None if self.post_layernorm is None else self.post_layernorm(hidden_states[:, 0])
         return MoveKDVisionOutput(
@@ -396,19 +406,18 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         Raises:
             ValueError: If the tower has no such layer, or `other_tokens` do not fit.
         """
-        training = self.training
+        training, prefix = self.training, self.config.num_prefix_tokens
         self.eval()
         try:
-            outputs = self(
-                pixel_values, cls_attention_layer=layer, output_hidden_states=True, output_expert_indices=True
-            )
+            records = {"cls_attention_layer": layer if prefix else None, "output_expert_indices": True}
+            outputs = self(pixel_values, output_hidden_states=True, **records)
         finally:
             self.train(training)
         return draw(
             pixels_to_image(pixel_values, image_mean, image_std, smallest_side),
-            outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, 1:],
-            outputs.cls_attention[:, :, 1:].float().mean(dim=1),
-            outputs.expert_indices[layer][:, 1:] if outputs.expert_indices else None,
+            outputs.hidden_states[layer + 1 if layer >= 0 else layer][:, prefix:],
+            outputs.cls_attention[:, :, prefix:].float().mean(dim=1) if prefix else None,
+            outputs.expert_indices[layer][:, prefix:] if outputs.expert_indices else None,
             self.config.num_experts,
             other_tokens,
             reference,

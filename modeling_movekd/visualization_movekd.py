@@ -52,7 +52,7 @@ class MoveKDPictures:
         expert_shares (`torch.Tensor` of shape `(batch_size, num_experts)`): Share of the patches of each expert.
         expert_colors (`torch.Tensor` of shape `(num_experts, 3)`): RGB color of each expert in uint8.
         cls_attention (`torch.Tensor`): [CLS] attention, averaged over the heads, over the image. Light is the largest
-            value of each image.
+            value of each image. `None` for a tower without [CLS].
         components (`torch.Tensor`): The first three principal components of the features as red, green and blue.
         tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`): The features.
         values (`torch.Tensor` of shape `(batch_size, num_patches, 3)`): The [`principal_components`].
@@ -63,7 +63,7 @@ class MoveKDPictures:
     experts: torch.Tensor | None
     expert_shares: torch.Tensor | None
     expert_colors: torch.Tensor | None
-    cls_attention: torch.Tensor
+    cls_attention: torch.Tensor | None
     components: torch.Tensor
     tokens: torch.Tensor
     values: torch.Tensor
@@ -243,7 +243,7 @@ def relational_distance(tokens: torch.Tensor, others: torch.Tensor) -> torch.Ten
 def draw(
     image: torch.Tensor,
     tokens: torch.Tensor,
-    cls_attention: torch.Tensor,
+    cls_attention: torch.Tensor | None,
     expert_indices: torch.Tensor | None,
     num_experts: int,
     other_tokens: Mapping[str, torch.Tensor] | None = None,
@@ -255,7 +255,8 @@ def draw(
     Args:
         image (`torch.Tensor` of shape `(batch_size, height, width, 3)`): The images in uint8.
         tokens (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`): The student's features.
-        cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`): Attention of [CLS] to the patches.
+        cls_attention (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Attention of [CLS] to the
+            patches.
         expert_indices (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Index of each patch's expert.
         num_experts (`int`): Number of experts.
         other_tokens, reference (*optional*): See [`MoveKDVisionModel.visualize`].
@@ -288,7 +289,7 @@ def draw(
         experts=experts,
         expert_shares=shares,
         expert_colors=colors,
-        cls_attention=heat_map(cls_attention, image).cpu(),
+        cls_attention=None if cls_attention is None else heat_map(cls_attention, image).cpu(),
         components=component_picture(values, size).cpu(),
         tokens=tokens.cpu(),
         values=values.cpu(),

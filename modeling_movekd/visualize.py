@@ -6,8 +6,9 @@ Draw what a student's vision tower does, as PNG files and one HTML page:
         --clip openai/clip-vit-large-patch14-336 --teacher facebook/dinov2-large
 
 For each image and layer, the page DIR/index.html shows the expert of each patch and the experts' shares, the [CLS]
-attention, and the principal components of the features as colors. It shows the components of plain CLIP (same layer)
-and of each teacher (last layer) too, and how differently they relate the patches to one another.
+attention (not of a student that started from SigLIP, which has no [CLS]), and the principal components of the features
+as colors. It shows the components of plain CLIP (same layer) and of each teacher (last layer) too, and how differently
+they relate the patches to one another.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from .visualization_movekd import MoveKDPictures, draw, pixels_to_image
 from .visualize_page import SMALLEST_PICTURE, check_writable, write_page
 
 
-CLIP_NAME = "plain CLIP"
+PLAIN_NAMES = {True: "plain CLIP", False: "plain SigLIP"}  # by `class_token`
 
 
 def choose_layers(asked: Sequence[str], num_layers: int) -> list[int]:
@@ -60,8 +61,8 @@ def draw_layers(
     Draw several layers with one forward of each encoder. Otherwise as [`MoveKDVisionModel.visualize`], with sides of
     at least `SMALLEST_PICTURE` pixels.
     """
-    names = [teacher.name for teacher in teachers]
-    if len({*names, CLIP_NAME}) <= len(names):
+    names, plain = [teacher.name for teacher in teachers], PLAIN_NAMES[tower.config.class_token]
+    if len({*names, plain}) <= len(names):
         raise ValueError(f"Two teachers have the same name: {names}. Rename a folder, or draw them in separate runs.")
     pixels = processor(images=list(images), return_tensors="pt")["pixel_values"].to(tower.device)
     if pixels.dim() == 5:  # the first tile of anyres is the whole image
@@ -71,15 +72,20 @@ def draw_layers(
     outputs = tower(pixels, output_hidden_states=True, output_expert_indices=True)
     teacher_tokens = {teacher.name: teacher.patch_tokens(crops)[0] for teacher in teachers}
     clip_tokens = dict(zip(layers, clip.patch_tokens(crops, layers), strict=True)) if clip is not None else {}
-    pictures = {}
+    pictures, prefix = {}, tower.config.num_prefix_tokens
     for layer in layers:
-        others = ({CLIP_NAME: clip_tokens[layer]} if clip_tokens else {}) | teacher_tokens
-        attention = tower.encoder.layers[layer].cls_attention(outputs.hidden_states[layer])  # type: ignore[operator]
+        others = ({plain: clip_tokens[layer]} if clip_tokens else {}) | teacher_tokens
+        attention = None
+        if tower.config.class_token:
+            attention = tower.encoder.layers[layer].cls_attention(  # type: ignore[operator]
+                outputs.hidden_states[layer]
+            )
+            attention = attention[:, :, prefix:].float().mean(dim=1)
         pictures[layer] = draw(
             image,
-            outputs.hidden_states[layer + 1][:, 1:],
-            attention[:, :, 1:].float().mean(dim=1),
-            outputs.expert_indices[layer][:, 1:] if outputs.expert_indices else None,
+            outputs.hidden_states[layer + 1][:, prefix:],
+            attention,
+            outputs.expert_indices[layer][:, prefix:] if outputs.expert_indices else None,
             tower.config.num_experts,
             others,
         )
@@ -96,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and pictures")
     parser.add_argument("--layer", nargs="+", default=["-1"], metavar="N", help="layers from 0, -1 the last, or all")
-    parser.add_argument("--clip", metavar="ID", help="plain CLIP to compare with: Hub id (ID@REVISION) or folder")
+    parser.add_argument(
+        "--clip",
+        metavar="ID",
+        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
+    )
     parser.add_argument("--teacher", nargs="+", default=[], metavar="ID", help="other vision models, as --clip")
     parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
     parser.add_argument("--device", help="defaults to the first GPU, else the CPU")

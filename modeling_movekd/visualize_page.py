@@ -86,10 +86,9 @@ def picture_files(pictures: MoveKDPictures, index: int) -> dict[str, tuple[Image
         entries = expert_entries(pictures, index)
         drawn = with_legend(to_image(pictures.experts[index]), entries)
         files["experts"] = (drawn, "Experts: " + ", ".join(text for _, text in entries))
-    files["cls-attention"] = (
-        to_image(pictures.cls_attention[index]),
-        "[CLS] attention, from dark (none) to light (most)",
-    )
+    if pictures.cls_attention is not None:
+        caption = "[CLS] attention, from dark (none) to light (most)"
+        files["cls-attention"] = (to_image(pictures.cls_attention[index]), caption)
     files["components"] = (to_image(pictures.components[index]), "Components of the student")
     for name, other in pictures.others.items():
         distance = other.distances[index].mean().item()

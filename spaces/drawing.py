@@ -26,8 +26,9 @@ def captioned(pictures: Any, layer: int, encoders: Sequence[Encoder]) -> list[tu
     shown = [("What the encoder sees", "The image at the encoder's own resolution.", pictures.image)]
     if pictures.experts is not None:
         shown.append(("Experts", "Each patch in the color of its expert.", pictures.experts))
-    described = "Where the [CLS] token looks, from dark to light. Distillation weighs patches by it."
-    shown.append(("[CLS] attention", described, pictures.cls_attention))
+    if pictures.cls_attention is not None:  # a student that started from SigLIP has no [CLS]
+        described = "Where the [CLS] token looks, from dark to light. Distillation weighs patches by it."
+        shown.append(("[CLS] attention", described, pictures.cls_attention))
     described = "Principal components of the features as red, green and blue: equal colors, similar features."
     shown.append((f"Student, layer {layer + 1}", described, pictures.components))
     for encoder in encoders:

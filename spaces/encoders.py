@@ -92,7 +92,7 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
     teachers = {entry["name"]: entry for entry in student.metadata.get("teachers", [])}
     clip = os.environ.get("CLIP_ID") or _locate(student, origin.get("model"))
     if clip and clip != "none":
-        found.append(("plain CLIP", clip, os.environ.get("CLIP_REVISION") or origin.get("revision"), True))
+        found.append((plain_name(student), clip, os.environ.get("CLIP_REVISION") or origin.get("revision"), True))
     if given := os.environ.get("TEACHER_IDS"):
         for entry in (part.strip() for part in given.split(",")):
             name, _, source = entry.rpartition("=")
@@ -104,6 +104,12 @@ def wanted(student: Student) -> list[tuple[str, str, str | None, bool]]:
             if local and local != clip and Path(local).is_dir():
                 found.append((name, local, None, False))
     return found
+
+
+def plain_name(student: Student) -> str:
+    # Older code of a checkpoint has no `class_token`
+    has_cls = getattr(student.model.config.vision_config, "class_token", True)
+    return "plain CLIP" if has_cls else "plain SigLIP"
 
 
 def _origin(student: Student) -> dict[str, Any]:
@@ -134,7 +140,9 @@ def load_encoders(student: Student) -> tuple[list[Encoder], list[str]]:
     failures: list[str] = []
     named = _origin(student)["model"]
     if named and not os.environ.get("CLIP_ID") and not _locate(student, named):
-        failures.append(f"plain CLIP is not shown: there is no {Path(named).name} here. Name it by CLIP_ID.")
+        failures.append(
+            f"{plain_name(student)} is not shown: there is no {Path(named).name} here. Name it by CLIP_ID."
+        )
     for name, model_id, revision, follows in wanted(student):
         shown_id = Path(model_id).name if os.path.exists(model_id) else model_id
         variable = "CLIP_ID" if follows else "TEACHER_IDS"

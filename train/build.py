@@ -41,6 +41,7 @@ from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.image_collator import ImageCollator
 from train.distillation.distiller import Distiller
+from train.distillation.losses import CLIP
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, resolve_teacher
 from train.teachers.features import FrozenTeacher, TeacherFeatures
@@ -120,13 +121,13 @@ def _load_student(
 
 def join_parts(
     args: MoveKDSFTConfig,
-    clip: str | PreTrainedModel,
+    encoder: str | PreTrainedModel,
     language: PreTrainedModel,
     image_token_id: int,
     attn_implementation: str | None = None,
 ) -> MoveKDForConditionalGeneration:
     """A new student from a vision model, as [`build_tower`] takes it, and a loaded causal language model."""
-    vision = build_tower(args, clip, attn_implementation)
+    vision = build_tower(args, encoder, attn_implementation)
     return MoveKDForConditionalGeneration.from_parts(
         vision, language, image_token_id=image_token_id, image_aspect_ratio=args.image_aspect_ratio
     )
@@ -243,7 +244,12 @@ def build_distiller(
     """
     if not teachers:
         return None
-    vision_config = getattr(model.config, "vision_config", model.config)
+    vision_config, options = getattr(model.config, "vision_config", model.config), args.preset_options()
+    if options["head_side"] == "teacher" and CLIP in teachers and not vision_config.class_token:
+        raise ValueError(
+            "The student started from SigLIP and not from the teacher 'clip', which has no adapter with `head_side` "
+            "'teacher'. Set `distillation_preset` to 'student_heads', or leave that teacher out."
+        )
     side = vision_config.image_size // vision_config.patch_size
     set_seed(args.seed)
     distiller = Distiller(
@@ -252,7 +258,7 @@ def build_distiller(
         teachers={name: (teacher.width, teacher.grid) for name, teacher in teachers.items()},
         summary_widths={name: teacher.summary_width for name, teacher in teachers.items() if teacher.summary_width},
         whitening_components=args.whitening_components,
-        **{name: args.preset_options()[name] for name in DISTILLER_OPTIONS},
+        **{name: options[name] for name in DISTILLER_OPTIONS},
     )
     if args.reset_distiller:
         if checkpoint is None:

@@ -17,7 +17,7 @@ STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "exp
 
 
 def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
-    """The arguments of `MoveKDVisionModel.from_clip` for a new student."""
+    """The arguments of `MoveKDVisionModel.from_encoder` for a new student."""
     settings = {name: getattr(args, name) for name in (*STUDENT_FIELDS, "expert_init")}
     return settings | {"feature_layer": -2 if args.cut_tower else None}
 
@@ -71,8 +71,8 @@ def load_encoder(
     if not isinstance(config, MoveKDVisionConfig):
         raise ValueError(
             f"{source} is a {config.model_type!r} checkpoint, but stage 'encoder' continues encoders of this project. "
-            "Take the encoder out of a whole model with `python hub/export.py --form encoder`; give a CLIP checkpoint "
-            "as `vision_model`."
+            "Take the encoder out of a whole model with `python hub/export.py --form encoder`; give a CLIP or "
+            "SigLIP as `vision_model`."
         )
     refuse_other_options(args, config, source)
     tower = MoveKDVisionModel.from_pretrained(source, revision=revision, dtype=dtype)
@@ -83,11 +83,11 @@ def load_encoder(
 def build_tower(
     args: MoveKDSFTConfig, source: str | PreTrainedModel, attn_implementation: str | None = None
 ) -> MoveKDVisionModel:
-    """The tower of a new student: a CLIP vision model (Hub id, folder or loaded) with experts, or a saved encoder."""
+    """The tower of a new student: a CLIP or SigLIP (Hub id, folder or loaded) with experts, or a saved encoder."""
     if isinstance(source, str) and is_saved_encoder(source):
         tower = load_encoder(args, source)
     else:
-        tower = MoveKDVisionModel.from_clip(source, **tower_settings(args))
+        tower = MoveKDVisionModel.from_encoder(source, **tower_settings(args))
     if attn_implementation is not None:
         tower.set_attn_implementation(attn_implementation)
     return tower
@@ -98,13 +98,13 @@ def build_encoder(args: MoveKDSFTConfig, model_args: ModelArguments) -> tuple[Mo
     Load the encoder at `model_name_or_path`, or build one from `vision_model`.
 
     Returns:
-        The encoder and its image processor, which resizes with PIL: for a new one that of the CLIP checkpoint.
+        The encoder and its image processor, which resizes with PIL: for a new one that of `vision_model`.
     """
     source, revision, dtype = model_args.model_name_or_path, model_args.model_revision, model_args.dtype
     if (source is None) == (args.vision_model is None):
         raise ValueError(
             f"`model_name_or_path` is {source} and `vision_model` {args.vision_model}. Give the first to continue an "
-            "encoder, or the second to start from a CLIP checkpoint."
+            "encoder, or the second to start from a CLIP or SigLIP."
         )
     if source is not None:
         model = load_encoder(args, source, revision, dtype)

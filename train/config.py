@@ -31,8 +31,8 @@ class MoveKDSFTConfig(SFTConfig):
     )
     vision_model: str | None = HfArg(
         default=None,
-        help="CLIP checkpoint (Hub id or folder) that a new student starts from; or the result of stage `encoder`, "
-        "whose experts and distillation heads go on.",
+        help="CLIP, SigLIP or SigLIP 2 (Hub id or folder) that a new student starts from; or the result of stage "
+        "`encoder`, whose experts and distillation heads go on.",
     )
     language_model: str | None = HfArg(
         default=None,

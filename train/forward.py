@@ -91,11 +91,11 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
         kd, teacher_losses = weights * 0.0 + zero, None
         if teacher_features:
             hidden_state = vision.hidden_states[self.config.vision_feature_layer][distilled]
-            tokens, summary = split_summary(hidden_state, getattr(self.config.vision_config, "num_prefix_tokens", 1))
+            tokens, summary = split_summary(hidden_state, self.config.vision_config.num_prefix_tokens)
             distillation = self.distiller(tokens, teacher_features, student_summary=summary)
             kd = kd + distillation.loss * weights
             teacher_losses = stack_losses(distillation) * weights
-        routing = measure_routing(vision, crop_weights, balance_form)
+        routing = measure_routing(vision, crop_weights, balance_form, self.config.vision_config.num_prefix_tokens)
         return MoveKDTrainingOutput(**outputs, kd=kd, teacher_losses=teacher_losses, **routing)
 
     model.forward = types.MethodType(forward, model)
@@ -128,13 +128,13 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
         recorded = ("hidden_states", "router_probabilities", "expert_indices")
         arguments |= {f"output_{name}": True for name in recorded}
         vision = tower_forward(pixel_values, return_dict=True, **arguments)
-        tokens, summary = split_summary(vision.hidden_states[layer], getattr(self.config, "num_prefix_tokens", 1))
+        tokens, summary = split_summary(vision.hidden_states[layer], self.config.num_prefix_tokens)
         distillation = self.distiller(tokens, teacher_features, student_summary=summary, student_grid=grid)
         return MoveKDTrainingOutput(
             # Nothing else may use the output of a tower that is not cut, and ZeRO-3 needs its backward
             kd=distillation.loss * image_weights + 0.0 * vision.last_hidden_state[0].sum(),
             teacher_losses=stack_losses(distillation) * image_weights,
-            **measure_routing(vision, image_weights, balance_form),
+            **measure_routing(vision, image_weights, balance_form, self.config.num_prefix_tokens),
         )
 
     model.forward = types.MethodType(forward, model)
@@ -186,14 +186,18 @@ def gathered_head(head: nn.Module) -> Iterator[None]:
         head.reshard()  # FSDP2 does this itself after a backward
 
 
-def measure_routing(vision: Any, crop_weights: torch.Tensor, balance_form: str) -> dict[str, torch.Tensor]:
+def measure_routing(
+    vision: Any, crop_weights: torch.Tensor, balance_form: str, prefix: int
+) -> dict[str, torch.Tensor]:
     """The `balance` and `expert_tokens` of a [`MoveKDTrainingOutput`]; nothing for a tower without experts."""
     if not vision.router_probabilities:
         return {}
     num_experts = vision.router_probabilities[0].shape[-1]
     return {
         "balance": balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights,
-        "expert_tokens": count_expert_tokens(torch.stack(vision.expert_indices), num_experts, crop_weights > 0),
+        "expert_tokens": count_expert_tokens(
+            torch.stack(vision.expert_indices)[..., prefix:], num_experts, crop_weights > 0
+        ),
     }
 
 
@@ -201,10 +205,10 @@ def count_expert_tokens(expert_indices: torch.Tensor, num_experts: int, is_count
     """
     Count the patches that each expert got, `(num_layers, num_experts)`, over the crops where `is_counted` is true.
 
-    [CLS] is left out: without heads for summaries nothing reads it in the last layer, so that it does not train the
+    [CLS] is no patch: without heads for summaries nothing reads it in the last layer, so that it does not train the
     expert that it is routed to.
     """
-    one_hot = nn.functional.one_hot(expert_indices[..., 1:], num_experts)
+    one_hot = nn.functional.one_hot(expert_indices, num_experts)
     return (one_hot.sum(dim=2) * is_counted.unsqueeze(-1)).sum(dim=1)
 
 

@@ -14,10 +14,11 @@ import yaml
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
-from transformers import CLIPVisionModel, Trainer
+from transformers import Trainer
 
 from hub.card_facts import code_revision, public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
+from modeling_movekd.base_encoders_movekd import find_base_encoder, read_model_type
 from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.arguments import DataArguments, ModelArguments
 from train.build_encoder import image_settings, is_saved_encoder
@@ -130,12 +131,12 @@ def base_model_facts(role: str, source: str) -> dict[str, Any]:
 
 def weights_fingerprint(vision_model: str) -> str:
     """
-    Return a SHA-256 of the weights of a CLIP vision model, whatever their names, order and dtype.
+    Return a SHA-256 of the weights of a CLIP or SigLIP vision model, whatever their names, order and dtype.
 
-    `spaces/encoders.py` computes the same of the encoder that it shows as plain CLIP.
+    `spaces/encoders.py` computes the same of the encoder that it shows as plain CLIP or plain SigLIP.
     """
-    clip = CLIPVisionModel.from_pretrained(vision_model)
-    digests = sorted(sha256(weight.detach().float().numpy().tobytes()).hexdigest() for weight in clip.parameters())
+    vision = find_base_encoder(read_model_type(vision_model)).model_class.from_pretrained(vision_model)
+    digests = sorted(sha256(weight.detach().float().numpy().tobytes()).hexdigest() for weight in vision.parameters())
     return sha256("".join(digests).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionModel,
+    SiglipVisionModel,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -16,7 +17,7 @@ from hub.card_facts import weights_fingerprint
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
 from tests.helpers.cards import RESULT
-from tests.helpers.tiny import clip_config, llama_config, make_tokenizer, spread
+from tests.helpers.tiny import clip_config, llama_config, make_tokenizer, siglip_config, spread
 
 
 SIZE = 16
@@ -33,13 +34,14 @@ STAYS = [
 STAYS += ["language_lora.safetensors", "runs/events.out.tfevents", "checkpoint-3/optimizer.pt", "notes.txt"]
 
 
-def make_tower(feature_layer: int | None = -2, seed: int = 0, **kwargs) -> MoveKDVisionModel:
+def make_tower(feature_layer: int | None = -2, seed: int = 0, siglip: bool = False, **kwargs) -> MoveKDVisionModel:
     """Three layers, two of them after the cut, with routers that use all experts."""
     torch.manual_seed(seed)
-    settings = {"hidden_act": "quick_gelu", "image_size": SIZE}
-    clip = CLIPVisionModel(clip_config(**{name: kwargs.pop(name, value) for name, value in settings.items()}))
-    spread(clip, seed)
-    tower = MoveKDVisionModel.from_clip(clip, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
+    settings = {"image_size": SIZE} if siglip else {"hidden_act": "quick_gelu", "image_size": SIZE}
+    settings = {name: kwargs.pop(name, value) for name, value in settings.items()}
+    encoder = SiglipVisionModel(siglip_config(**settings)) if siglip else CLIPVisionModel(clip_config(**settings))
+    spread(encoder, seed)
+    tower = MoveKDVisionModel.from_encoder(encoder, feature_layer, **({"lora_rank": 4, "lora_alpha": 4.0} | kwargs))
     for name, part in tower.named_modules():
         if name.endswith(("router", "experts")):
             spread(part, seed + 1)

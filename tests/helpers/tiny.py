@@ -3,7 +3,7 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -22,6 +22,11 @@ def spread(module: nn.Module, seed: int) -> None:
 def clip_config(**kwargs) -> CLIPVisionConfig:
     """Three layers over 4 x 4 patches; `kwargs` are more fields of the configuration, or other values."""
     return CLIPVisionConfig(**SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4} | kwargs)
+
+
+def siglip_config(**kwargs) -> SiglipVisionConfig:
+    """As above; one pixel a side is left over, as in SigLIP's so400m-patch14-384."""
+    return SiglipVisionConfig(**SIZES | {"num_hidden_layers": 3, "image_size": 17, "patch_size": 4} | kwargs)
 
 
 def llama_config(**kwargs) -> LlamaConfig:

@@ -51,6 +51,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             make_model(make_tower(num_experts=0), tied=True, image_aspect_ratio="anyres"), root / "plain_anyres"
         ),
         "plain whole": save_model(make_model(make_tower(None, num_experts=0)), root / "plain_whole"),
+        "siglip": save_model(make_model(make_tower(num_experts=0, siglip=True)), root / "siglip"),
+        "siglip anyres": save_model(
+            make_model(make_tower(num_experts=0, siglip=True), image_aspect_ratio="anyres"), root / "siglip_anyres"
+        ),
         "encoder": save_tower(make_tower(), root / "encoder"),
         "images": save_images(root / "images", 10),
     }
@@ -314,7 +318,7 @@ def test_clip_with_the_exact_activation(tmp_path, dtype):
 # --- A stock LLaVA ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "plain anyres", "plain whole"])
+@pytest.mark.parametrize("kind", ["plain", "plain anyres", "plain whole", "siglip", "siglip anyres"])
 @torch.no_grad()
 def test_llava(folders, tmp_path, kind):
     dest = export(folders[kind], tmp_path / "llava", "llava")
@@ -341,7 +345,8 @@ def test_llava(folders, tmp_path, kind):
     answers = [it.generate(**inputs, max_new_tokens=8, do_sample=False) for it in (stock, model)]
     assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
     config = json.loads((dest / "config.json").read_text())
-    assert "auto_map" not in config and config["vision_config"]["model_type"] == "clip_vision_model"
+    vision_type = "siglip_vision_model" if "siglip" in kind else "clip_vision_model"
+    assert "auto_map" not in config and config["vision_config"]["model_type"] == vision_type
     # The same model: what was measured holds for it, and its card says so
     assert metadata(write_card(dest))["model-index"][0]["results"][0]["metrics"][0]["value"] == RESULT["value"]
     # The layout of transformers 4
@@ -520,6 +525,8 @@ def test_refusals(folders, tmp_path, capsys):
     assert "needs a whole model" in refused(
         capsys, save_tower(make_tower(num_experts=0), tmp_path / "t"), out, "--form", "llava"
     )
+    for form, message in (("clip", "without [CLS]"), ("gguf", "`class_token` is False")):
+        assert message in refused(capsys, folders["siglip"], out, "--form", form)
     assert "no dense form" in refused(capsys, folders["plain"], out, "--form", "dense")
     assert "nothing to merge" in refused(
         capsys, folders["plain"], out, "--form", "merged", "--images", folders["images"]

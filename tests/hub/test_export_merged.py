@@ -61,7 +61,7 @@ def test_tokens_of_one_expert_merge_exactly(pixels):
     assert [layer["expert_shares"] for layer in report["layers"]] == [[0, 1, 0]] * 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"expert_bias": True}, {"dense_routing": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"expert_bias": True}, {"dense_routing": True}, {"siglip": True}], ids=str)
 @torch.no_grad()
 def test_report_is_true(pixels, settings):
     """The errors in the report are found again by running the towers on the images that served for nothing else."""
@@ -70,7 +70,7 @@ def test_report_is_true(pixels, settings):
     merged, report = merge_experts(tower, pixels)
     assert all(torch.equal(before[key], value) for key, value in tower.state_dict().items())
     assert report["images"] == {"fitted": 12, "chosen": 4, "measured": 4}
-    plain = make_tower(num_experts=0)
+    plain = make_tower(num_experts=0, siglip=settings.get("siglip", False))
     held_back = torch.stack(pixels[4::5])
     exact = tower(held_back).last_hidden_state
     for name, other in (("merged", merged), ("dropped", plain)):

@@ -132,6 +132,16 @@ def test_only_float32(tmp_path):
         write_onnx(make_tower().bfloat16(), tmp_path / "model.onnx")
 
 
+@torch.no_grad()
+def test_features_of_siglip_are_all_patches(tmp_path):
+    tower = make_tower(siglip=True)
+    report = check_onnx(write_onnx(tower, tmp_path / "model.onnx"), tmp_path / "model.onnx")
+    assert report["tokens_off"] == report["rerouted"] == 0
+    found, expected = run(session(tmp_path), make_pixels()), tower(make_pixels())
+    torch.testing.assert_close(found["features"], expected.last_hidden_state, atol=1e-3, rtol=1e-4)
+    assert found["expert_indices"].shape == (2, 3, 16)
+
+
 # --- Whole models ----------------------------------------------------------------------------------------------------
 
 IDS = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

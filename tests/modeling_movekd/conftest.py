@@ -17,11 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    SiglipVisionModel,
 )
 
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 from modeling_movekd.processing import build_processor
-from tests.helpers.tiny import VOCABULARY, spread
+from tests.helpers.tiny import VOCABULARY, siglip_config, spread
 from tests.helpers.tiny import make_tokenizer as byte_tokenizer
 
 
@@ -71,6 +72,19 @@ def make_clip() -> Callable[..., CLIPVisionModel]:
 
 
 @pytest.fixture(scope="session")
+def make_siglip() -> Callable[..., SiglipVisionModel]:
+    """As SigLIP 2 of a fixed resolution too, which has the same class; the sizes of `make_clip`."""
+
+    def make(seed: int = 0, **sizes) -> SiglipVisionModel:
+        torch.manual_seed(seed)
+        model = SiglipVisionModel(siglip_config(**{"num_hidden_layers": 4, "image_size": 16} | sizes))
+        spread(model, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_language() -> Callable[..., PreTrainedModel]:
     def make(family: str = "llama", seed: int = 1, **kwargs) -> PreTrainedModel:
         torch.manual_seed(seed)
@@ -82,12 +96,13 @@ def make_language() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def make_tower(make_clip) -> Callable[..., MoveKDVisionModel]:
-    """A tower whose experts do something: `expert_init="zero"` would hide them."""
+def make_tower(make_clip, make_siglip) -> Callable[..., MoveKDVisionModel]:
+    """A tower whose experts do something: `expert_init="zero"` would hide them. `base` is "clip" or "siglip"."""
 
-    def make(seed: int = 0, feature_layer: int | None = -2, **kwargs) -> MoveKDVisionModel:
+    def make(seed: int = 0, feature_layer: int | None = -2, base: str = "clip", **kwargs) -> MoveKDVisionModel:
         settings = {"lora_rank": 4, "lora_alpha": 8.0, "expert_init": "kaiming"} | kwargs
-        tower = MoveKDVisionModel.from_clip(make_clip(seed), feature_layer=feature_layer, **settings)
+        encoder = {"clip": make_clip, "siglip": make_siglip}[base](seed)
+        tower = MoveKDVisionModel.from_encoder(encoder, feature_layer=feature_layer, **settings)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in tower.named_parameters():
             if "router" in name or "expert" in name:

@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Gen
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
-CODE = {"configuration_movekd.py", "experts_movekd.py", "vision_movekd.py", "visualization_movekd.py"}
+CODE = {
+    *("base_encoders_movekd.py", "configuration_movekd.py", "experts_movekd.py", "vision_movekd.py"),
+    "visualization_movekd.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,13 @@ def test_save_and_load(make_model, batch, tmp_path, family, dtype):
 
 @pytest.mark.parametrize(
     "tower",
-    [{}, {"num_experts": 0}, {"num_experts": 5, "expert_bias": True, "dense_routing": True}, {"feature_layer": None}],
+    [
+        {},
+        {"num_experts": 0},
+        {"num_experts": 5, "expert_bias": True, "dense_routing": True},
+        {"feature_layer": None},
+        {"base": "siglip"},
+    ],
     ids=str,
 )
 def test_save_and_load_the_tower(make_tower, pixels, tmp_path, tower):

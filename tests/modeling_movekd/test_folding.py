@@ -11,7 +11,13 @@ from torch import nn
 from modeling_movekd import MoveKDForConditionalGeneration, MoveKDVisionModel
 
 
-FORMS = [{}, {"expert_bias": True}, {"dense_routing": True, "expert_bias": True}, {"num_experts": 1}]
+FORMS = [
+    {},
+    {"expert_bias": True},
+    {"dense_routing": True, "expert_bias": True},
+    {"num_experts": 1},
+    {"base": "siglip"},
+]
 
 
 def mlps(tower: MoveKDVisionModel) -> list[nn.Module]:

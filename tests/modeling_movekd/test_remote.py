@@ -21,12 +21,14 @@ import modeling_movekd
 PACKAGE = Path(modeling_movekd.__file__).parent
 COPIED = sorted(PACKAGE.glob("*_movekd.py"))
 MODEL_CODE = {
+    "base_encoders_movekd.py",
     "configuration_movekd.py",
     "experts_movekd.py",
     "modeling_movekd.py",
     "vision_movekd.py",
     "visualization_movekd.py",
 }
+WHOLE = ("pad", "anyres", "tied", "siglip")
 QUESTION = "What is this?"
 
 # Run by an isolated interpreter (no PYTHONPATH, no current folder); an editable install of this repository, which puts
@@ -139,6 +141,7 @@ def published(make_model, make_tower, make_processor, make_image, tmp_path_facto
         "pad": make_model(),
         "anyres": make_model("qwen3", image_aspect_ratio="anyres"),
         "tied": make_model("smollm", tower={"num_experts": 0}),
+        "siglip": make_model("qwen3", tower={"base": "siglip"}),
         "encoder": make_tower(),
     }
     for kind, model in models.items():
@@ -165,7 +168,7 @@ def test_types(report):
     assert (
         report["encoder"].items() >= {"config": "MoveKDVisionConfig", "model": "MoveKDVisionModel", "size": 16}.items()
     )
-    for kind in ("pad", "anyres", "tied"):
+    for kind in WHOLE:
         found = report[kind]
         assert found["config"] == "MoveKDConfig" and found["max_new_tokens"] == 9
         assert {found[name] for name in ("model", "generation", "pipeline")} == {"MoveKDForConditionalGeneration"}
@@ -173,7 +176,7 @@ def test_types(report):
     assert all(found["module"].startswith("transformers_modules.") for found in report.values())
 
 
-@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+@pytest.mark.parametrize("kind", WHOLE)
 def test_engines_build_the_model_without_its_head(published, report, kind):
     names = [f"model.{name}" for name in published[1][kind].model.state_dict()]
     for engine in ("vllm", "sglang"):
@@ -200,7 +203,7 @@ def check_logits_and_answer(root, models, report, make_image, kind):
     assert answer and report[kind]["answer"] == report[kind]["piped"] == answer
 
 
-@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+@pytest.mark.parametrize("kind", WHOLE)
 def test_a_pipeline_answers_chats_of_several_images_in_batches(report, kind):
     """As one by one: padding changes nothing."""
     alone, batches = report[kind]["alone"], report[kind]["batches"]
@@ -216,7 +219,7 @@ def check_features(root, models):
     torch.testing.assert_close(outputs["router"], expected.router_probabilities[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pad", "anyres", "tied"])
+@pytest.mark.parametrize("kind", WHOLE)
 def test_same_logits_and_same_answer(published, report, make_image, kind):
     check_logits_and_answer(*published, report, make_image, kind)
 
@@ -239,7 +242,7 @@ def test_the_oldest_and_the_newest_transformers_give_the_same(published, make_im
     report = visit(
         {kind: root / kind for kind in models}, root / "image.png", root / "pixels.safetensors", tmp_path, python
     )
-    for kind in ("pad", "anyres", "tied"):
+    for kind in WHOLE:
         check_logits_and_answer(root, models, report, make_image, kind)
     check_features(root, models)
 

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel,
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from modeling_movekd import MoveKDVisionModel
-from modeling_movekd.vision_movekd import load_strictly
+from modeling_movekd.base_encoders_movekd import load_strictly
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,9 @@ def compile_and_compare(make_tower, pixels, backend: str, **settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"dense_routing": True}, {"router_gradient": "none", "expert_bias": True}], ids=str
+    "settings",
+    [{}, {"dense_routing": True}, {"router_gradient": "none", "expert_bias": True}, {"base": "siglip"}],
+    ids=str,
 )
 def test_compiles_without_graph_breaks(make_tower, pixels, settings):
     compile_and_compare(make_tower, pixels, "aot_eager", **settings)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
+from modeling_movekd.base_encoders_movekd import find_base_encoder, read_model_type
 from train.arguments import ModelArguments
 from train.build import build_distiller, build_teachers, join_parts, set_trainable, teacher_configs
 from train.config import MoveKDSFTConfig
@@ -46,8 +47,9 @@ def build_planned_student(
         # A row for `<image>` from the start: to resize an embedding, transformers reads values, and here are none
         image_token_id = text_config.vocab_size
         text_config.vocab_size += 1
-        clip = CLIPVisionModel._from_config(CLIPVisionConfig.from_pretrained(args.vision_model), dtype=dtype)
-        return join_parts(args, clip, AutoModelForCausalLM.from_config(text_config, dtype=dtype), image_token_id)
+        kind = find_base_encoder(read_model_type(args.vision_model))
+        vision = kind.model_class._from_config(kind.config_class.from_pretrained(args.vision_model), dtype=dtype)
+        return join_parts(args, vision, AutoModelForCausalLM.from_config(text_config, dtype=dtype), image_token_id)
 
 
 @dataclass(frozen=True)
