@@ -264,7 +264,8 @@ class Distiller(nn.ModuleDict):
 
     def _compare_summary(self, name: str, student_summary: Any, summary: Any) -> torch.Tensor:
         """The loss `(batch_size,)` of a teacher's summary."""
-        student, target = self[name].summary(student_summary.unsqueeze(1), summary.unsqueeze(1))
+        head: Any = self[name].summary
+        student, target = head(student_summary.unsqueeze(1), summary.unsqueeze(1))
         return token_losses(student, target, self.summary_loss, self.cosine_share).squeeze(1)
 
     def _compare(
