@@ -11,7 +11,7 @@ import yaml
 from trl import TrlParser
 
 from train.arguments import DataArguments, ModelArguments
-from train.build import STUDENT_FIELDS
+from train.build_encoder import STUDENT_FIELDS
 from train.config import MoveKDSFTConfig
 from train.distributed import accumulation_steps
 from train.teachers.config import resolve_teacher
@@ -25,6 +25,8 @@ PAIRS = [(f"{name}-pretrain", f"{name}-finetune") for name in (*PAPER, "next-7b"
 ]
 PAIRS += [("v1.0-7b-pretrain", f"v1.0-7b-finetune-{kind}") for kind in ("lora", "qlora")]
 
+ENCODERS = ["encoder-cpu", "encoder-large", "encoder-small"]
+
 
 def parse(name: str, *flags: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
@@ -35,8 +37,8 @@ def teacher_names(args: MoveKDSFTConfig) -> list[str]:
     return [spec if isinstance(spec, str) else spec["name"] for spec in args.teachers or []]
 
 
-def test_every_recipe_is_half_of_a_pair():
-    assert sorted({name for pair in PAIRS for name in pair}) == RECIPES
+def test_every_recipe_is_half_of_a_pair_or_makes_an_encoder():
+    assert sorted({name for pair in PAIRS for name in pair} | {*ENCODERS}) == RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -45,8 +47,9 @@ def test_recipe_parses_and_says_what_it_means(name: str, tmp_path: Path):
     text = (FOLDER / f"{name}.yaml").read_text()
     keys = yaml.safe_load(text)
     assert keys["output_dir"] == f"outputs/{name}"
-    assert "pretrain" in name if args.stage == "pretrain" else "finetune" in name
-    assert bool(model.model_name_or_path) != bool(args.vision_model and args.language_model)
+    assert args.stage in name
+    assert bool(model.model_name_or_path) != bool(args.vision_model)
+    assert bool(args.language_model) == (args.stage == "pretrain")
     assert data.dataset_name
     for key, value in keys.items():
         owner = next(part for part in (data, args, model) if hasattr(part, key))
