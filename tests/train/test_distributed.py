@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     # Of the 12 rows to evaluate on, the second process gets some twice
     "encoder": {
         **{"stage": "encoder", "language_model": None, "validation_share": 0.25, "eval_strategy": "steps"},
-        **{"eval_steps": 4, "lambda_balance": 1.0},
+        **{"eval_steps": 4, "lambda_balance": 1.0, "ddp_find_unused_parameters": False},
     },
     "grouped": {"dataset": "mixed", "group_by_modality_length": True, "activation_checkpointing": False},
 }
