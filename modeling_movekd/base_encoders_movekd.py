@@ -65,7 +65,8 @@ class MoveKDPatchEmbeddings(SiglipVisionEmbeddings):
             raise ValueError(
                 f"Input image size ({height}*{width}) doesn't match model ({self.image_size}*{self.image_size})."
             )
-        return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        # The convolution's channels come first in memory, and every layer behind it would keep that order
+        return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).contiguous()
 
 
 def build_embeddings(config: MoveKDVisionConfig) -> CLIPVisionEmbeddings | MoveKDPatchEmbeddings:

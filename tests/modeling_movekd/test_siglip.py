@@ -119,6 +119,7 @@ def test_refusals(make_siglip, make_tower, make_language, pixels):
 def test_records_of_all_patches(make_tower, make_model, pixels):
     output = make_tower(base="siglip")(pixels, output_router_probabilities=True, output_expert_indices=True)
     assert len(output.expert_indices) == 3 and output.expert_indices[0].shape == (3, 16)
+    assert output.last_hidden_state.is_contiguous()
     model = make_model("qwen3", tower={"base": "siglip"})
     assert model.config.vision_feature_select_strategy == "full" and model.config.image_seq_length == 16
     features = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state)
