@@ -27,12 +27,13 @@ from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor, load_processor
 from train.arguments import DataArguments, ModelArguments
-from train.build import build_collator, teacher_configs
+from train.build import build_collator, build_image_collator, teacher_configs
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
+from train.data.image_collator import ImageCollator
 from train.distributed import timeouts_named
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode, shard_checksum
 from train.teachers.cached import (
@@ -91,10 +92,27 @@ def processor_of_recipe(args: MoveKDSFTConfig, model_args: ModelArguments) -> Pr
     )
 
 
+def collator_of_recipe(
+    args: MoveKDSFTConfig, model_args: ModelArguments, teachers: Mapping[str, FrozenTeacher]
+) -> MoveKDCollator | ImageCollator:
+    """The collator of training, for teachers' pixels only, without loading the student."""
+    if args.stage == "encoder":
+        source = model_args.model_name_or_path or args.vision_model
+        if source is None:
+            raise ValueError("The recipe names no encoder. Set `vision_model`, or `model_name_or_path`.")
+        image_processor = AutoImageProcessor.from_pretrained(
+            source, revision=model_args.model_revision, backend="pil", trust_remote_code=False
+        )
+        return build_image_collator(args, image_processor, teachers)
+    collator = build_collator(args, processor_of_recipe(args, model_args), teachers)
+    # The text does not matter here, nor does its length
+    return dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)
+
+
 class _TeacherPixels(torch.utils.data.Dataset):
     """For each row the pixels of one teacher, the checksums of the images, and the bad rows."""
 
-    def __init__(self, dataset: Dataset, collator: MoveKDCollator, teacher: str) -> None:
+    def __init__(self, dataset: Dataset, collator: MoveKDCollator | ImageCollator, teacher: str) -> None:
         self.dataset, self.collator, self.teacher = dataset, collator, teacher
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
@@ -162,14 +180,17 @@ def _write_cache(
     state = PartialState()
     bad_rows = BadRows(None, data_args.max_bad_row_share, data_args.max_bad_rows)
     loaded = load_train_and_validation(
-        data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc
+        data_args,
+        bad_rows,
+        args.seed,
+        args.eval_strategy != "no",
+        args.dataset_num_proc,
+        images_only=args.stage == "encoder",
     )
     datasets = [dataset for dataset in loaded if dataset is not None]
     rows = rows_of(*datasets)
     teachers = {config.name: load_teacher(config) for config in teacher_configs(args)}
-    collator = build_collator(args, processor_of_recipe(args, model_args), teachers)
-    # The text does not matter here, nor does its length
-    collator = dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)
+    collator = collator_of_recipe(args, model_args, teachers)
     blanks = _blank_features(collator, teachers, cache_args.cache_dtype)
     index = _index(folder, rows, collator, teachers, blanks, cache_args)
     layout = ShardLayout(folder, rows, index)
@@ -248,7 +269,7 @@ def _write_shards(
 
 
 def _blank_features(
-    collator: MoveKDCollator, teachers: Mapping[str, FrozenTeacher], dtype: str
+    collator: MoveKDCollator | ImageCollator, teachers: Mapping[str, FrozenTeacher], dtype: str
 ) -> dict[str, dict[str, torch.Tensor]]:
     """By teacher, the encoded features of the black image that a batch without images gets."""
     pixels = collator([{"messages": STAND_IN, "images": []}])["teacher_pixel_values"]
@@ -258,7 +279,7 @@ def _blank_features(
 def _index(
     folder: Path,
     rows: dict[str, list[Any]],
-    collator: MoveKDCollator,
+    collator: MoveKDCollator | ImageCollator,
     teachers: Mapping[str, FrozenTeacher],
     blanks: Mapping[str, Mapping[str, torch.Tensor]],
     cache_args: CacheArguments,
