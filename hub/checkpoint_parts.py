@@ -1,6 +1,7 @@
 """Reads single parts of a MoVE-KD checkpoint: configuration, tower, image processor."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, BaseImageProcessor, CLIPImageProcessor
@@ -57,6 +58,11 @@ def load_tower(folder: Path, dtype: torch.dtype | None = None) -> MoveKDVisionMo
         tower = MoveKDVisionModel._from_config(vision_config, dtype=dtype)
         load_strictly(tower, state_dict, may_lack=lambda key: False, assign=True)
     return tower.eval()
+
+
+def tower_config(config: Any) -> Any:
+    """The configuration of the vision tower: of a whole model its part, of an encoder the configuration itself."""
+    return getattr(config, "vision_config", config)
 
 
 def feature_layer(config: MoveKDConfig | MoveKDVisionConfig) -> int | list[int]:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hub.checkpoint_parts import feature_layer
+from hub.checkpoint_parts import feature_layer, tower_config
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.chat_templates import chat_template_name, set_chat_template, set_own_chat_template
 from modeling_movekd.files import DISTILLER_NAME
@@ -244,7 +244,7 @@ def build_distiller(
     """
     if not teachers:
         return None
-    vision_config, options = getattr(model.config, "vision_config", model.config), args.preset_options()
+    vision_config, options = tower_config(model.config), args.preset_options()
     if options["head_side"] == "teacher" and CLIP in teachers and not vision_config.class_token:
         raise ValueError(
             "The student started from SigLIP and not from the teacher 'clip', which has no adapter with `head_side` "
@@ -357,13 +357,13 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
 
 def _used_layers(config: MoveKDConfig | MoveKDVisionConfig) -> int:
     """The number of the tower's layers up to the one that the projector reads, or would read."""
-    depth, layer = getattr(config, "vision_config", config).num_hidden_layers, feature_layer(config)
+    depth, layer = tower_config(config).num_hidden_layers, feature_layer(config)
     layers = [layer] if isinstance(layer, int) else layer
     return max(index if index >= 0 else depth + 1 + index for index in layers)
 
 
 def _tower_parameter_trains(name: str, config: MoveKDConfig | MoveKDVisionConfig, args: MoveKDSFTConfig) -> bool:
-    tower = getattr(config, "vision_config", config)
+    tower = tower_config(config)
     experts, depth = tower.num_experts > 0, tower.num_hidden_layers
     is_router = "router" in name
     unused = [f"encoder.layers.{index}." for index in range(_used_layers(config), depth)]

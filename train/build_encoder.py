@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 
+from hub.checkpoint_parts import tower_config
 from modeling_movekd import MoveKDConfig, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.inference import check_weights, read_config
 from modeling_movekd.processing import check_image_processor
@@ -24,14 +25,14 @@ def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
 
 def image_settings(config: MoveKDConfig | MoveKDVisionConfig) -> dict[str, Any]:
     """The values of `cut_tower` and, with a language model, `image_aspect_ratio` that a student was built with."""
-    tower = getattr(config, "vision_config", config)
+    tower = tower_config(config)
     settings = {"cut_tower": not tower.add_pooling_layer}
     return settings if tower is config else settings | {"image_aspect_ratio": config.image_aspect_ratio}
 
 
 def refuse_other_options(args: MoveKDSFTConfig, config: MoveKDConfig | MoveKDVisionConfig, source: str) -> None:
     """Refuse to continue a student with other options than it was built with."""
-    tower = getattr(config, "vision_config", config)
+    tower = tower_config(config)
     compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
     saved = {name: getattr(tower, name) for name in compared} | image_settings(config)
     differing = {name: (value, getattr(args, name)) for name, value in saved.items() if value != getattr(args, name)}

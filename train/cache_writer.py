@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
+from hub.checkpoint_parts import tower_config
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor, load_processor
@@ -79,7 +80,7 @@ def processor_of_recipe(args: MoveKDSFTConfig, model_args: ModelArguments) -> Pr
             "The recipe names no student. Set `model_name_or_path`, or `vision_model` and `language_model`."
         )
     vision = AutoConfig.from_pretrained(args.vision_model, trust_remote_code=False)
-    vision = getattr(vision, "vision_config", vision)
+    vision = tower_config(vision)
     tokenizer = AutoTokenizer.from_pretrained(args.language_model, trust_remote_code=False)
     config = MoveKDConfig(
         vision_config={"image_size": vision.image_size, "patch_size": vision.patch_size},

@@ -160,6 +160,7 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
         else:
             # The mean over all images of the step: Trainer sums over micro-batches and averages over processes
             share = self.accelerator.num_processes / self.get_tp_size() / self._images.clamp(min=1)
+        assert outputs.kd is not None
         loss = self.args.lambda_kd * outputs.kd.sum() * share
         if text is not None:
             loss = text + loss

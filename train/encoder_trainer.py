@@ -46,7 +46,7 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
         model: MoveKDVisionModel,
         args: MoveKDSFTConfig,
         teachers: Mapping[str, Teacher],
-        distiller: Distiller,
+        distiller: Distiller | None,
         bad_rows: BadRows | None = None,
         run_facts: RunFacts | None = None,
         **kwargs: Any,

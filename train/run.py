@@ -1,6 +1,7 @@
 """One stage of training: load, train, save."""
 
 from pathlib import Path
+from typing import Any
 
 from modeling_movekd.inference import longest_context
 from train.arguments import DataArguments, ModelArguments
@@ -58,6 +59,7 @@ def train(
     train_dataset, eval_dataset = load_train_and_validation(
         data_args, bad_rows, args.seed, args.eval_strategy != "no", args.dataset_num_proc, images_only=is_encoder
     )
+    collator: Any
     if is_encoder:
         collator = build_image_collator(args, processor, teachers)
     else:

@@ -120,9 +120,16 @@ class MoveKDTrainer(DistillingMixin, SFTTrainer):
         loss = self._add_losses(text, outputs, inputs["image_weights"], num_items_in_batch)
         return (loss, logits_outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Also let the student answer rows."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.eval_generate and self.eval_dataset is not None:
             show, count = self.accelerator.print, self.args.eval_generate
             with self.compute_loss_context_manager():

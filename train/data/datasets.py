@@ -286,15 +286,15 @@ def load_rows(
 ) -> Dataset | IterableDataset:
     """[`load_conversations`] for rows of any form."""
     folder = _image_root(source, image_folder)
-    is_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
-    rows = open_image_folder(source, split) if is_folder and form is IMAGES else None
-    scanned = rows is not None
-    if not scanned:
+    directory = source if isinstance(source, str | os.PathLike) and os.path.isdir(source) else None
+    scanned = open_image_folder(directory, split) if directory is not None and form is IMAGES else None
+    rows: Any = scanned
+    if scanned is None:
         rows = open_rows(source, split, subset, streaming)
     elif streaming:
-        rows = rows.to_iterable_dataset()
-    if is_folder and (scanned or _is_image_folder(rows)):
-        folder = os.path.abspath(source)
+        rows = scanned.to_iterable_dataset()
+    if directory is not None and (scanned is not None or _is_image_folder(rows)):
+        folder = os.path.abspath(directory)
     name = _report_name(source, split, subset) if name is None else name
     if form is IMAGES and isinstance(rows, Dataset | IterableDataset):
         rows = only_images(rows, name)

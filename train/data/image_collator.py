@@ -67,7 +67,7 @@ class ImageCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         decoded, problems = decode_rows(rows, self.apply_orientation)
         images = [image for of_row in decoded for image in of_row or [black_image(self.image_processor)]]
-        image_rows = [position for position, of_row in enumerate(decoded) for _ in of_row or [None]]
+        image_rows = [position for position, of_row in enumerate(decoded) for _ in range(max(1, len(of_row)))]
         batch: dict[str, Any] = {
             "pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
             "image_weights": torch.tensor([float(bool(decoded[position])) for position in image_rows]),
@@ -178,7 +178,7 @@ def teacher_pixels(
     Returns:
         By teacher, float32 `(num_images, 3, size, size)`.
     """
-    shared = geometry == "shared"
+    images, shared = list(images), geometry == "shared"
     if shared and preprocessors:
         images = [shared_crop(image, image_processor) for image in images]
     if tiles:
