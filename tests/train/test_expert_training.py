@@ -15,7 +15,7 @@ from train.build import DISTILLER_OPTIONS, build_student
 from train.callbacks import STEPS_WATCHED
 from train.config import PRESETS
 from train.distillation.distiller import Distiller
-from train.forward import distil
+from train.forward import add_encoder_forward, distil
 
 
 RATE = 0.125
@@ -58,7 +58,14 @@ def test_each_teacher_trains_its_expert_alone(arguments) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MoveKDVisionConfig(
-        **sizes, image_size=20, patch_size=5, num_experts=3, lora_rank=2, lora_dropout=0.0, expert_init="kaiming"
+        **sizes,
+        image_size=20,
+        patch_size=5,
+        num_experts=3,
+        lora_rank=2,
+        lora_dropout=0.0,
+        expert_init="kaiming",
+        add_pooling_layer=False,
     )
     tower, pixels = MoveKDVisionModel(config), torch.randn(4, 3, 20, 20)
     teachers = {"clip": (16, (4, 4)), "eva": (10, (8, 8)), "sam": (24, (5, 5))}
@@ -85,6 +92,13 @@ def test_each_teacher_trains_its_expert_alone(arguments) -> None:
                 elif "router" in key:
                     assert (parameter.grad is not None and parameter.grad.any()) == (vision is None), key
             assert returned is vision or returned.router_probabilities
+
+    kd = distil(tower, config, distiller, pixels, features, -1, "teacher")[0].loss
+    tower.distiller = distiller
+    add_encoder_forward(tower, "bias", "teacher")
+    outputs = tower(pixels, image_weights=torch.ones(4), teacher_features=features)
+    torch.testing.assert_close(outputs.kd, kd)
+    assert outputs.balance is None and outputs.expert_tokens.sum(dim=1).tolist() == [64, 64]
 
 
 def test_text_trains_routers_and_experts_and_distillation_the_experts(arguments, tmp_path: Path) -> None:
