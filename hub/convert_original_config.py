@@ -129,6 +129,10 @@ def config_to_original(
         raise ValueError(f"The language model is of type {text.model_type!r}; the original code runs 'llama' alone.")
     if vision.num_experts and not vision.expert_bias:
         raise ValueError("The experts have no biases, which the original code needs. Train with `expert_bias: true`.")
+    if vision.num_experts and vision.balance_bias:
+        raise ValueError(
+            "The routers have a `balance_bias`, which the original code lacks. Train with a balance loss."
+        )
     if config.image_aspect_ratio != "pad":
         raise ValueError(f"`image_aspect_ratio` is {config.image_aspect_ratio!r}; the original code needs 'pad'.")
     rope = dict(text.rope_parameters or {})

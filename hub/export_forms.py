@@ -92,9 +92,10 @@ def make_dense(tower: MoveKDVisionModel, pixels: Sequence[torch.Tensor]) -> floa
     if tower.config.num_experts == 0:
         raise ValueError("The tower has no experts (`num_experts` is 0), so it has no dense form. Use `encoder`.")
     before = [features(tower, image) for image in pixels]
-    tower.config.dense_routing = True
+    tower.config.dense_routing, tower.config.balance_bias = True, False
     for layer in tower.encoder.layers:
         layer.mlp.dense_routing = True  # type: ignore[union-attr]
+        layer.mlp.router.balance_bias = None  # type: ignore[union-attr]  # which only serves to choose one expert
     if not before:
         return None
     changed = torch.cat([features(tower, image) for image in pixels]).float()

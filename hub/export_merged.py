@@ -176,7 +176,7 @@ def merge_layer(mlp: MixtureOfLoraExpertsMLP, inputs: list[torch.Tensor], rank: 
 def without_experts(tower: MoveKDVisionModel, updates: dict[str, torch.Tensor]) -> MoveKDVisionModel:
     """The tower with plain MLPs. `updates` replace its own weights."""
     config = copy.deepcopy(tower.config)
-    config.num_experts = 0
+    config.num_experts, config.expert_teachers = 0, None
     state_dict = {key: value for key, value in tower.state_dict().items() if not is_expert_key(key)} | updates
     with init.no_init_weights():
         plain = MoveKDVisionModel._from_config(config, dtype=tower.dtype)

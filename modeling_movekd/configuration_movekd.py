@@ -36,6 +36,9 @@ class MoveKDVisionConfig(CLIPVisionConfig):
             probability, instead of using the most probable expert alone.
         router_gradient (`str`, *optional*, defaults to `"straight_through"`): Gradient of the router under top-1
             routing. With `"straight_through"` the router learns from the task, with `"none"` only from a balance loss.
+        balance_bias (`bool`, *optional*, defaults to `False`): Whether each router has a bias that is added for the
+            choice of the expert alone, and that training moves to balance the load (arXiv 2408.15664).
+        expert_teachers (`list[str]`, *optional*): The teacher that each expert was trained by, if each had its own.
         expert_init (`str`, *optional*, defaults to `"zero"`): `"zero"` initializes the up-projections to zero, so that
             the tower starts as CLIP. `"kaiming"` draws both projections at random.
         add_pooling_layer (`bool`, *optional*, defaults to `True`): Whether the tower has CLIP's final layer norm and a
@@ -55,6 +58,8 @@ class MoveKDVisionConfig(CLIPVisionConfig):
     expert_bias: bool = False
     dense_routing: bool = False
     router_gradient: str = "straight_through"
+    balance_bias: bool = False
+    expert_teachers: list[str] | None = None
     expert_init: str = "zero"
     add_pooling_layer: bool = True
     class_token: bool = True
@@ -88,6 +93,10 @@ class MoveKDVisionConfig(CLIPVisionConfig):
         if self.add_pooling_layer and not self.class_token:
             raise ValueError(
                 "`add_pooling_layer` is True, but without `class_token` there is no [CLS] to pool. Set it to False."
+            )
+        if self.balance_bias and self.dense_routing:
+            raise ValueError(
+                "`balance_bias` is true, but `dense_routing` chooses no expert. Set one of them to false."
             )
         validate_choice("router_gradient", self.router_gradient, ("straight_through", "none"))
         validate_choice("expert_init", self.expert_init, ("zero", "kaiming"))

@@ -49,12 +49,19 @@ class ExpertRouter(nn.Module):
 
     It holds parameters instead of an `nn.Linear`, so that LoRA's `"all-linear"` and quantizers leave it alone. It is a
     module, so that a forward hook can record its output.
+
+    With `config.balance_bias`, the buffer `balance_bias` of shape `(num_experts,)` is added to the probabilities for
+    the choice alone (loss-free balancing, arXiv 2408.15664, equation 3). Training moves it by [`move_balance_bias`].
     """
+
+    balance_bias: torch.Tensor | None
 
     def __init__(self, config: MoveKDVisionConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts))
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.balance_bias else None
+        self.register_buffer("balance_bias", bias)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -62,12 +69,37 @@ class ExpertRouter(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Input of the MLP.
 
         Returns:
-            Probabilities `(batch_size, sequence_length, num_experts)` in float32, and the index of the most probable
-            expert `(batch_size, sequence_length)`.
+            Probabilities `(batch_size, sequence_length, num_experts)` in float32, and the index of the chosen expert
+            `(batch_size, sequence_length)`: the most probable one, after `balance_bias` is added.
         """
         logits = nn.functional.linear(hidden_states, self.weight, self.bias)
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-        return probabilities, probabilities.argmax(dim=-1)
+        scores = probabilities if self.balance_bias is None else probabilities + self.balance_bias
+        return probabilities, scores.argmax(dim=-1)
+
+    @torch.no_grad()
+    def move_balance_bias(self, load: torch.Tensor, rate: float) -> None:
+        """
+        Move `balance_bias` towards an equal load: `b_i += rate * sign(mean(load) - load_i)` (loss-free balancing,
+        arXiv 2408.15664, algorithm 1).
+
+        Args:
+            load (`torch.Tensor` of shape `(num_experts,)`): Tokens of each expert in an optimizer step, over all
+                processes.
+            rate (`float`): Size of a move.
+        """
+        if self.balance_bias is None:
+            raise ValueError("This router has no `balance_bias`. Build the tower with `balance_bias=True`.")
+        load = load.to(self.balance_bias)
+        self.balance_bias += rate * (load.mean() - load).sign()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        bias = self.balance_bias
+        module = super()._apply(fn, recurse)
+        if bias is not None:
+            # bfloat16 would lose small moves. A change of dtype leaves integers alone.
+            self.balance_bias = fn(bias.view(torch.int32)).view(torch.float32)
+        return module
 
 
 class LoraExperts(nn.Module):
@@ -94,7 +126,12 @@ class LoraExperts(nn.Module):
             self.register_parameter("bias_b", None)
 
     def forward(
-        self, hidden_states: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, in_place: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        base: torch.Tensor,
+        gates: torch.Tensor,
+        in_place: bool = False,
+        detach: bool = False,
     ) -> torch.Tensor:
         """
         Compute `base + scaling * sum_i gates_i * B_i(A_i(hidden_states))`.
@@ -107,16 +144,21 @@ class LoraExperts(nn.Module):
             base (`torch.Tensor` of shape `(batch_size * sequence_length, out_features)`): Output of the linear layer.
             gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
             in_place (`bool`, *optional*, defaults to `False`): Whether to overwrite `base`.
+            detach (`bool`, *optional*, defaults to `False`): Whether to keep the gradient from the experts' weights.
 
         Returns:
             `torch.Tensor` of the shape of `base`.
         """
-        return self.add_up_projection(base, *self.down_project(hidden_states, gates), in_place)
+        return self.add_up_projection(base, *self.down_project(hidden_states, gates, detach), in_place, detach)
 
-    def down_project(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def down_project(
+        self, hidden_states: torch.Tensor, gates: torch.Tensor, detach: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute `A(hidden_states)` for all experts and apply the gates, see [`LoraExperts.apply_gates`]."""
-        ranks = nn.functional.linear(self.dropout(hidden_states), self.weight_a, self.bias_a)
-        return self.apply_gates(ranks, gates)
+        weight, bias = self.weight_a, self.bias_a
+        if detach:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return self.apply_gates(nn.functional.linear(self.dropout(hidden_states), weight, bias), gates)
 
     def apply_gates(self, ranks: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -127,12 +169,13 @@ class LoraExperts(nn.Module):
         return (ranks.unflatten(-1, (-1, self.rank)) * gates.unsqueeze(-1)).flatten(-2), gates
 
     def add_up_projection(
-        self, base: torch.Tensor, ranks: torch.Tensor, gates: torch.Tensor, in_place: bool
+        self, base: torch.Tensor, ranks: torch.Tensor, gates: torch.Tensor, in_place: bool, detach: bool = False
     ) -> torch.Tensor:
         """Add `B(ranks)` and the gated biases of B to `base`. `ranks` and `gates` are those of `apply_gates`."""
         for factors, weight in ((ranks, self.weight_b.t()), (gates, self.bias_b)):
             if weight is not None:
                 # addmm adds the product into the wide activation in one kernel.
+                weight = weight.detach() if detach else weight
                 product = factors.flatten(0, -2).to(base.dtype), weight.to(base.dtype)
                 base = base.addmm_(*product) if in_place else base.addmm(*product)
         return base
@@ -184,12 +227,13 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
 
     Each layer computes `y = fc(x) + alpha / rank * B_i(A_i(x))`, where `i = argmax(softmax(router))`. The router sees
     the input of the MLP once, and its choice holds for both layers. With `dense_routing`, all experts are summed,
-    weighted by their probability.
+    weighted by their probability. Training may choose the experts in place of the router, see
+    [`MixtureOfLoraExpertsMLP.forward`].
     """
 
     def __init__(self, config: MoveKDVisionConfig):
         super().__init__(config)
-        self.dense_routing = config.dense_routing
+        self.num_experts, self.dense_routing = config.num_experts, config.dense_routing
         self.straight_through = config.router_gradient == "straight_through"
         self.router = ExpertRouter(config)
         self.fc1_experts = LoraExperts(config, config.hidden_size, config.intermediate_size)
@@ -213,22 +257,37 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
             gates = gates * (1 + (probabilities - probabilities.detach()))
         return gates
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map `(batch_size, sequence_length, hidden_size)` to the same shape."""
-        gates = self.expert_gates(*self.router(hidden_states))
+    def forward(
+        self, hidden_states: torch.Tensor, experts: torch.Tensor | None = None, detach_experts: bool = False
+    ) -> torch.Tensor:
+        """
+        Map `(batch_size, sequence_length, hidden_size)` to the same shape.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Input.
+            experts (`torch.Tensor` of shape `(batch_size,)`, *optional*): Expert of all tokens of an image, long. The
+                router is then not called.
+            detach_experts (`bool`, *optional*, defaults to `False`): Whether to keep the gradient from the experts'
+                weights. It still reaches the router and the input.
+        """
+        if experts is None:
+            gates = self.expert_gates(*self.router(hidden_states))
+        else:
+            one_hot = nn.functional.one_hot(experts, self.num_experts).float()
+            gates = one_hot.unsqueeze(1).expand(-1, hidden_states.shape[1], -1)
         if self.folded is not None and not torch.is_grad_enabled() and self._has_plain_layers():
             return self._folded_forward(self.folded, hidden_states, gates)
-        intermediate = self.activation_fn(self._layer(self.fc1, self.fc1_experts, hidden_states, gates))
-        return self._layer(self.fc2, self.fc2_experts, intermediate, gates)
+        layer = self._layer(self.fc1, self.fc1_experts, hidden_states, gates, detach_experts)
+        return self._layer(self.fc2, self.fc2_experts, self.activation_fn(layer), gates, detach_experts)
 
     @staticmethod
     def _layer(
-        linear: nn.Module, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor
+        linear: nn.Module, experts: LoraExperts, hidden_states: torch.Tensor, gates: torch.Tensor, detach: bool
     ) -> torch.Tensor:
         # Adapters, ZeRO-3 and hooks may keep the output of `linear`, so it is not overwritten then.
         in_place = type(linear) is nn.Linear and not (linear._forward_hooks or linear._backward_hooks)
         base = linear(hidden_states.flatten(0, -2))
-        return experts(hidden_states, base, gates, in_place).unflatten(0, hidden_states.shape[:-1])
+        return experts(hidden_states, base, gates, in_place, detach).unflatten(0, hidden_states.shape[:-1])
 
     def _folded_forward(self, folded: FoldedWeights, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         ranks, scaled_gates = self.fc1_experts.down_project(hidden_states, gates)

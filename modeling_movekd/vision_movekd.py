@@ -174,6 +174,19 @@ class MoveKDVisionEncoderLayer(CLIPEncoderLayer):
         if config.num_experts > 0:
             self.mlp = MixtureOfLoraExpertsMLP(config)
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
+        detach_experts: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As in CLIP. `experts` and `detach_experts` are those of [`MixtureOfLoraExpertsMLP.forward`]."""
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)[0]
+        choice = () if experts is None and not detach_experts else (experts, detach_experts)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states), *choice)
+
     def cls_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Compute the attention of [CLS], `(batch_size, num_heads, sequence_length)`, from the layer's input. The layer
@@ -262,6 +275,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         elif isinstance(module, ExpertRouter):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
+            if module.balance_bias is not None:
+                init.zeros_(module.balance_bias)
         elif isinstance(module, LoraExperts):
             # Kaiming-uniform. The fan-in of an up-projection is the rank of one expert, not the width of `weight_b`.
             in_features, rank = module.weight_a.shape[1], module.rank
@@ -355,6 +370,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         cls_attention_layer: int | None = None,
+        experts: torch.Tensor | None = None,
+        detach_experts: bool = False,
         **kwargs: Any,
     ) -> MoveKDVisionOutput:
         r"""
@@ -363,14 +380,19 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): Whether to accept other image sizes.
             cls_attention_layer (`int`, *optional*): Layer whose [CLS] attention is recorded. A tower without
                 `class_token` has none.
+            experts, detach_experts (*optional*): As in [`MixtureOfLoraExpertsMLP.forward`], for all layers.
         """
+        if (experts is not None or detach_experts) and not self.config.num_experts:
+            raise ValueError("`experts` or `detach_experts` is given, but the tower has no experts. Leave it out.")
         if pixel_values.dim() != 4:
             raise ValueError(
                 f"`pixel_values` has {pixel_values.dim()} dimensions {tuple(pixel_values.shape)}; 4 are expected: "
                 "(batch_size, num_channels, height, width)."
             )
         hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
-        hidden_states, cls_attention = self.encoder(hidden_states, cls_attention_layer=cls_attention_layer, **kwargs)
+        hidden_states, cls_attention = self.encoder(
+            hidden_states, cls_attention_layer, experts=experts, detach_experts=detach_experts, **kwargs
+        )
         pooler_output = None if self.post_layernorm is None else self.post_layernorm(hidden_states[:, 0])
         return MoveKDVisionOutput(
             last_hidden_state=hidden_states, pooler_output=pooler_output, cls_attention=cls_attention

@@ -17,7 +17,14 @@ ROOMS = {
 # Inside `train`, from the bottom up: a module imports those of lower floors and of its own.
 FLOORS = (
     (
-        *("train.presets", "train.config", "train.encoder_options", "train.checkpoints", "train.arguments"),
+        *(
+            "train.presets",
+            "train.config",
+            "train.encoder_options",
+            "train.expert_options",
+            "train.checkpoints",
+            "train.arguments",
+        ),
         *("train.teachers", "train.distributed"),
     ),
     ("train.data", "train.distillation", "train.language_lora"),

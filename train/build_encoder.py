@@ -11,6 +11,7 @@ from modeling_movekd.inference import check_weights, read_config
 from modeling_movekd.processing import check_image_processor
 from train.arguments import ModelArguments
 from train.config import MoveKDSFTConfig
+from train.teachers.config import resolve_teacher
 
 
 # Options that a saved student has decided. A run that continues the student must give the same values.
@@ -20,7 +21,33 @@ STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "exp
 def tower_settings(args: MoveKDSFTConfig) -> dict[str, Any]:
     """The arguments of `MoveKDVisionModel.from_encoder` for a new student."""
     settings = {name: getattr(args, name) for name in (*STUDENT_FIELDS, "expert_init")}
+    settings |= {"balance_bias": args.balance_form == "bias", "expert_teachers": expert_teachers(args)}
     return settings | {"feature_layer": -2 if args.cut_tower else None}
+
+
+def expert_teachers(args: MoveKDSFTConfig) -> list[str] | None:
+    """The names of the teachers in the order of their experts; `None` unless each teacher has one."""
+    if args.expert_assignment == "router":
+        return None
+    return [resolve_teacher(spec, args.distillation_preset == "released").name for spec in args.teachers or []]
+
+
+def refuse_other_experts(args: MoveKDSFTConfig, tower: MoveKDVisionConfig, source: str) -> None:
+    """Refuse to train a saved student's experts and routers in another way than before."""
+    if args.freeze_vision_tower or not tower.num_experts:
+        return
+    if tower.balance_bias != (args.balance_form == "bias"):
+        raise ValueError(
+            f"`balance_form` is {args.balance_form!r}, but the routers of {source} have "
+            f"{'a' if tower.balance_bias else 'no'} bias that balances them. "
+            f"{'Set it to `bias`' if tower.balance_bias else 'Choose another form'}, as before."
+        )
+    if (names := expert_teachers(args)) not in (None, tower.expert_teachers):
+        raise ValueError(
+            f"The teachers {names} are to have an expert each, but the experts of {source} were trained by "
+            f"{tower.expert_teachers or 'all teachers'}. Give the same teachers in the same order, or set "
+            "`expert_assignment: router`."
+        )
 
 
 def image_settings(config: MoveKDConfig | MoveKDVisionConfig) -> dict[str, Any]:
@@ -41,6 +68,7 @@ def refuse_other_options(args: MoveKDSFTConfig, config: MoveKDConfig | MoveKDVis
             f"{source} was built with other options than this run asks for (saved, asked): {differing}. Give the "
             "saved values."
         )
+    refuse_other_experts(args, tower, source)
 
 
 def is_saved_encoder(source: str) -> bool:

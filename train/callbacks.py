@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd import MoveKDVisionModel
-from modeling_movekd.experts_movekd import LoraExperts
+from modeling_movekd.experts_movekd import ExpertRouter, LoraExperts
 from modeling_movekd.visualize_page import SMALLEST_PICTURE, picture_files
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
@@ -305,3 +305,33 @@ class GradientGuard(TrainerCallback):
         flat = torch.cat([flag.to(self.accelerator.device) for flag in flags])
         flat = self.accelerator.reduce(flat, reduction="sum")
         return [part.tolist() for part in flat.split([flag.numel() for flag in flags])]
+
+
+class BalanceBiasCallback(TrainerCallback):
+    """
+    Moves the routers' `balance_bias` after each optimizer step (loss-free balancing, arXiv 2408.15664). Does nothing
+    if the routers have none.
+
+    Args:
+        model (`nn.Module`): The model in training.
+        rate (`float`, *optional*): Size of a move.
+    """
+
+    def __init__(self, model: nn.Module, rate: float | None) -> None:
+        routers = [module for module in model.modules() if isinstance(module, ExpertRouter)]
+        self.routers = [router for router in routers if router.balance_bias is not None]
+        self.rate = rate
+        self.load: torch.Tensor | None = None
+
+    def count_tokens(self, expert_tokens: torch.Tensor) -> None:
+        """Add the tokens of each expert in a micro-batch, `(num_layers, num_experts)`, summed over all processes."""
+        if self.routers:
+            self.load = expert_tokens if self.load is None else self.load + expert_tokens
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.load is not None and self.rate is not None:
+            for router, load in zip(self.routers, self.load, strict=True):
+                router.move_balance_bias(load, self.rate)
+        self.load = None

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from hub.card_licenses import check_license
 from train.distributed import accumulation_steps, join_cpu_processes
 from train.encoder_options import check_student_image_sizes, refuse_unused_options
+from train.expert_options import check_expert_assignment, set_balance
 from train.presets import PRESETS, preset_option
 
 
@@ -81,6 +82,12 @@ class MoveKDSFTConfig(SFTConfig):
     lora_rank: int = HfArg(default=32, help="Rank of each expert.")
     lora_alpha: float = HfArg(default=1.0, help="The output of an expert is scaled by lora_alpha / lora_rank.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout on the input of the experts.")
+    expert_assignment: Literal["router", "teacher"] = HfArg(
+        default="router",
+        help="Who chooses the expert for the distillation loss: the `router`, or with `teacher` each teacher has its "
+        "own, one of `num_experts`.",
+    )
+    balance_rate: float | None = HfArg(default=None, help="A step of `balance_form: bias`; 0.001 by default.")
     freeze_vision_tower: bool = HfArg(default=False, help="Freeze the whole vision tower, including its experts.")
     freeze_base_tower: bool = HfArg(
         default=False,
@@ -210,8 +217,10 @@ class MoveKDSFTConfig(SFTConfig):
         "Probability with which a teacher is dropped for an image, but for the one with the largest loss.",
     )
     lambda_kd: float | None = preset_option("lambda_kd", "Weight of the distillation loss.")
-    balance_form: Literal["per_layer", "pooled"] | None = preset_option(
-        "balance_form", "Balance loss of the routers: `per_layer` and then averaged, or over the `pooled` layers."
+    balance_form: Literal["per_layer", "pooled", "bias"] | None = preset_option(
+        "balance_form",
+        "Balance loss of the routers: `per_layer` and then averaged, or over the `pooled` layers. `bias` has no loss, "
+        "but a bias on the choice.",
     )
     lambda_balance: float | None = preset_option("lambda_balance", "Weight of the balance loss.")
     distill_text_only_rows: bool | None = preset_option(
@@ -249,8 +258,11 @@ class MoveKDSFTConfig(SFTConfig):
         self.batch_summary()
         self._check_choices()
         self._check_order()
+        balance_weight = self.lambda_balance
         self._set_preset()
         self._check_distillation()
+        check_expert_assignment(self)
+        set_balance(self, balance_weight)
         self._check_language_model()
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from hub.checkpoint_parts import feature_layer
 from modeling_movekd.files import DISTILLER_NAME, TRAINING_FACTS_NAME, save_json
 from train.build import parameter_summary, student_name
-from train.callbacks import GradientGuard
+from train.callbacks import BalanceBiasCallback, GradientGuard
 from train.checkpoints import CheckpointMixin
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
@@ -79,6 +79,8 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
             teacher.to(self.args.device)
         self.gradient_guard = GradientGuard(self.model, self.accelerator)
         self.add_callback(self.gradient_guard)
+        self.balance = BalanceBiasCallback(self.model, self.args.balance_rate)
+        self.add_callback(self.balance)
         if bad_rows is None:
             bad_rows = BadRows(self.args.output_dir, writes=self.args.should_save)
             bad_rows.total = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
@@ -180,9 +182,10 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
             losses = outputs.teacher_losses.sum(dim=1)
             names = self._student().distiller.loss_names
             sums |= {"kd": outputs.kd.sum(), **{f"kd/{name}": losses[i] for i, name in enumerate(names)}}
-        if outputs.balance is not None and outputs.expert_tokens is not None:
-            tokens = outputs.expert_tokens.sum(dim=0)
-            sums |= {"balance": outputs.balance.sum(), **{f"experts/{i}": value for i, value in enumerate(tokens)}}
+        if outputs.balance is not None:
+            sums["balance"] = outputs.balance.sum()
+        if outputs.expert_tokens is not None:
+            sums |= {f"experts/{i}": value for i, value in enumerate(outputs.expert_tokens.sum(dim=0))}
         return sums
 
     def _reduce_and_check(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -214,7 +217,10 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         if outputs.expert_tokens is not None:
-            self.gradient_guard.count_tokens(self.accelerator.reduce(outputs.expert_tokens, reduction="sum"))
+            tokens = self.accelerator.reduce(outputs.expert_tokens, reduction="sum")
+            self.balance.count_tokens(tokens)
+            # With an expert for each teacher, all experts get tokens beside the router's
+            self.gradient_guard.count_tokens(tokens + (self.args.expert_assignment == "teacher"))
 
     def _log_evaluation(
         self, own: dict[str, torch.Tensor], outputs: MoveKDTrainingOutput, image_weights: torch.Tensor

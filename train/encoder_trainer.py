@@ -60,7 +60,7 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` takes the mean over the step, not over the micro-batch
         prepare_fsdp(self.accelerator)
-        add_encoder_forward(model, args.preset_options()["balance_form"])
+        add_encoder_forward(model, args.preset_options()["balance_form"], args.expert_assignment)
         self._prepare_run(bad_rows, run_facts)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor]:

@@ -3,7 +3,7 @@
 import functools
 import random
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hub.checkpoint_parts import feature_layer
-from modeling_movekd import MoveKDVisionModel
-from train.distillation.distiller import DistillationOutput
+from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
+from modeling_movekd.vision_movekd import MoveKDVisionOutput
+from train.distillation.distiller import DistillationOutput, Distiller
 from train.distillation.losses import balance_loss
 
 
@@ -41,7 +42,9 @@ class MoveKDTrainingOutput(FusedCausalLMOutput):
     expert_tokens: torch.Tensor | None = None
 
 
-def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_tiles: str = "base") -> None:
+def add_distilling_forward(
+    model: PreTrainedModel, balance_form: str, distill_tiles: str = "base", expert_assignment: str = "router"
+) -> None:
     """
     Wrap the forward that TRL installed on a student. The new forward runs the vision tower once, passes its features
     to the projector and to the distiller, and returns a [`MoveKDTrainingOutput`].
@@ -49,7 +52,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
     The losses are computed inside this forward, because DDP, ZeRO and FSDP2 only see what the wrapped model's forward
     runs. The tower also runs on blank images, so that all processes make the same calls whatever their batches hold.
 
-    `balance_form` and `distill_tiles` are the options of [`MoveKDSFTConfig`].
+    `balance_form`, `distill_tiles` and `expert_assignment` are the options of [`MoveKDSFTConfig`].
     """
     fused_forward = model.forward
 
@@ -90,9 +93,17 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
         distilled, weights = (slice(None), crop_weights) if distill_tiles == "all" else (whole_images, image_weights)
         kd, teacher_losses = weights * 0.0 + zero, None
         if teacher_features:
-            hidden_state = vision.hidden_states[self.config.vision_feature_layer][distilled]
-            tokens, summary = split_summary(hidden_state, self.config.vision_config.num_prefix_tokens)
-            distillation = self.distiller(tokens, teacher_features, student_summary=summary)
+            distillation, _ = distil(
+                self.model.vision_tower,
+                self.config.vision_config,
+                self.distiller,
+                pixel_values if pixel_values.dim() == 4 else pixel_values[:, 0],  # the first tile is the whole image
+                teacher_features,
+                self.config.vision_feature_layer,
+                expert_assignment,
+                vision,
+                distilled,
+            )
             kd = kd + distillation.loss * weights
             teacher_losses = stack_losses(distillation) * weights
         routing = measure_routing(vision, crop_weights, balance_form, self.config.vision_config.num_prefix_tokens)
@@ -101,7 +112,7 @@ def add_distilling_forward(model: PreTrainedModel, balance_form: str, distill_ti
     model.forward = types.MethodType(forward, model)
 
 
-def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
+def add_encoder_forward(model: MoveKDVisionModel, balance_form: str, expert_assignment: str = "router") -> None:
     """
     Wrap the forward of a vision tower with a distiller, as [`add_distilling_forward`] does for a student. Without
     `image_weights` a call is the tower's own. With `student_image_size` the tower sees the images in that size.
@@ -120,16 +131,15 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str) -> None:
         if image_weights is None or teacher_features is None:
             return tower_forward(pixel_values, **kwargs)
         image_weights = image_weights.float()  # FSDP2 casts inputs to bfloat16
-        arguments, grid = {}, None
+        grid = None
         if student_image_size not in (None, self.config.image_size):
             pixel_values = resize_images(pixel_values, student_image_size)
             side = student_image_size // self.config.patch_size
-            arguments, grid = {"interpolate_pos_encoding": True}, (side, side)
-        recorded = ("hidden_states", "router_probabilities", "expert_indices")
-        arguments |= {f"output_{name}": True for name in recorded}
-        vision = tower_forward(pixel_values, return_dict=True, **arguments)
-        tokens, summary = split_summary(vision.hidden_states[layer], self.config.num_prefix_tokens)
-        distillation = self.distiller(tokens, teacher_features, student_summary=summary, student_grid=grid)
+            grid = (side, side)
+        distillation, vision = distil(
+            *(tower_forward, self.config, self.distiller, pixel_values, teacher_features, layer, expert_assignment),
+            student_grid=grid,
+        )
         return MoveKDTrainingOutput(
             # Nothing else may use the output of a tower that is not cut, and ZeRO-3 needs its backward
             kd=distillation.loss * image_weights + 0.0 * vision.last_hidden_state[0].sum(),
@@ -173,6 +183,64 @@ def stack_losses(distillation: DistillationOutput) -> torch.Tensor:
     return torch.stack([*distillation.teacher_losses.values(), *distillation.summary_losses.values()])
 
 
+def distil(
+    tower: Callable[..., MoveKDVisionOutput],
+    config: MoveKDVisionConfig,
+    distiller: Distiller,
+    pixel_values: torch.Tensor,
+    teacher_features: Mapping[str, Any],
+    layer: int = -1,
+    expert_assignment: str = "router",
+    vision: MoveKDVisionOutput | None = None,
+    images: slice | torch.Tensor = slice(None),
+    student_grid: tuple[int, int] | None = None,
+) -> tuple[DistillationOutput, MoveKDVisionOutput]:
+    """
+    Compare the tower's features with the teachers'.
+
+    With `expert_assignment` "teacher", teacher k is compared with features for which expert k serves all tokens
+    (HAWAII, arXiv 2506.19072, section 2.3.2). The routers learn from the text loss then. Where there is none, the
+    features of the routed tower are also compared with all teachers, which trains all but the experts.
+
+    Args:
+        tower (`Callable`): The forward of the student's vision tower.
+        config (`MoveKDVisionConfig`): The tower's.
+        distiller (`Distiller`): Adapters or heads of the teachers.
+        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, image_size, image_size)`): The images.
+        teacher_features (`Mapping[str, TeacherFeatures]`): Each teacher's features of the images.
+        layer (`int`, *optional*, defaults to -1): Index of the hidden state to distill into.
+        expert_assignment (`str`, *optional*, defaults to `"router"`): The option of [`MoveKDSFTConfig`].
+        vision (`MoveKDVisionOutput`, *optional*): The routed tower's output, which a text loss trains. By default the
+            tower runs here.
+        images (`slice` or `torch.Tensor`, *optional*): Index of the images among the crops of `vision`.
+        student_grid (`tuple[int, int]`, *optional*): Grid of the images' patches, if it is not the tower's own.
+
+    Returns:
+        The losses, and the routed tower's output with its hidden states and routing.
+    """
+    by_teacher, has_text, prefix = expert_assignment == "teacher", vision is not None, config.num_prefix_tokens
+    recorded = {"return_dict": True, "output_hidden_states": True}
+    if student_grid is not None:
+        recorded["interpolate_pos_encoding"] = True
+    if vision is None:
+        routing = {"output_router_probabilities": True, "output_expert_indices": True}
+        vision = tower(pixel_values, detach_experts=by_teacher, **recorded, **routing)
+    loss: Any = 0.0
+    if not (by_teacher and has_text):
+        tokens, summary = split_summary(vision.hidden_states[layer][images], prefix)
+        distillation = distiller(tokens, teacher_features, student_summary=summary, student_grid=student_grid)
+        loss = distillation.loss
+    if by_teacher:
+        # One forward with as many copies of the images as experts
+        experts = torch.arange(config.num_experts, device=pixel_values.device).repeat_interleave(len(pixel_values))
+        copies = tower(pixel_values.repeat(config.num_experts, 1, 1, 1), experts=experts, **recorded)
+        own = split_summary(copies.hidden_states[layer], prefix)
+        tokens, summary = (value.unflatten(0, (config.num_experts, len(pixel_values))) for value in own)
+        distillation = distiller(tokens, teacher_features, student_summary=summary, student_grid=student_grid)
+        distillation = distillation._replace(loss=loss + distillation.loss)
+    return distillation, vision
+
+
 @contextmanager
 def gathered_head(head: nn.Module) -> Iterator[None]:
     """
@@ -189,16 +257,18 @@ def gathered_head(head: nn.Module) -> Iterator[None]:
 def measure_routing(
     vision: Any, crop_weights: torch.Tensor, balance_form: str, prefix: int
 ) -> dict[str, torch.Tensor]:
-    """The `balance` and `expert_tokens` of a [`MoveKDTrainingOutput`]; nothing for a tower without experts."""
+    """
+    The `balance` and `expert_tokens` of a [`MoveKDTrainingOutput`]; nothing for a tower without experts, and no
+    `balance` with the form "bias".
+    """
     if not vision.router_probabilities:
         return {}
-    num_experts = vision.router_probabilities[0].shape[-1]
-    return {
-        "balance": balance_loss(vision.router_probabilities, vision.expert_indices, balance_form) * crop_weights,
-        "expert_tokens": count_expert_tokens(
-            torch.stack(vision.expert_indices)[..., prefix:], num_experts, crop_weights > 0
-        ),
-    }
+    num_experts, indices = vision.router_probabilities[0].shape[-1], torch.stack(vision.expert_indices)[..., prefix:]
+    tokens = count_expert_tokens(indices, num_experts, crop_weights > 0)
+    if balance_form == "bias":
+        return {"expert_tokens": tokens}
+    balance = balance_loss(vision.router_probabilities, vision.expert_indices, balance_form)
+    return {"balance": balance * crop_weights, "expert_tokens": tokens}
 
 
 def count_expert_tokens(expert_indices: torch.Tensor, num_experts: int, is_counted: torch.Tensor) -> torch.Tensor:

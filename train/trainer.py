@@ -70,7 +70,9 @@ class MoveKDTrainer(DistillingMixin, SFTTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self._check_trl()
         prepare_fsdp(self.accelerator)
-        add_distilling_forward(self._student(), args.preset_options()["balance_form"], args.distill_tiles)
+        add_distilling_forward(
+            self._student(), args.preset_options()["balance_form"], args.distill_tiles, args.expert_assignment
+        )
         self._prepare_run(bad_rows, run_facts)
 
     def _check_trl(self) -> None:

@@ -142,8 +142,10 @@ def published(make_model, make_tower, make_processor, make_image, tmp_path_facto
         "anyres": make_model("qwen3", image_aspect_ratio="anyres"),
         "tied": make_model("smollm", tower={"num_experts": 0}),
         "siglip": make_model("qwen3", tower={"base": "siglip"}),
-        "encoder": make_tower(),
+        "encoder": make_tower(balance_bias=True),
     }
+    for layer in models["encoder"].encoder.layers:
+        layer.mlp.router.balance_bias.copy_(torch.tensor([0.3, -0.3, 0.0]))
     for kind, model in models.items():
         if kind == "encoder":
             CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(root / kind)

@@ -41,6 +41,10 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"stage": "encoder", "language_model": None, "validation_share": 0.25, "eval_strategy": "steps"},
         **{"eval_steps": 4, "lambda_balance": 1.0, "ddp_find_unused_parameters": False},
     },
+    "an expert for each teacher, bias": {
+        **{"dataset": "mixed", "expert_assignment": "teacher", "num_experts": 2, **MIXED},
+        **{"balance_form": "bias", "balance_rate": 0.01, "ddp_find_unused_parameters": False},
+    },
     "grouped": {"dataset": "mixed", "group_by_modality_length": True, "activation_checkpointing": False},
 }
 # Images of each process in the five steps of `MIXED`, with four rows each. In the first and third step one process has
@@ -112,6 +116,9 @@ def test_two_processes_ran(two_processes, name: str) -> None:
         assert [rank["images"] for rank in ranks] == [[4] * 5] * 2, "text-only rows get a black image each"
     elif "mixed" in name:
         assert [rank["images"] for rank in ranks] == IMAGES
+    if "bias" in name:
+        biases = [value for key, value in weights(two_processes[name]).items() if "balance_bias" in key]
+        assert len(biases) == 2 and 0 < torch.stack(biases).abs().max() <= 0.051
 
 
 @pytest.mark.parametrize("name", RUNS)

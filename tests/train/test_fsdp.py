@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pretrain": {"stage": "pretrain", "distillation_preset": "student_heads"},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2},
     "LoRA": {"language_lora_rank": 4, "max_steps": 3},
+    "experts": {"expert_assignment": "teacher", "num_experts": 2, "balance_form": "bias", "max_steps": 3},
     "bfloat16": {"bf16": True, "max_steps": 1},
 }
 # In bfloat16 DDP casts operations and FSDP2 whole layers; the outputs of both are float32

@@ -230,23 +230,29 @@ class Distiller(nn.ModuleDict):
 
         Args:
             student_tokens (`torch.Tensor` of shape `(batch_size, num_tokens, student_width)`): Features of the
-                student's patches, without CLS.
+                student's patches, without CLS. With a first dimension `num_teachers`, each teacher is compared with
+                features of its own.
             features (`Mapping[str, TeacherFeatures]`): Each teacher's features of the same images.
             student_summary (`torch.Tensor` of shape `(batch_size, student_width)`, *optional*): The student's [CLS]
                 token, or the mean of its patches; needed with `summary_heads`.
             student_grid (`tuple[int, int]`, *optional*): Grid of `student_tokens`, if it is not the student's own.
         """
-        self._check_inputs(student_tokens, features, student_summary, student_grid)
+        # Each teacher's own features, or the same for all
+        if student_tokens.dim() == 3:
+            student_tokens = student_tokens.unsqueeze(0).expand(len(self.teachers), -1, -1, -1)
+        if student_summary is not None and student_summary.dim() == 2:
+            student_summary = student_summary.unsqueeze(0).expand(len(self.teachers), -1, -1)
+        self._check_inputs(student_tokens[0], features, student_summary, student_grid)
         cls = self._clip_output(features, "teacher_weighting", "cls")
         cls_attention = self._clip_output(features, "token_weighting", "cls_attention")
         weights = None if cls_attention is None else token_weights(cls_attention, self.token_weighting)
         losses, targets, summaries = {}, {}, {}
-        for name in self.teachers:
+        for index, name in enumerate(self.teachers):
             losses[name], targets[name] = self._compare(
-                name, student_tokens, features[name].tokens, weights, student_grid
+                name, student_tokens[index], features[name].tokens, weights, student_grid
             )
             if name in self.summary_widths:
-                summaries[name] = self._compare_summary(name, student_summary, features[name].summary)
+                summaries[name] = self._compare_summary(name, student_summary[index], features[name].summary)
                 losses[name] = losses[name] + summaries[name]
         shares = teacher_weights(cls, targets, self.teacher_weighting, self.clip_share)
         if self.training and self.teacher_dropping:

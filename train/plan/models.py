@@ -107,5 +107,5 @@ def build_planned_run(args: MoveKDSFTConfig, model_args: ModelArguments, cast: b
         model.tie_weights()
     model.train()
     add_fused_lm_head(model)
-    add_distilling_forward(model, args.preset_options()["balance_form"], args.distill_tiles)
+    add_distilling_forward(model, args.preset_options()["balance_form"], args.distill_tiles, args.expert_assignment)
     return PlannedRun(mode, model, teachers, args)
