@@ -148,7 +148,8 @@ def black_image(image_processor: Any) -> Image.Image:
 
 def crop_facts(image_processor: Any, geometry: str, apply_orientation: bool) -> dict[str, Any]:
     """How images are cut for the teachers, as a feature cache stores and compares it."""
-    crop = "whole" if is_anyres(image_processor) else "pad" if pads(image_processor) else "center_square"
+    cuts = getattr(image_processor, "do_center_crop", False) and not is_anyres(image_processor)
+    crop = "pad" if pads(image_processor) else "center_square" if cuts else "whole"
     pads_with_mean = crop == "pad" and geometry == "shared"
     return {
         "geometry": geometry,

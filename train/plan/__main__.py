@@ -57,7 +57,7 @@ class StepMeasures:
 
     Args:
         run (`PlannedRun`): The models.
-        tokens (`int`): Length of a row with its image.
+        tokens (`int`): Length of a row with its image; 0 in stage `encoder`, whose rows are images.
         row_flops (`dict[str, int]`): FLOPs of one row: the teachers', and the `"student"`'s without recomputation.
         activations (`dict[str, int]`): Bytes by backend.
     """
@@ -78,11 +78,16 @@ def measure_step(args: MoveKDSFTConfig, model_args: ModelArguments, tokens: int 
     Raises:
         ValueError: if there is no length, the image is longer, or the optimizer cannot be planned.
     """
-    backends, tokens = usable_backends(args), tokens or args.max_length
-    if tokens is None:
+    backends = usable_backends(args)
+    if args.stage == "encoder":
+        if tokens:
+            raise ValueError(f"`--tokens` is {tokens}, but rows of stage 'encoder' have no text. Leave it out.")
+        tokens = 0
+    elif (tokens := tokens or args.max_length) is None:
         raise ValueError("`max_length` is not set; say how long rows are with `--tokens`.")
     run = build_planned_run(args, model_args)
-    check_length(run, tokens)
+    if tokens:
+        check_length(run, tokens)
     flops = measure_flops(run, tokens)  # first, since a recipe's recomputation would count
     casting = cast = measure_activations(run, tokens, autocast=args.bf16)
     if args.bf16 and len(backends) > 1:  # DDP casts weights as it goes, the others compute in bf16 weights
@@ -143,7 +148,8 @@ def format_plan(
     ]
     lines = [
         f"Stage {args.stage} on {gpus} GPUs: global batch {global_batch} = {args.per_device_train_batch_size} per GPU "
-        f"x {micro_batches} accumulated x {gpus}; rows of {step.tokens} tokens, one image each.",
+        f"x {micro_batches} accumulated x {gpus}; "
+        f"{f'rows of {step.tokens} tokens, one image each' if step.tokens else 'rows are images'}.",
         "",
         format_table(["parameters (million)", "trained", "frozen"], parameters),
         "",

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
+from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionConfig, MoveKDVisionModel
 from modeling_movekd.base_encoders_movekd import find_base_encoder, read_model_type
 from train.arguments import ModelArguments
 from train.build import build_distiller, build_teachers, join_parts, set_trainable, teacher_configs
+from train.build_encoder import build_tower, is_saved_encoder
 from train.config import MoveKDSFTConfig
 from train.distillation.heads import Target
-from train.forward import add_distilling_forward
+from train.forward import add_distilling_forward, add_encoder_forward
 from train.language_lora import inject_language_lora, language_lora_layers
 from train.teachers.cached import Teacher
 from train.teachers.loaders import load_teacher
@@ -47,9 +48,39 @@ def build_planned_student(
         # A row for `<image>` from the start: to resize an embedding, transformers reads values, and here are none
         image_token_id = text_config.vocab_size
         text_config.vocab_size += 1
-        kind = find_base_encoder(read_model_type(args.vision_model))
-        vision = kind.model_class._from_config(kind.config_class.from_pretrained(args.vision_model), dtype=dtype)
+        vision = _base_encoder(args.vision_model, dtype)
         return join_parts(args, vision, AutoModelForCausalLM.from_config(text_config, dtype=dtype), image_token_id)
+
+
+def build_planned_encoder(
+    args: MoveKDSFTConfig, model_args: ModelArguments, dtype: torch.dtype = torch.float32
+) -> MoveKDVisionModel:
+    """
+    The encoder of stage `encoder` on the meta device. A recipe that continues `model_name_or_path` can be planned
+    before that folder exists, if `vision_model` is given too.
+
+    Raises:
+        ValueError: if there is no configuration to build from.
+    """
+    source, revision = model_args.model_name_or_path, model_args.model_revision
+    if args.vision_model and not (source and os.path.isdir(source)):
+        source, revision = args.vision_model, None
+    if source is None:
+        raise ValueError("Give `vision_model`, or `model_name_or_path` of a saved encoder.")
+    try:
+        saved = is_saved_encoder(source)
+    except OSError as error:
+        raise ValueError(f"There is no encoder in {source} yet. Give the `--vision_model` it starts from.") from error
+    with torch.device("meta"):
+        if saved:
+            config = MoveKDVisionConfig.from_pretrained(source, revision=revision)
+            return MoveKDVisionModel._from_config(config, dtype=dtype)
+        return build_tower(args, _base_encoder(source, dtype))
+
+
+def _base_encoder(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    kind = find_base_encoder(read_model_type(source))
+    return kind.model_class._from_config(kind.config_class.from_pretrained(source), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -59,13 +90,14 @@ class PlannedRun:
 
     Args:
         mode (`FakeTensorMode`): The mode in which tensors have a shape and a dtype, and no values.
-        model (`MoveKDForConditionalGeneration`): The student with its distiller, frozen as the stage says.
+        model (`MoveKDForConditionalGeneration` or `MoveKDVisionModel`): The student, or in stage `encoder` the
+            encoder, with its distiller, frozen as the stage says.
         teachers (`dict[str, Teacher]`): By name.
         args (`MoveKDSFTConfig`): The recipe.
     """
 
     mode: FakeTensorMode
-    model: MoveKDForConditionalGeneration
+    model: MoveKDForConditionalGeneration | MoveKDVisionModel
     teachers: dict[str, Teacher]
     args: MoveKDSFTConfig
 
@@ -79,7 +111,8 @@ def build_planned_run(args: MoveKDSFTConfig, model_args: ModelArguments, cast: b
     """
     dtype = torch.bfloat16 if cast else getattr(torch, "float32" if model_args.dtype == "auto" else model_args.dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model, teachers = build_planned_student(args, model_args, dtype), {}
+    build = build_planned_encoder if args.stage == "encoder" else build_planned_student
+    model, teachers = build(args, model_args, dtype), {}
     if args.feature_cache is not None:
         teachers = build_teachers(args)
     else:
@@ -106,6 +139,10 @@ def build_planned_run(args: MoveKDSFTConfig, model_args: ModelArguments, cast: b
         model.to_empty(device="cpu")
         model.tie_weights()
     model.train()
-    add_fused_lm_head(model)
-    add_distilling_forward(model, args.preset_options()["balance_form"], args.distill_tiles, args.expert_assignment)
+    balance_form = args.preset_options()["balance_form"]
+    if isinstance(model, MoveKDVisionModel):
+        add_encoder_forward(model, balance_form, args.expert_assignment)
+    else:
+        add_fused_lm_head(model)
+        add_distilling_forward(model, balance_form, args.distill_tiles, args.expert_assignment)
     return PlannedRun(mode, model, teachers, args)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from modeling_movekd import MoveKDVisionConfig
 from train.plan.models import PlannedRun
 from train.teachers.cached import CachedTeacher, Teacher
 
@@ -107,6 +108,8 @@ def image_shape(run: PlannedRun) -> tuple[tuple[int, ...], list[list[int]] | Non
     number of its crops that the teachers see.
     """
     config = run.model.config
+    if isinstance(config, MoveKDVisionConfig):
+        return (3, config.image_size, config.image_size), None, 1
     size, grids = config.vision_config.image_size, config.image_grid_pinpoints
     if config.image_aspect_ratio != "anyres":
         return (3, size, size), None, 1
@@ -164,18 +167,20 @@ def step_phases(run: PlannedRun, batch_size: int, tokens: int) -> Iterator[str]:
     for name, teacher in run.teachers.items():
         features[name] = teacher(teacher_inputs(teacher, batch_size * taught))
         yield name
-    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
-    with _without_checks_of_values():
-        outputs = run.model(
-            input_ids=ids,
-            labels=ids,
-            pixel_values=torch.empty(batch_size, *shape),
-            image_sizes=image_sizes and image_sizes * batch_size,
-            image_weights=torch.ones(batch_size),
-            teacher_features=features,
-            fused_lm_head=True,
-        )
-    loss = outputs.loss + run.args.lambda_kd * outputs.kd.sum()
+    images = {
+        "pixel_values": torch.empty(batch_size, *shape),
+        "image_weights": torch.ones(batch_size),
+        "teacher_features": features,
+    }
+    if tokens:
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+        images["image_sizes"] = image_sizes and image_sizes * batch_size
+        with _without_checks_of_values():
+            outputs = run.model(input_ids=ids, labels=ids, fused_lm_head=True, **images)
+        loss = outputs.loss + run.args.lambda_kd * outputs.kd.sum()
+    else:
+        outputs = run.model(**images)
+        loss = run.args.lambda_kd * outputs.kd.sum()
     if outputs.balance is not None:
         loss = loss + run.args.lambda_balance * outputs.balance.sum()
     loss.backward()
