@@ -155,7 +155,8 @@ class LoraExperts(nn.Module):
         self, hidden_states: torch.Tensor, gates: torch.Tensor, detach: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute `A(hidden_states)` for all experts and apply the gates, see [`LoraExperts.apply_gates`]."""
-        weight, bias = self.weight_a, self.bias_a
+        weight: torch.Tensor = self.weight_a
+        bias: torch.Tensor | None = self.bias_a
         if detach:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return self.apply_gates(nn.functional.linear(self.dropout(hidden_states), weight, bias), gates)

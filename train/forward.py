@@ -92,7 +92,7 @@ def add_distilling_forward(
         whole_images, crop_weights = split_crops(self, image_weights, image_sizes)
         distilled, weights = (slice(None), crop_weights) if distill_tiles == "all" else (whole_images, image_weights)
         kd, teacher_losses = weights * 0.0 + zero, None
-        if teacher_features:
+        if teacher_features and pixel_values is not None:  # a training batch has an image, if only a blank one
             distillation, _ = distil(
                 self.model.vision_tower,
                 self.config.vision_config,
@@ -118,6 +118,7 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str, expert_assi
     `image_weights` a call is the tower's own. With `student_image_size` the tower sees the images in that size.
     """
     tower_forward, layer = model.forward, feature_layer(model.config)
+    assert isinstance(layer, int)  # the trainer refuses several
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -137,7 +138,13 @@ def add_encoder_forward(model: MoveKDVisionModel, balance_form: str, expert_assi
             side = student_image_size // self.config.patch_size
             grid = (side, side)
         distillation, vision = distil(
-            *(tower_forward, self.config, self.distiller, pixel_values, teacher_features, layer, expert_assignment),
+            tower_forward,
+            self.config,
+            self.distiller,
+            pixel_values,
+            teacher_features,
+            layer,
+            expert_assignment,
             student_grid=grid,
         )
         return MoveKDTrainingOutput(

@@ -251,7 +251,7 @@ class Distiller(nn.ModuleDict):
             losses[name], targets[name] = self._compare(
                 name, student_tokens[index], features[name].tokens, weights, student_grid
             )
-            if name in self.summary_widths:
+            if name in self.summary_widths and student_summary is not None:
                 summaries[name] = self._compare_summary(name, student_summary[index], features[name].summary)
                 losses[name] = losses[name] + summaries[name]
         shares = teacher_weights(cls, targets, self.teacher_weighting, self.clip_share)

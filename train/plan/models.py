@@ -48,7 +48,7 @@ def build_planned_student(
         # A row for `<image>` from the start: to resize an embedding, transformers reads values, and here are none
         image_token_id = text_config.vocab_size
         text_config.vocab_size += 1
-        vision = _base_encoder(args.vision_model, dtype)
+        vision = _base_encoder(str(args.vision_model), dtype)
         return join_parts(args, vision, AutoModelForCausalLM.from_config(text_config, dtype=dtype), image_token_id)
 
 
