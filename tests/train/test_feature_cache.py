@@ -369,8 +369,8 @@ def test_the_size_is_said_first_and_a_full_disk_refused(
     settings = arguments(dataset_name=mixed, max_length=None, feature_cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="GB are needed in .*cache, 1e-06 GB are free"):
         write(settings)
-    # 18 images including the blank image, of 6 x 6 patches and a summary of 24 values of two bytes
-    assert f"vit: 18 images of 0.00178 MB, {18 * 37 * 24 * 2 / 1e9:.4g} GB" in capsys.readouterr().out
+    # 18 images including the blank image, of 6 x 6 x 24 values of two bytes, and a summary of 24 values of four
+    assert f"vit: 18 images of 0.00182 MB, {18 * 24 * (36 * 2 + 4) / 1e9:.4g} GB" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 
 
