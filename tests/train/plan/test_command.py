@@ -10,6 +10,7 @@ import yaml
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    DINOv3ViTConfig,
     LlamaConfig,
     SamConfig,
     SiglipVisionConfig,
@@ -155,6 +156,7 @@ def configurations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kinds = {
         "clip-vit": CLIPVisionConfig(**size, image_size=28, patch_size=7),
         "dinov2": Dinov2Config(**{**size, "mlp_ratio": 1}, image_size=28, patch_size=14),
+        "dinov3": DINOv3ViTConfig(**size, image_size=32, patch_size=16),
         "siglip2": SiglipVisionConfig(**size, image_size=32, patch_size=16),
         "sam": SamConfig(vision_config={**size, "image_size": 64, "patch_size": 16, "output_channels": 8}),
         "eva02": Eva02DetectionConfig(**size, image_size=64, patch_size=16),
@@ -206,7 +208,7 @@ def test_every_recipe_can_be_planned(name: str, configurations, tmp_path: Path) 
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     _, args, model_args = parser.parse_args_and_config(tiny_recipe(name, configurations, tmp_path))
     # Enough for the image of every recipe; longer rows only take longer to trace
-    step = plan.measure_step(args, model_args, tokens=128)
+    step = plan.measure_step(args, model_args, tokens=None if args.stage == "encoder" else 128)
     single, several = (plan.backend_memory(step, gpus) for gpus in (1, 8))
     assert set(single) == set(plan_memory.usable_backends(args))
     assert len(step.row_flops) == 1 + (len(args.teachers) if args.distill else 0)
