@@ -243,7 +243,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embedding"
-    _no_split_modules = ["CLIPVisionEmbeddings", "MoveKDPatchEmbeddings", "MoveKDVisionEncoderLayer"]
+    _no_split_modules = ["CLIPVisionEmbeddings", "MoveKDVisionEncoderLayer"]
     _can_record_outputs = {
         "hidden_states": MoveKDVisionEncoderLayer,
         "attentions": CLIPAttention,
@@ -265,6 +265,8 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
         self.post_layernorm = None
         if config.add_pooling_layer:
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # FSDP2 stops at a class that the model does not have
+        self._no_split_modules = [type(self.embeddings).__name__, "MoveKDVisionEncoderLayer"]
         self.post_init()
 
     @torch.no_grad()

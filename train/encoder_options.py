@@ -37,8 +37,12 @@ def check_student_image_sizes(args: Any) -> None:
 
 
 def check_sizes_fit(sizes: Sequence[int], image_size: int, patch_size: int) -> None:
-    """Refuse sizes that are no grid of patches, or larger than the pixels that the data gives."""
-    if not sizes or any(size % patch_size or not patch_size <= size <= image_size for size in sizes):
+    """
+    Refuse sizes that are no grid of patches, or larger than the pixels that the data gives. The tower's own size need
+    be no multiple, as in SigLIP's so400m-patch14-384.
+    """
+    smaller = [size for size in sizes if size != image_size]
+    if not sizes or any(size % patch_size or not patch_size <= size < image_size for size in smaller):
         raise ValueError(
             f"`student_image_sizes` is {sizes}. Give multiples of the tower's patch size {patch_size}, up to its "
             f"image size {image_size}."

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GemmaConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration
+from modeling_movekd.base_encoders_movekd import SIGLIP
 from tests.helpers.bare_process import load_as_stranger
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.launched import DDP_CPU, ROOT, SCRIPT, launch, write_settings
@@ -172,9 +173,10 @@ def test_saves_what_anyone_can_load(folders, name: str, tied: list[str], tmp_pat
 
 
 @pytest.mark.parametrize("text_config", [LlamaConfig, Qwen3Config, GemmaConfig])
-def test_every_layer_is_wrapped_by_itself(text_config: type) -> None:
+@pytest.mark.parametrize("switches", [{}, SIGLIP.settings | {"add_pooling_layer": False}], ids=["clip", "siglip"])
+def test_every_layer_is_wrapped_by_itself(text_config: type, switches: dict[str, bool]) -> None:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    vision = size | {"model_type": "movekd_vision", "image_size": 16, "patch_size": 4}
+    vision = size | {"model_type": "movekd_vision", "image_size": 16, "patch_size": 4} | switches
     config = MoveKDConfig(vision_config=vision, text_config=text_config(**size, vocab_size=64).to_dict())
     model = MoveKDForConditionalGeneration(config)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
@@ -183,6 +185,8 @@ def test_every_layer_is_wrapped_by_itself(text_config: type) -> None:
     language = {f"model.language_model.layers.{index}" for index in range(2)}
     vision_tower = {"embeddings", "encoder.layers.0", "encoder.layers.1"}
     assert wrapped == language | {f"model.vision_tower.{name}" for name in vision_tower}
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model.model.vision_tower)
+    assert {name for name, part in model.model.vision_tower.named_modules() if policy(part)} == vision_tower
 
 
 def test_what_would_run_as_ddp_is_refused(arguments, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from train.arguments import ModelArguments
 from train.build import build_distiller, build_teachers
 from train.build_encoder import build_encoder
 from train.config import MoveKDSFTConfig
+from train.encoder_options import check_sizes_fit
 from train.encoder_trainer import MoveKDEncoderTrainer
 from train.forward import resize_images, split_summary, step_image_size
 from train.teachers.features import FrozenTeacher
@@ -120,3 +121,10 @@ def test_sizes_are_drawn_evenly() -> None:
 def test_sizes_that_do_not_fit_are_refused(make_trainer, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+def test_the_towers_own_size_need_not_be_a_multiple_of_the_patch_size() -> None:
+    check_sizes_fit([224, 384], image_size=384, patch_size=14)
+    for sizes in ([], [224, 380], [0, 384], [398]):
+        with pytest.raises(ValueError, match="`student_image_sizes` is"):
+            check_sizes_fit(sizes, image_size=384, patch_size=14)
