@@ -101,7 +101,10 @@ def build_student(
 def _load_student(
     args: MoveKDSFTConfig, source: str, revision: str | None, **kwargs: Any
 ) -> tuple[MoveKDForConditionalGeneration, ProcessorMixin]:
-    read_config(source, revision)
+    if not isinstance(read_config(source, revision), MoveKDConfig):
+        raise ValueError(
+            f"{source} is an encoder without a language model. Give it as `vision_model`, and a `language_model`."
+        )
     model = MoveKDForConditionalGeneration.from_pretrained(source, revision=revision, **kwargs)
     check_weights(model, source)
     refuse_other_options(args, model.config, source)
@@ -263,8 +266,8 @@ def build_distiller(
     if args.reset_distiller:
         if checkpoint is None:
             raise ValueError(
-                "`reset_distiller` is true, but no student is continued, so that there are no heads. Leave it out, or "
-                "set `model_name_or_path`."
+                "`reset_distiller` is true, but no student or encoder is continued, so that there are no heads. Leave "
+                "it out, or set `model_name_or_path` or `vision_model` to one."
             )
         logger.warning("The heads of %s are left out: distillation starts with new heads.", checkpoint)
     elif checkpoint is not None:

@@ -207,6 +207,12 @@ def test_options_without_effect_are_refused(given: dict[str, Any], named: str) -
         MoveKDSFTConfig(**SETTINGS | {"vision_model": "c/d", "teachers": ["clip"], "output_dir": "unused"} | given)
 
 
+def test_an_encoder_is_no_student(out: Path, teachers, data: DataArguments, tmp_path: Path) -> None:
+    settings = SETTINGS | {"stage": "finetune", "chat_template": "own", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="is an encoder without a language model. Give it as `vision_model`"):
+        build_student(MoveKDSFTConfig(**settings, teachers=teachers), ModelArguments(model_name_or_path=str(out)))
+
+
 @pytest.mark.slow
 def test_the_command(parts, images: Path, tmp_path: Path) -> None:
     arguments = ["--stage", "encoder", "--vision_model", parts["clip"], "--teachers", parts["clip"], parts["vit"]]

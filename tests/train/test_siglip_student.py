@@ -80,6 +80,13 @@ def test_adapters_beside_a_clip_that_the_student_is_not(arguments, parts, siglip
     assert set(build_distiller(args, student, build_teachers(args))) == {"vit"}
 
 
+def test_the_teacher_clip_is_a_clip(arguments, siglip_parts) -> None:
+    teachers = [{"name": "clip", "model": siglip_parts["vision_model"]}]
+    _, args, _ = arguments(**siglip_parts, teachers=teachers, distillation_preset="student_heads")
+    with pytest.raises(ValueError, match="'siglip_vision_model', but the teacher of this name must be a CLIP"):
+        build_teachers(args)
+
+
 def test_layers_that_cannot_be_kept(arguments, siglip_parts) -> None:
     _, args, model_args = arguments(distillation_preset="student_heads", cut_tower=False, **siglip_parts)
     with pytest.raises(ValueError, match="SigLIP's pooling head.*`cut_tower: true`"):

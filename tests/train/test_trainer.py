@@ -313,7 +313,7 @@ def test_other_teachers_need_new_heads(arguments, parts: dict[str, str], tmp_pat
         stage_run.train(*arguments(**continued))
     trainer = stage_run.train(*arguments(**continued, reset_distiller=True, max_steps=1))
     assert list(trainer.model.distiller) == ["another"] and "starts with new heads" in caplog.text
-    with pytest.raises(ValueError, match="`reset_distiller` is true, but no student is continued"):
+    with pytest.raises(ValueError, match="`reset_distiller` is true, but no student or encoder is continued"):
         stage_run.train(*arguments(reset_distiller=True, output_dir=str(tmp_path / "third")))
 
 

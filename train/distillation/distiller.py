@@ -424,7 +424,7 @@ class Distiller(nn.ModuleDict):
             raise ValueError(
                 f"{path} was trained with {other}, and this run asks for "
                 f"{ {name: getattr(self, name) for name in other} }. Give the saved values, or start with new heads "
-                "by `model_name_or_path` and `reset_distiller: true`."
+                "by `reset_distiller: true`."
             )
         loaded, own = load_file(path), self.state_dict()
         shapes = {
@@ -437,7 +437,7 @@ class Distiller(nn.ModuleDict):
             raise ValueError(
                 f"{path} does not fit the distiller: missing {missing}, left over {unexpected}, other shapes (in the "
                 f"file, needed) {shapes}. Use the teachers, image sizes and preset it was trained with; or start with "
-                "new heads by `model_name_or_path` and `reset_distiller: true`."
+                "new heads by `reset_distiller: true`."
             )
         if bad := [key for key, value in loaded.items() if not value.isfinite().all()]:
             raise ValueError(f"{path} has values that are not finite in {bad}. Use an earlier checkpoint.")

@@ -157,6 +157,11 @@ def preprocessor_of_transformers(config: TeacherConfig) -> TeacherPreprocessor:
 
 def load_clip(config: TeacherConfig, weights: bool = True) -> Loaded:
     """A CLIP tower cut to the layer that is distilled."""
+    if not (kind := _read_config(config).model_type).startswith("clip"):
+        raise ValueError(
+            f"Teacher clip: {config.model} is of type {kind!r}, but the teacher of this name must be a CLIP. Give it "
+            "another name."
+        )
     clip, _ = _read_model(config, CLIPVisionModel, weights)
     preprocessor = preprocessor_of_transformers(config)
     model = MoveKDVisionModel.from_clip(clip, -2 if config.output is None else int(config.output), num_experts=0)
