@@ -42,6 +42,7 @@ from train.data.collator import MoveKDCollator
 from train.data.image_collator import ImageCollator
 from train.distillation.distiller import Distiller
 from train.distillation.losses import CLIP
+from train.encoder_options import check_sizes_fit
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, resolve_teacher
 from train.teachers.features import FrozenTeacher, TeacherFeatures
@@ -253,6 +254,8 @@ def build_distiller(
             "The student started from SigLIP and not from the teacher 'clip', which has no adapter with `head_side` "
             "'teacher'. Set `distillation_preset` to 'student_heads', or leave that teacher out."
         )
+    if args.student_image_sizes is not None:
+        check_sizes_fit(args.student_image_sizes, vision_config.image_size, vision_config.patch_size)
     side = vision_config.image_size // vision_config.patch_size
     set_seed(args.seed)
     distiller = Distiller(

@@ -1,5 +1,6 @@
 """Build a student's vision tower: from a CLIP checkpoint, or from an encoder that stage `encoder` has saved."""
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from train.arguments import ModelArguments
 from train.config import MoveKDSFTConfig
 from train.teachers.config import resolve_teacher
 
+
+logger = logging.getLogger(__name__)
 
 # Options that a saved student has decided. A run that continues the student must give the same values.
 STUDENT_FIELDS = ("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_bias", "router_gradient")
@@ -47,6 +50,11 @@ def refuse_other_experts(args: MoveKDSFTConfig, tower: MoveKDVisionConfig, sourc
             f"The teachers {names} are to have an expert each, but the experts of {source} were trained by "
             f"{tower.expert_teachers or 'all teachers'}. Give the same teachers in the same order, or set "
             "`expert_assignment: router`."
+        )
+    if args.distill and names is None and tower.expert_teachers:
+        logger.warning(
+            "The experts of %s were each trained by one teacher; from now on the routers choose them for all losses.",
+            source,
         )
 
 

@@ -15,7 +15,6 @@ from train.data.bad_rows import BadRows
 from train.distillation.distiller import Distiller
 from train.distilling import DistillingMixin
 from train.distributed import prepare_fsdp
-from train.encoder_options import check_sizes_fit
 from train.forward import add_encoder_forward, step_image_size
 from train.model_card import RunFacts
 from train.teachers.cached import Teacher
@@ -53,8 +52,6 @@ class MoveKDEncoderTrainer(DistillingMixin, Trainer):
     ) -> None:
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._add_distiller(model, args, teachers, distiller)
-        if args.student_image_sizes is not None:
-            check_sizes_fit(args.student_image_sizes, model.config.image_size, model.config.patch_size)
         set_trainable(model, args)
         refuse_reentrant_checkpointing(args)
         super().__init__(model=model, args=args, **kwargs)

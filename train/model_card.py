@@ -199,7 +199,7 @@ def training_facts(
     caches = [teacher.cache for teacher in teachers.values() if isinstance(teacher, CachedTeacher)]
     # From the student, not from the arguments: nobody has compared them if the trainer was built by hand
     images = image_settings(trainer.model.config)
-    unused = unused_options() if args.stage == "encoder" else set()
+    unused, rows = unused_options() if args.stage == "encoder" else set(), _length(trainer.train_dataset)
     settings = [name for name in SETTINGS if name not in unused]
     facts: dict[str, Any] = {
         "stage": args.stage,
@@ -213,8 +213,9 @@ def training_facts(
         "language_model": public_name(args.language_model) if args.language_model else None,
         "teachers": [teacher_facts(teacher.config) for teacher in teachers.values()],
         "steps": state.global_step,
-        "epochs": None if state.epoch is None else round(state.epoch, 4),
-        "rows": _length(trainer.train_dataset),
+        # Of a stream, Trainer counts the share of the steps
+        "epochs": None if state.epoch is None or rows is None else round(state.epoch, 4),
+        "rows": rows,
         "bad_rows": num_bad_rows,
         "learning_rate": args.learning_rate,
         "vision_tower_learning_rate": args.vision_tower_learning_rate,
