@@ -198,7 +198,8 @@ def tiny_recipe(name: str, configurations: dict[str, str], folder: Path) -> list
 
 # One of each kind by default, all of them in the slow run
 QUICK = ("v1.1-7b-pretrain", "v1.0-7b-finetune-qlora", "next-7b-finetune", "llava-7b-finetune-frozen")
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+# With tiny models, a recipe of 13B is the same as that of 7B
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if "13b" not in path.stem)
 
 
 @pytest.mark.parametrize(
