@@ -103,10 +103,13 @@ def prepare(folder: Path, scale: Scale, networks: int) -> None:
                 rows = world.rows(split, getattr(scale, split), pictures_seed(split, networks), questions)
                 rows.save_to_disk(temporary / split)
                 shutil.move(temporary / split, target)
-    parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
-    # Their image geometries differ, and with them the cached features
-    for name in ("paper", "released"):
-        for stage in STAGES:
+    # Image geometries differ between presets and stages, and with them the cached features
+    geometries = ("paper", "released") if networks == 0 else ("paper",)
+    for name in geometries:
+        for stage in STAGES if networks == 0 else ("encoder", *STAGES):
+            parts = {"vision_model": towers(folder)["clip"], "language_model": towers(folder)["language_model"]}
+            if stage == "encoder":
+                del parts["language_model"]
             args = arguments(folder, ARMS[name], stage, 0, folder / "unused", **parts)
             cache_features(data_arguments(folder, stage), args, ModelArguments(), CacheArguments())
     prepare_measures(folder, towers(folder)["clip"])
@@ -135,7 +138,7 @@ def arguments(folder: Path, arm: Arm, stage: str, seed: int, output: Path, **set
         "chat_template": "own",
         "distill": bool(arm.teachers),
         "teachers": [{"name": teacher, "model": towers(folder)[teacher]} for teacher in arm.teachers] or None,
-        "feature_cache": str(folder / "features" / geometry / data_of(stage)) if arm.teachers else None,
+        "feature_cache": str(folder / "features" / geometry / stage) if arm.teachers else None,
         "feature_statistics_images": 512,
         "lora_rank": RANK,
         "lora_alpha": RANK,
