@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.measure import ROOT, machine, write_json
+from benchmarks.speed.measure import ROOT, Row, machine, write_json
 from modeling_movekd.files import read_json
 
 
@@ -63,14 +63,9 @@ def run_part(name: str, flags: Sequence[str], seconds: float) -> dict[str, Any]:
 def lines_of(name: str, result: dict[str, Any]) -> list[str]:
     lines = []
     for table in result.get("tables", {}).values():
-        for row in table["rows"]:
-            bar = f"<= {row['at_most']:g}" if row["at_most"] is not None else ""
-            bar = f">= {row['at_least']:g}" if row["at_least"] is not None else bar
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            reached = {None: "", True: "yes", False: "**no**"}[row["reached"]]
-            values = [f"{row[key]:.4g} {row['unit']}" if row[key] is not None else "" for key in ("ours", "rival")]
-            what = f"{row['what']} ({row['note']})" if row["note"] else row["what"]
-            lines.append(f"| {name} | {what} | {values[0]} | {values[1]} | {ratio} | {bar} | {reached} |")
+        for values in table["rows"]:
+            row = Row(**{key: value for key, value in values.items() if key != "reached"})
+            lines.append(f"| {' | '.join([name, *row.cells])} |")
     if "error" in result:
         lines.append(f"| {name} | **failed**: {result['error']} | | | | | |")
     return lines

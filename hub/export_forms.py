@@ -325,7 +325,7 @@ def write_onnx_settings(model: MoveKDForConditionalGeneration, processor: Proces
     if processor.vision_feature_select_strategy == "default":
         processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
     processor.save_pretrained(dest)
-    # transformers makes the same pixels without the crop. transformers.js would crop the image instead of padding it
+    # transformers pads without the crop. With it, transformers.js would crop the image and not pad it
     side = model.config.vision_config.image_size
     settings = processor.image_processor.to_dict() | {
         "do_center_crop": False,

@@ -396,9 +396,7 @@ class MoveKDVisionModel(MoveKDCheckpointMixin, CLIPPreTrainedModel):
             hidden_states, cls_attention_layer, experts=experts, detach_experts=detach_experts, **kwargs
         )
         pooler_output = None if self.post_layernorm is None else self.post_layernorm(hidden_states[:, 0])
-        return MoveKDVisionOutput(
-            last_hidden_state=hidden_states, pooler_output=pooler_output, cls_attention=cls_attention
-        )
+        return MoveKDVisionOutput(hidden_states, pooler_output, cls_attention=cls_attention)
 
     @torch.no_grad()
     def visualize(

@@ -348,12 +348,13 @@ def set_trainable(model: PreTrainedModel, args: MoveKDSFTConfig) -> None:
     Always frozen are parameters that no loss reaches, with `freeze_vision_tower` the tower, and with
     `freeze_base_tower` the tower except its experts and routers.
     """
+    used = _used_layers(model.config)
     for name, parameter in model.named_parameters():
         name = student_name(name, model)
         if "distiller." in name:  # first, since teachers may be named like parts of the student
             trains = True
         elif "vision_tower." in name:
-            trains = not args.freeze_vision_tower and _tower_parameter_trains(name, model.config, args)
+            trains = not args.freeze_vision_tower and _tower_parameter_trains(name, model.config, args, used)
         elif "language_model." in name or "lm_head." in name:
             trains = args.stage == "finetune" and (not args.language_lora_rank or "lora_" in name)
         else:
@@ -368,11 +369,13 @@ def _used_layers(config: MoveKDConfig | MoveKDVisionConfig) -> int:
     return max(index if index >= 0 else depth + 1 + index for index in layers)
 
 
-def _tower_parameter_trains(name: str, config: MoveKDConfig | MoveKDVisionConfig, args: MoveKDSFTConfig) -> bool:
+def _tower_parameter_trains(
+    name: str, config: MoveKDConfig | MoveKDVisionConfig, args: MoveKDSFTConfig, used: int
+) -> bool:
     tower = tower_config(config)
     experts, depth = tower.num_experts > 0, tower.num_hidden_layers
     is_router = "router" in name
-    unused = [f"encoder.layers.{index}." for index in range(_used_layers(config), depth)]
+    unused = [f"encoder.layers.{index}." for index in range(used, depth)]
     if "post_layernorm." in name:
         return False
     if any(layer in name for layer in unused):

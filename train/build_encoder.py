@@ -151,11 +151,19 @@ def build_encoder(args: MoveKDSFTConfig, model_args: ModelArguments) -> tuple[Mo
         set_seed(args.seed)  # the new experts and routers must depend on the seed alone
         model = build_tower(args, str(args.vision_model), model_args.attn_implementation)
         model = model if dtype == "auto" else model.to(getattr(torch, dtype))
-    processor = AutoImageProcessor.from_pretrained(
-        source or args.vision_model, revision=revision, backend="pil", trust_remote_code=False
-    )
+    processor = load_encoder_processor(args, model_args)
     check_image_processor(processor, model.config)
     return model, processor
+
+
+def load_encoder_processor(args: MoveKDSFTConfig, model_args: ModelArguments) -> BaseImageProcessor:
+    """The image processor of the encoder that is continued, or of the `vision_model` of a new one."""
+    return AutoImageProcessor.from_pretrained(
+        model_args.model_name_or_path or args.vision_model,
+        revision=model_args.model_revision,
+        backend="pil",
+        trust_remote_code=False,
+    )
 
 
 def heads_to_continue(args: MoveKDSFTConfig, model_args: ModelArguments) -> tuple[str | None, str | None]:

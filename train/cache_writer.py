@@ -29,6 +29,7 @@ from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor, load_processor
 from train.arguments import DataArguments, ModelArguments
 from train.build import build_collator, build_image_collator, teacher_configs
+from train.build_encoder import load_encoder_processor
 from train.config import MoveKDSFTConfig
 from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
@@ -98,13 +99,9 @@ def collator_of_recipe(
 ) -> MoveKDCollator | ImageCollator:
     """The collator of training, for teachers' pixels only, without loading the student."""
     if args.stage == "encoder":
-        source = model_args.model_name_or_path or args.vision_model
-        if source is None:
+        if model_args.model_name_or_path is None and args.vision_model is None:
             raise ValueError("The recipe names no encoder. Set `vision_model`, or `model_name_or_path`.")
-        image_processor = AutoImageProcessor.from_pretrained(
-            source, revision=model_args.model_revision, backend="pil", trust_remote_code=False
-        )
-        return build_image_collator(args, image_processor, teachers)
+        return build_image_collator(args, load_encoder_processor(args, model_args), teachers)
     collator = build_collator(args, processor_of_recipe(args, model_args), teachers)
     # The text does not matter here, nor does its length
     return dataclasses.replace(collator, max_length=None, labels="answers", distill_text_only_rows=False)

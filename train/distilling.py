@@ -268,7 +268,12 @@ class DistillingMixin(PublishingMixin, CheckpointMixin):
         self._metrics["eval"].update({name: [value] for name, value in means.items()})
         loss = means.get("text", 0.0) + self.args.lambda_kd * means.get("kd", 0.0)
         output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.lambda_balance * means.get("balance", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._evaluate_more().items()})
         return output
+
+    def _evaluate_more(self) -> dict[str, float]:
+        """Further metrics of an evaluation, by name without prefix."""
+        return {}
 
     def _measure_rate(self) -> None:
         """Add the images per second since the last call to the metrics."""

@@ -205,9 +205,7 @@ def training_facts(
         "stage": args.stage,
         "distillation_preset": args.distillation_preset if args.distill else None,
         "knobs": args.preset_options() | {"cut_tower": images["cut_tower"]},
-        "hyperparameters": {
-            name: getattr(args, name) for name in settings if hasattr(args, name) and name not in unused
-        }
+        "hyperparameters": {name: getattr(args, name) for name in settings if hasattr(args, name)}
         | {name: value for name, value in images.items() if name != "cut_tower"},
         "vision_model": public_name(args.vision_model) if args.vision_model else None,
         "language_model": public_name(args.language_model) if args.language_model else None,

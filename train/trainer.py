@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_peft_available
 from trl import SFTTrainer
 
@@ -122,23 +121,17 @@ class MoveKDTrainer(DistillingMixin, SFTTrainer):
         loss = self._add_losses(text, outputs, inputs["image_weights"], num_items_in_batch)
         return (loss, logits_outputs) if return_outputs else loss
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Also let the student answer rows."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.args.eval_generate and self.eval_dataset is not None:
-            show, count = self.accelerator.print, self.args.eval_generate
-            with self.compute_loss_context_manager():
-                output.metrics[f"{metric_key_prefix}_exact_match"] = exact_match(
+    def _evaluate_more(self) -> dict[str, float]:
+        """Let the student answer rows."""
+        if not self.args.eval_generate or self.eval_dataset is None:
+            return {}
+        show, count = self.accelerator.print, self.args.eval_generate
+        with self.compute_loss_context_manager():
+            return {
+                "exact_match": exact_match(
                     self._student(), self.data_collator, self.eval_dataset, count, self.accelerator, show
                 )
-        return output
+            }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._measure_rate()

@@ -28,16 +28,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.replication.arms import ABLATION
 from benchmarks.replication.design import Experiment, Schedule
-from benchmarks.replication.recipes import RECIPES
+from benchmarks.replication.recipes import EXPERIMENTS
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
 from modeling_movekd.files import save_json
 
 
 OUTPUT = Path("outputs/replication")
-EXPERIMENTS = {"ablation": ABLATION, "recipes": RECIPES}
 VALIDATION_SEEDS = (100, 101)
 QUICK_ARMS = ("frozen", "paper", "heads_unit")
 

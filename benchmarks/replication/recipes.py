@@ -2,19 +2,7 @@
 
 from typing import Any
 
-from benchmarks.replication.arms import (
-    ARMS,
-    CLIP_ALONE,
-    CONTROL,
-    DENSE,
-    EQUAL,
-    NO_TEACHERS,
-    ONE_EXPERT,
-    STUDENT_SIDE,
-    UNIT,
-    UPPER_GROUP,
-    rates_apart,
-)
+from benchmarks.replication.arms import ABLATION, ARMS, DENSE, ONE_EXPERT, STUDENT_SIDE, UNIT, rates_apart
 from benchmarks.replication.design import HERE, Arm, Experiment, Schedule
 
 
@@ -38,7 +26,7 @@ def published(name: str) -> Arm:
 
 ARMS_OF_RECIPES = {
     "unfrozen_tuned": ARMS["unfrozen_tuned"],
-    "clip_anchor": Arm("KD with the CLIP anchor alone", CONTROL, "paper", CLIP_ALONE, DENSE | EQUAL),
+    "clip_anchor": ARMS["clip_anchor"],
     "paper": Arm("`paper`", RECIPE, "paper"),
     **{name: published(name) for name in PUBLISHED},
     "student_heads": Arm("`student_heads` without experts", RECIPE, "student_heads", settings=OWN | DENSE),
@@ -66,14 +54,14 @@ ARMS_OF_RECIPES = {
     "frozen_dense_lora": Arm(
         "one dense LoRA of MoLE's size", FROZEN, "frozen_experts", settings=OWN | FROZEN_BASE | ONE_EXPERT
     ),
-    "encoders": Arm("all encoders kept at inference", UPPER_GROUP, "encoders", NO_TEACHERS, DENSE, side_by_side=True),
+    "encoders": ARMS["encoders"],
 }
 
 TWO_SHARES = tuple(rates_apart(6e-3, 5e-3, share) for share in (0.2, 0.5))
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "unfrozen_tuned": tuple(Schedule(None, rate) for rate in (5e-5, 1.5e-4, 5e-4)),
     "paper": (*(Schedule(None, rate) for rate in (5e-4, 1.5e-3)), rates_apart(6e-3, 1.5e-3)),
-    # The same schedules for every recipe, and half as many again at a weight of the loss that suits this world
+    # The same for every recipe: two schedules, each also at the loss weight of `student_heads`, and a lower tower rate
     **dict.fromkeys(
         PUBLISHED, (*TWO_SHARES, *(each._replace(kd_weight=4.0) for each in TWO_SHARES), rates_apart(6e-3, 1.5e-3))
     ),
@@ -120,3 +108,4 @@ RECIPES = Experiment(
     first_seed=40,
     networks=(1, 2, 3),
 )
+EXPERIMENTS = {"ablation": ABLATION, "recipes": RECIPES}

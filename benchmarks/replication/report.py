@@ -16,13 +16,11 @@ import numpy as np
 
 from benchmarks.replication import analysis, plots
 from benchmarks.replication.analysis import Results, Run
-from benchmarks.replication.arms import ABLATION
-from benchmarks.replication.recipes import RECIPES
+from benchmarks.replication.recipes import EXPERIMENTS
 from benchmarks.replication.wording import NONE, points, probability, ranges, sentence, spanned, table
 from modeling_movekd.files import new_file
 
 
-EXPERIMENTS = {"ablation": ABLATION, "recipes": RECIPES}
 PAGES = Path("outputs/replication")
 TITLE = "Replication in a small world"
 ALONE = 0.99  # share of the tokens above which an expert counts as the only one

@@ -67,6 +67,14 @@ class Row:
             return round(self.ratio, 2) <= self.at_most
         return self.at_least is not None and round(self.ratio, 2) >= self.at_least
 
+    @property
+    def cells(self) -> list[str]:
+        """What a table shows: what, ours, rival, ratio, bar, whether it is reached."""
+        what = f"{self.what} ({self.note})" if self.note else self.what
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
+        reached = {None: "", True: "yes", False: "**no**"}[self.reached]
+        return [what, _quantity(self.ours, self.unit), _quantity(self.rival, self.unit), ratio, self.bar, reached]
+
 
 def paired_times(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """
@@ -155,14 +163,7 @@ def report(title: str, rows: Sequence[Row], context: Mapping[str, Any], out: str
     """
     context = {**machine(), **context}
     lines = [f"### {title}", "", "| what | ours | rival | ratio | must reach | reached |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        reached = {None: "", True: "yes", False: "**no**"}[row.reached]
-        what = f"{row.what} ({row.note})" if row.note else row.what
-        lines.append(
-            f"| {what} | {_quantity(row.ours, row.unit)} | {_quantity(row.rival, row.unit)} | {ratio} | {row.bar} | "
-            f"{reached} |"
-        )
+    lines += [f"| {' | '.join(row.cells)} |" for row in rows]
     markdown = "\n".join([*lines, "", in_words(context), ""])
     print(markdown)
     if out is not None:

@@ -24,6 +24,10 @@ CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers
 CLIP_LARGE |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
 TOY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOY_CLIP |= {"image_size": 28, "patch_size": 14, "projection_dim": 16}
+# SmolLM2-360M, and the tower of CLIP-B/16, DINOv2-B and SigLIP 2 B
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+LANGUAGE = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
+LANGUAGE |= {"num_key_value_heads": 5, "vocab_size": 49152}
 TOKENIZER = ROOT / "train" / "demo" / "weights" / "language_model"
 
 

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from benchmarks.speed.measure import ROOT, Row, paired_row, paired_times, parser, report
-from benchmarks.speed.models import TOKENIZER
+from benchmarks.speed.models import BASE, LANGUAGE, TOKENIZER
 from train.arguments import DataArguments, ModelArguments
 from train.build import teacher_configs
 from train.cache_writer import CacheArguments, cache_features
@@ -47,9 +47,6 @@ from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
 
 
-BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-LANGUAGE = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
-LANGUAGE |= {"num_key_value_heads": 5, "vocab_size": 49152, "max_position_embeddings": 8192}
 DEMO = ROOT / "train" / "demo" / "weights"
 
 
@@ -62,7 +59,7 @@ def write_networks(folder: Path) -> dict[str, str]:
         "clip": CLIPVisionModel(CLIPVisionConfig(**BASE, **sides)),
         "dinov2": Dinov2Model(Dinov2Config(**dinov2, image_size=224, patch_size=14)),
         "siglip2": SiglipVisionModel(SiglipVisionConfig(**BASE, **sides)),
-        "language_model": LlamaForCausalLM(LlamaConfig(**LANGUAGE)),
+        "language_model": LlamaForCausalLM(LlamaConfig(**LANGUAGE, max_position_embeddings=8192)),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from benchmarks.speed.measure import paired_row, paired_times, parser, report
-from benchmarks.speed.models import vision_language_model
+from benchmarks.speed.models import BASE, LANGUAGE, vision_language_model
 from modeling_movekd import MoveKDVisionModel
 from train.build import build_collator, build_distiller
 from train.config import MoveKDSFTConfig
@@ -41,10 +41,6 @@ from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, TeacherPreprocesso
 from train.trainer import MoveKDTrainer
 
 
-# SmolLM2-360M with CLIP-B/16, DINOv2-B and SigLIP2-B
-BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-LANGUAGE = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
-LANGUAGE |= {"num_key_value_heads": 5, "vocab_size": 49152}
 TOY_BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOY_LANGUAGE = TOY_BASE | {"num_key_value_heads": 1, "vocab_size": 2000}
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from train.data.image_rows import BadRow, check_text, images_of_row
-from train.data.sources import parse_line
+from train.data.image_rows import BadRow, check_row, check_text, images_of_row, parsed
 
 
 IMAGE_TOKEN = "<image>"
@@ -63,18 +62,14 @@ def convert_row(
         ValueError: if an image path leads out of the folder, or is relative and there is no folder.
     """
     source = f"{name} row {index}".strip()
-    if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
-        row = parse_line(row["line"])
+    row = parsed(row)
     if sharded and isinstance(row, Mapping):
         source += f" of its shard ({_known_as(row)})"
     messages: list[dict[str, Any]] = []
     images: list[Any] = []
     length, problem = 0, None
     try:
-        if isinstance(row, ValueError):
-            raise BadRow(str(row))
-        if not isinstance(row, Mapping):
-            raise BadRow(f"expected a mapping, got {type(row).__name__}")
+        check_row(row)
         images = images_of_row(row, source, folder)
         turns = _turns(row, bool(images))
         # The original sampler counts words before a leading answer is dropped

@@ -37,14 +37,9 @@ def convert_images(
     the number of its images.
     """
     source, problem = f"{name} row {index}".strip(), None
-    if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
-        row = parse_line(row["line"])
-    images: list[Any] = []
+    row, images = parsed(row), list[Any]()
     try:
-        if isinstance(row, ValueError):
-            raise BadRow(str(row))
-        if not isinstance(row, Mapping):
-            raise BadRow(f"expected a mapping, got {type(row).__name__}")
+        check_row(row)
         images = images_of_row(row, source, folder)
     except BadRow as reason:
         problem = str(reason)
@@ -97,6 +92,21 @@ def _holds_images(feature: Any) -> bool:
 def _checksum(image: Any) -> str:
     content = image.tobytes() if isinstance(image, PILImage.Image) else image["bytes"] or image["path"].encode()
     return f"checksum {zlib.crc32(content):08x}"
+
+
+def parsed(row: Any) -> Any:
+    """The row of a line of JSON Lines, as a stream gives it, or the `ValueError` that says why it has none."""
+    if isinstance(row, Mapping) and set(row) == {"line"} and isinstance(row["line"], bytes):
+        return parse_line(row["line"])
+    return row
+
+
+def check_row(row: Any) -> None:
+    """Raise a `BadRow` if there is no row to convert."""
+    if isinstance(row, ValueError):
+        raise BadRow(str(row))
+    if not isinstance(row, Mapping):
+        raise BadRow(f"expected a mapping, got {type(row).__name__}")
 
 
 def images_of_row(row: Mapping[str, Any], source: str, folder: str | None) -> list[Any]:
