@@ -43,6 +43,9 @@ ARMS_OF_RECIPES = {
     "experts": Arm("MoLE with a balance loss", TRAINED, "experts", settings=OWN),
     "experts_bias": Arm("MoLE balanced without a loss", TRAINED, "experts", settings=OWN | LOSS_FREE),
     "experts_assigned": Arm("an expert for each teacher", TRAINED, "experts", settings=OWN | ASSIGNED),
+    "experts_without_dropout": Arm(
+        "MoLE with a balance loss, no dropout", TRAINED, "experts", settings=OWN | {"lora_dropout": 0.0}
+    ),
     "dense_lora": Arm("one dense LoRA of MoLE's size", TRAINED, "experts", settings=OWN | ONE_EXPERT),
     "frozen_experts": Arm("MoLE with a balance loss", FROZEN, "frozen_experts", settings=OWN | FROZEN_BASE),
     "frozen_experts_bias": Arm(
@@ -91,6 +94,7 @@ COMPARISONS = [
             ("experts_assigned", "an expert for each teacher"),
         )
     ),
+    ("experts", "experts_without_dropout", "Does dropout on the experts' input earn anything?"),
     *(
         (name, "dense_lora", f"Does `{name}` beat one dense LoRA?")
         for name in ("experts", "experts_bias", "experts_assigned")
