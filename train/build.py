@@ -43,6 +43,7 @@ from train.data.image_collator import ImageCollator
 from train.distillation.distiller import Distiller
 from train.distillation.losses import CLIP
 from train.encoder_options import check_sizes_fit
+from train.presets import PRESETS
 from train.teachers.cached import CachedTeacher, FeatureCache, Teacher
 from train.teachers.config import TeacherConfig, resolve_teacher
 from train.teachers.features import FrozenTeacher, TeacherFeatures
@@ -256,6 +257,11 @@ def build_distiller(
         )
     if args.student_image_sizes is not None:
         check_sizes_fit(args.student_image_sizes, vision_config.image_size, vision_config.patch_size)
+    if CLIP not in teachers and args.clip_share not in (None, PRESETS[args.distillation_preset]["clip_share"]):
+        raise ValueError(
+            f"`clip_share` is {args.clip_share}, but no teacher is named '{CLIP}' (they are {sorted(teachers)}). "
+            "Leave it out, or name one so."
+        )
     side = vision_config.image_size // vision_config.patch_size
     set_seed(args.seed)
     distiller = Distiller(
@@ -417,9 +423,8 @@ def parameter_summary(model: PreTrainedModel, teachers: Mapping[str, Teacher], a
     trained, frozen = (
         ", ".join(f"{group} {count:,}" for group, count in counts.items()) for counts in parameter_groups(model)
     )
-    taught = ", ".join(
-        f"{name} {sum(value.numel() for value in teacher.parameters()):,}" for name, teacher in teachers.items()
-    )
+    sizes = {name: sum(value.numel() for value in teacher.parameters()) for name, teacher in teachers.items()}
+    taught = ", ".join(f"{name} {f'{size:,}' if size else '(cached)'}" for name, size in sizes.items())
     return (
         f"Stage {args.stage}, preset {args.distillation_preset}. Trains: {trained or 'nothing'}. "
         f"Frozen: {frozen or 'nothing'}. Teachers (frozen): {taught or 'none'}. {args.batch_summary()}"

@@ -66,7 +66,7 @@ class MoveKDSFTConfig(SFTConfig):
     student_image_sizes: list[int] | None = HfArg(
         default=None,
         help="Sizes in pixels, one of which is drawn for the student in each step of stage `encoder`, where it sees "
-        "the image smaller; multiples of the patch size, up to the tower's image size, which is the default.",
+        "the image smaller; multiples of the patch size, below the tower's image size, which may be one of them.",
     )
     distillation_preset: Literal["paper", "released", "student_heads", "radio", "eupe", "unic", "theia"] = HfArg(
         default="paper",
@@ -341,8 +341,8 @@ class MoveKDSFTConfig(SFTConfig):
             raise ValueError("`distill` is true but `teachers` is empty. Name teachers, or set `distill: false`.")
         if self.distill and self.freeze_vision_tower:
             raise ValueError(
-                "`freeze_vision_tower` is true, which leaves nothing to distill into. Set `distill: false`, or "
-                "unfreeze the tower."
+                "`freeze_vision_tower` is true, which leaves nothing to distill into. Unfreeze the tower"
+                + (", or set `distill: false`." if self.stage != "encoder" else ".")
             )
         if self.freeze_base_tower and (self.stage == "pretrain" or self.freeze_vision_tower or not self.num_experts):
             raise ValueError(

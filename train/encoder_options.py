@@ -42,10 +42,10 @@ def check_sizes_fit(sizes: Sequence[int], image_size: int, patch_size: int) -> N
     be no multiple, as in SigLIP's so400m-patch14-384.
     """
     smaller = [size for size in sizes if size != image_size]
-    if not sizes or any(size % patch_size or not patch_size <= size < image_size for size in smaller):
+    if not smaller or any(size % patch_size or not patch_size <= size < image_size for size in smaller):
         raise ValueError(
-            f"`student_image_sizes` is {sizes}. Give multiples of the tower's patch size {patch_size}, up to its "
-            f"image size {image_size}."
+            f"`student_image_sizes` is {sizes}. Give multiples of the tower's patch size {patch_size}, below its "
+            f"image size {image_size}, which may be one of them."
         )
 
 

@@ -15,11 +15,12 @@ from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers import Trainer
+from transformers.utils.hub import cached_file
 
 from hub.card_facts import code_revision, public_name, read_training_facts, without_paths
 from hub.card_write import is_generated, write_card
 from modeling_movekd.base_encoders_movekd import find_base_encoder, read_model_type
-from modeling_movekd.files import CARD_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
+from modeling_movekd.files import CARD_NAME, CONVERSION_NAME, TRAINING_FACTS_NAME, cached_commit, read_json
 from train.arguments import DataArguments, ModelArguments
 from train.build_encoder import image_settings, is_saved_encoder
 from train.config import MoveKDSFTConfig
@@ -91,12 +92,14 @@ def run_facts(
     source, vision = model_args.model_name_or_path, args.vision_model
     roles = {"checkpoint": source, "vision_model": vision, "language_model": args.language_model}
     known["base_models"] = [base_model_facts(role, name) for role, name in roles.items() if name]
+    revision = model_args.model_revision if source else None
     if vision and is_saved_encoder(vision):
         source = vision
     elif vision and args.process_index == 0:  # which writes the facts
         with whole_weights(args):
             known["vision_fingerprint"] = weights_fingerprint(vision)
-    if source is not None and (earlier := read_training_facts(Path(source))) is not None:
+    folder = None if source is None else facts_folder(source, revision)
+    if folder is not None and (earlier := read_training_facts(folder)) is not None:
         new = [entry for entry in known["base_models"] if entry["role"] == "language_model"]
         # Facts may hold a license alone, without base models
         if bases := earlier.pop("base_models"):
@@ -106,6 +109,17 @@ def run_facts(
         known["earlier_stages"] = [*stages, earlier] if "stage" in earlier else stages
         known["license"] = args.license or (None if new else earlier.get("license"))
     return RunFacts(known, _seconds_before(args))
+
+
+def facts_folder(source: str, revision: str | None) -> Path | None:
+    """Where the facts of a folder or Hub id are: a folder, or `None` if a repository has none."""
+    if Path(source).is_dir():
+        return Path(source)
+    lenient = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    found = (
+        cached_file(source, name, revision=revision, **lenient) for name in (TRAINING_FACTS_NAME, CONVERSION_NAME)
+    )
+    return next((Path(name).parent for name in found if name is not None), None)
 
 
 def _validation(data_args: DataArguments, args: MoveKDSFTConfig) -> str | None:

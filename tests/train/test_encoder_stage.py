@@ -198,7 +198,7 @@ def test_a_frozen_base_and_a_tower_that_is_not_cut(parts, teachers, data: DataAr
         ({"assistant_only_loss": False}, "assistant_only_loss"),
         ({"distill_text_only_rows": True}, "distill_text_only_rows"),
         ({"distill": False}, "`distill` is false"),
-        ({"freeze_vision_tower": True}, "leaves nothing to distill into"),
+        ({"freeze_vision_tower": True}, r"leaves nothing to distill into. Unfreeze the tower\.$"),
         ({"freeze_base_tower": True, "num_experts": 0}, "freeze_base_tower"),
     ],
 )
@@ -211,6 +211,13 @@ def test_an_encoder_is_no_student(out: Path, teachers, data: DataArguments, tmp_
     settings = SETTINGS | {"stage": "finetune", "chat_template": "own", "output_dir": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="is an encoder without a language model. Give it as `vision_model`"):
         build_student(MoveKDSFTConfig(**settings, teachers=teachers), ModelArguments(model_name_or_path=str(out)))
+
+
+def test_a_share_for_clip_without_clip(parts, teachers, data: DataArguments, tmp_path: Path) -> None:
+    given = {"vision_model": parts["clip"], "output_dir": str(tmp_path), "clip_share": 0.6}
+    args = MoveKDSFTConfig(**SETTINGS | given | {"teachers": teachers[1:]})
+    with pytest.raises(ValueError, match=r"`clip_share` is 0.6, but no teacher is named 'clip'"):
+        stage_run.train(data, args, ModelArguments())
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from tests.helpers.trainers import SMALL_RUN, build_trainer
 from train import run as stage_run
 from train.arguments import DataArguments, ModelArguments
 from train.config import MoveKDSFTConfig
-from train.model_card import noted_license, run_facts, teacher_facts, training_facts, update_card
+from train.model_card import facts_folder, noted_license, run_facts, teacher_facts, training_facts, update_card
 from train.teachers.config import resolve_teacher
 
 
@@ -203,6 +203,9 @@ def test_commits_and_licenses_from_the_local_cache(monkeypatch: pytest.MonkeyPat
     assert cached_commit("owner/model") == COMMIT
     assert cached_commit("owner/model", "v2") is None and cached_commit("owner/other") is None
     assert noted_license("owner/model") == "apache-2.0"
+    assert facts_folder("owner/model", None) is None and facts_folder(str(tmp_path), None) == tmp_path
+    (snapshot / "training_facts.json").write_text("{}")
+    assert facts_folder("owner/model", None) == snapshot
     (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
     assert noted_license("owner/model") == "mit"
     (snapshot / "README.md").write_text("---\n{ no: [yaml\n---\n")

@@ -109,8 +109,9 @@ def test_sizes_are_drawn_evenly() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"student_image_sizes": [8, 10]}, r"is \[8, 10\]. Give multiples of the tower's patch size 4, up to .* 16"),
-        ({"student_image_sizes": [16, 20]}, "up to its image size 16"),
+        ({"student_image_sizes": [8, 10]}, r"is \[8, 10\]. Give multiples of the tower's patch size 4, below .* 16"),
+        ({"student_image_sizes": [16, 20]}, "below its image size 16"),
+        ({"student_image_sizes": [16]}, "multiples of the tower's patch size 4"),
         ({"student_image_sizes": [0, 8]}, "multiples of the tower's patch size 4"),
         ({"student_image_sizes": []}, "multiples of the tower's patch size 4"),
         ({"distillation_preset": "paper"}, "only heads on the student.*as the preset `radio` does"),
@@ -125,6 +126,6 @@ def test_sizes_that_do_not_fit_are_refused(make_trainer, settings: dict[str, Any
 
 def test_the_towers_own_size_need_not_be_a_multiple_of_the_patch_size() -> None:
     check_sizes_fit([224, 384], image_size=384, patch_size=14)
-    for sizes in ([], [224, 380], [0, 384], [398]):
+    for sizes in ([], [384], [224, 380], [0, 384], [398]):
         with pytest.raises(ValueError, match="`student_image_sizes` is"):
             check_sizes_fit(sizes, image_size=384, patch_size=14)
