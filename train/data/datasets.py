@@ -6,9 +6,11 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     Dataset,
     Features,
@@ -18,10 +20,12 @@ from datasets import (
 )
 
 from train.arguments import DataArguments
-from train.data import conversations, image_rows
+from train.data import conversations, image_rows, json_rows, plain_conversations
+from train.data.arrow_rows import load_json_rows
 from train.data.bad_rows import BadRows
 from train.data.conversations import FEATURES, convert_row
 from train.data.image_rows import IMAGE_FEATURES, convert_image_batch, convert_images, only_images
+from train.data.plain_conversations import convert_rows
 from train.data.sources import open_image_folder, open_rows, undecoded_images
 
 
@@ -40,12 +44,20 @@ class RowForm:
         map_options (`dict`): The same as arguments of `Dataset.map`.
         features (`Features`): The columns.
         code (`str`): File of the converter.
+        convert_many (`Callable`): Makes a table of a list of rows and the position of the first.
     """
 
     convert: Callable[..., list[dict[str, Any]]]
     map_options: dict[str, Any]
     features: Features
     code: str
+    convert_many: Callable[..., pa.Table]
+
+
+def _image_table(rows: Sequence[Any], first: int, **kwargs: Any) -> pa.Table:
+    made = [image for index, row in enumerate(rows, first) for image in convert_images(row, index, **kwargs)]
+    columns = {name: [image[name] for image in made] for name in IMAGE_FEATURES}
+    return Dataset.from_dict(columns, IMAGE_FEATURES).data.table
 
 
 CONVERSATIONS = RowForm(
@@ -53,6 +65,7 @@ CONVERSATIONS = RowForm(
     {"function": convert_row, "desc": "Reading conversations"},
     FEATURES,
     conversations.__file__,
+    convert_rows,
 )
 # Batched, since a row may have several images; in small batches, since images are large
 IMAGES = RowForm(
@@ -60,6 +73,7 @@ IMAGES = RowForm(
     {"function": convert_image_batch, "batched": True, "batch_size": 100, "desc": "Reading images"},
     IMAGE_FEATURES,
     image_rows.__file__,
+    _image_table,
 )
 
 
@@ -301,20 +315,26 @@ def load_rows(
     fn_kwargs: dict[str, Any] = {"folder": folder, "name": name, "offset": bad_rows.total}
     if isinstance(rows, IterableDataset):
         return _convert_stream(form, rows, fn_kwargs)
-    converted = _convert_rows(form, rows, fn_kwargs, num_proc)
+    if isinstance(rows, Path):
+        convert = partial(form.convert_many, **fn_kwargs)
+        converted, count = load_json_rows(rows, convert, form.features, [fn_kwargs, _code_version(form)])
+    else:
+        converted, count = _convert_rows(form, rows, fn_kwargs, num_proc), len(rows)
+    if not count:
+        raise ValueError(f"{name or 'The data set'} has no row.")
     if form is IMAGES:
-        converted = _with_own_indices(converted, rows, fn_kwargs)
+        converted = _with_own_indices(converted, count, fn_kwargs)
     if streaming:
         return converted.to_iterable_dataset()
     return _without_bad_rows(converted, bad_rows)
 
 
-def _with_own_indices(images: Dataset, rows: Any, fn_kwargs: Mapping[str, Any]) -> Dataset:
+def _with_own_indices(images: Dataset, num_rows: int, fn_kwargs: Mapping[str, Any]) -> Dataset:
     """Number the images, of which a row may have several, and say how many rows have none."""
-    if missing := len(rows) - len(set(images["row_index"][:])):
-        logger.warning("%s: %d of %d rows have no image. They are left out.", fn_kwargs["name"], missing, len(rows))
+    if missing := num_rows - len(set(images["row_index"][:])):
+        logger.warning("%s: %d of %d rows have no image. They are left out.", fn_kwargs["name"], missing, num_rows)
     if not len(images):
-        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no image in {len(rows)} rows.")
+        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no image in {num_rows} rows.")
     first = fn_kwargs["offset"]
     features = images.features
     images = images.remove_columns("row_index").add_column("row_index", range(first, first + len(images)))
@@ -350,9 +370,7 @@ def _convert_rows(
 ) -> Dataset:
     if isinstance(rows, Dataset):
         # datasets caches the result by the arguments, so the code is one of them
-        fn_kwargs["version"] = zlib.crc32(
-            b"".join(Path(code).read_bytes() for code in (image_rows.__file__, form.code))
-        )
+        fn_kwargs["version"] = _code_version(form)
         return undecoded_images(rows).map(
             **form.map_options,
             with_indices=True,
@@ -362,7 +380,7 @@ def _convert_rows(
             num_proc=num_proc,
         )
     if not rows:
-        raise ValueError(f"{fn_kwargs['name'] or 'The data set'} has no row.")
+        return Dataset.from_dict({name: [] for name in form.features}, form.features)
     # In chunks, which limits the memory for intermediate forms
     chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
     return concatenate_datasets(
@@ -371,6 +389,11 @@ def _convert_rows(
             for chunk in chunks
         ]
     )
+
+
+def _code_version(form: RowForm) -> int:
+    files = (image_rows.__file__, json_rows.__file__, plain_conversations.__file__, form.code)
+    return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
 
 
 def _is_image_folder(rows: Any) -> bool:

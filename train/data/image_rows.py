@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from modeling_movekd.images import path_in_folder
-from train.data.sources import parse_line
+from train.data.json_rows import parse_line
 
 
 IMAGE_FIELDS = ("image", "images")

@@ -1,8 +1,6 @@
 """Reads rows from a file, a folder or the Hub, without converting them."""
 
-import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,10 @@ PACKED = (".parquet", ".arrow", ".tar", ".zip")
 
 
 def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> Any:
-    """Open a source as a list, a `Dataset`, or, with `streaming`, an `IterableDataset` if the format allows it."""
+    """
+    Open a source as a list, a `Dataset`, or, with `streaming`, an `IterableDataset` if the format allows it. A JSON
+    file, and without `streaming` a JSON Lines file, is returned as its path.
+    """
     if not isinstance(source, str | os.PathLike):
         rows = source if isinstance(source, Dataset) else list(source)
         _only_train("The data set", split)
@@ -27,13 +28,11 @@ def open_rows(source: Any, split: str, subset: str | None, streaming: bool) -> A
     path = Path(source)
     if path.is_file():
         _only_train(path, split)
-    if path.suffix == ".json" and path.is_file():
-        return _read_json(path)
-    if path.suffix == ".jsonl" and path.is_file():
-        if streaming:
-            lines = Features({"line": Value("binary")})
-            return IterableDataset.from_generator(_read_line_texts, lines, {"path": str(path)})
-        return list(_read_lines(path))
+    if path.suffix == ".jsonl" and path.is_file() and streaming:
+        lines = Features({"line": Value("binary")})
+        return IterableDataset.from_generator(_read_line_texts, lines, {"path": str(path)})
+    if path.suffix in (".json", ".jsonl") and path.is_file():
+        return path
     if path.suffix == ".parquet" and path.is_file():
         return load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -99,47 +98,11 @@ def _only_train(source: Any, split: str) -> None:
         )
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    """The rows of a JSON Lines file, see [`parse_line`]."""
-    for line in _read_line_texts(str(path)):
-        yield parse_line(line["line"])
-
-
 def _read_line_texts(path: str) -> Iterator[dict[str, bytes]]:
     with open(path, "rb") as lines:
         for line in lines:
             if line.strip():
                 yield {"line": line.strip()}
-
-
-def _read_json(path: Path) -> list[Any]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        rows = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON {_position(text, error)}: {error}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply to be read.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a JSON {type(rows).__name__}, expected a list of rows.")
-    return rows
-
-
-def _position(text: str, error: json.JSONDecodeError) -> str:
-    """Row and field of an error in a JSON list, found by parsing the rows in front of it again."""
-    decoder, separator = json.JSONDecoder(), re.compile(r"[^\s,]|$")
-    number, start = -1, text.find("[") + 1
-    try:
-        while start < error.pos:
-            number += 1
-            start = separator.search(text, start).start()  # type: ignore[union-attr]
-            _, start = decoder.raw_decode(text, start)
-    except json.JSONDecodeError:
-        pass
-    fields = re.findall(r'"(\w+)"\s*:', text[start : error.pos])
-    return f"in row {max(number, 0)}" + (f", field {fields[-1]!r}" if fields else "")
 
 
 def undecoded_images(dataset: Dataset) -> Dataset:
@@ -154,14 +117,3 @@ def undecoded_images(dataset: Dataset) -> Dataset:
         if undecoded(feature) != feature:
             dataset = dataset.cast_column(name, undecoded(feature))
     return dataset
-
-
-def parse_line(line: bytes) -> Any:
-    """The row of a line of JSON Lines, or the `ValueError` that says why it has none."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except RecursionError:
-        return ValueError("not valid JSON: it is nested too deeply to be read")
-    except ValueError as error:
-        fields = re.findall(r'"(\w+)"\s*:', line[: getattr(error, "pos", 0)].decode("utf-8", "replace"))
-        return ValueError(f"not valid JSON{f' in field {fields[-1]!r}' if fields else ''}: {error}")
