@@ -65,9 +65,16 @@ def image_settings(config: MoveKDConfig | MoveKDVisionConfig) -> dict[str, Any]:
     return settings if tower is config else settings | {"image_aspect_ratio": config.image_aspect_ratio}
 
 
+def keep_dropout(args: MoveKDSFTConfig, config: MoveKDConfig | MoveKDVisionConfig) -> None:
+    """Set `lora_dropout` to that of a saved student, unless it is given: the preset's value is for new students."""
+    if args.keeps_dropout:
+        args.lora_dropout = tower_config(config).lora_dropout
+
+
 def refuse_other_options(args: MoveKDSFTConfig, config: MoveKDConfig | MoveKDVisionConfig, source: str) -> None:
     """Refuse to continue a student with other options than it was built with."""
     tower = tower_config(config)
+    keep_dropout(args, config)
     compared = STUDENT_FIELDS if tower.num_experts or args.num_experts else STUDENT_FIELDS[:1]
     saved = {name: getattr(tower, name) for name in compared} | image_settings(config)
     differing = {name: (value, getattr(args, name)) for name, value in saved.items() if value != getattr(args, name)}

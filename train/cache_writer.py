@@ -35,7 +35,7 @@ from train.data.bad_rows import BadRows
 from train.data.collator import MoveKDCollator
 from train.data.conversations import STAND_IN
 from train.data.datasets import load_train_and_validation
-from train.data.image_collator import ImageCollator
+from train.data.image_collator import ImageCollator, black_image, decode_rows, named_problems, teacher_pixels
 from train.distributed import timeouts_named
 from train.teachers.cache_shards import BLANK, UNREADABLE, ShardLayout, decode, encode, shard_checksum
 from train.teachers.cached import (
@@ -110,16 +110,21 @@ def collator_of_recipe(
 class _TeacherPixels(torch.utils.data.Dataset):
     """For each row the pixels of one teacher, the checksums of the images, and the bad rows."""
 
-    def __init__(self, dataset: Dataset, collator: MoveKDCollator | ImageCollator, teacher: str) -> None:
-        self.dataset, self.collator, self.teacher = dataset, collator, teacher
+    def __init__(self, dataset: Dataset, collator: MoveKDCollator | ImageCollator, teacher: FrozenTeacher) -> None:
+        self.dataset, self.collator = dataset, collator
+        self.preprocessors = {teacher.name: teacher.preprocessor}
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
-        row = self.dataset[position]
-        # The training collator makes the pixels, so that they are those of training
-        batch = self.collator([row])
-        pixels, count = batch["teacher_pixel_values"][self.teacher], len(row["images"])
-        if batch["bad_rows"]:
-            return pixels[:1].expand(count, -1, -1, -1), [UNREADABLE] * count, batch["bad_rows"]
+        row, collator = self.dataset[position], self.collator
+        (images,), problems = decode_rows([row], collator.apply_orientation)
+        is_encoder = isinstance(collator, ImageCollator)
+        processor = collator.image_processor if is_encoder else collator.processor.image_processor
+        # As in the collators, but the student's pixels and text are not needed
+        images = images or [black_image(processor)]
+        (pixels,) = teacher_pixels(images, self.preprocessors, processor, collator.geometry).values()
+        if problems:
+            count = len(row["images"])
+            return pixels.expand(count, -1, -1, -1), [UNREADABLE] * count, named_problems([row], problems)
         return pixels, [zlib.crc32(image_bytes(image)) for image in row["images"]], []
 
 
@@ -209,8 +214,7 @@ def _write_cache(
     dataset = concatenate_datasets(datasets)
     for name, teacher in teachers.items():
         shards = [shard for shard in missing[name] if shard != BLANK][state.process_index :: state.num_processes]
-        preprocessors = {name: teacher.preprocessor}
-        pixels = _TeacherPixels(dataset, dataclasses.replace(collator, teacher_preprocessors=preprocessors), name)
+        pixels = _TeacherPixels(dataset, collator, teacher)
         with timeouts_named(args):
             _write_shards(layout, teacher, shards, pixels, args, bad_rows)
     state.wait_for_everyone()

@@ -81,7 +81,6 @@ class MoveKDSFTConfig(SFTConfig):
     num_experts: int = HfArg(default=3, help="Number of LoRA experts in each MLP of the tower; 0 for none.")
     lora_rank: int = HfArg(default=32, help="Rank of each expert.")
     lora_alpha: float = HfArg(default=1.0, help="The output of an expert is scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout on the input of the experts.")
     expert_assignment: Literal["router", "teacher"] = HfArg(
         default="router",
         help="Who chooses the expert for the distillation loss: the `router`, or with `teacher` each teacher has its "
@@ -170,6 +169,7 @@ class MoveKDSFTConfig(SFTConfig):
         "expert_init", "Initialization of the experts' up-projection: `zero` starts with the output of plain CLIP."
     )
     expert_bias: bool | None = preset_option("expert_bias", "Give the experts' projections a bias.")
+    lora_dropout: float | None = preset_option("lora_dropout", "Dropout on the input of the experts.")
     head_side: Literal["teacher", "student"] | None = preset_option(
         "head_side",
         "`teacher` puts adapters on the teachers' features, `student` puts heads on the student's.",
@@ -279,6 +279,7 @@ class MoveKDSFTConfig(SFTConfig):
 
     def _set_preset(self) -> None:
         preset = PRESETS[self.distillation_preset]
+        self.keeps_dropout = self.lora_dropout is None
         given = {name: value for name in preset if (value := getattr(self, name)) not in (None, preset[name])}
         for name in preset.keys() - given.keys():
             setattr(self, name, preset[name])

@@ -36,7 +36,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "t
 LOSSES = ("loss", "text", "kd", "balance", "mean_token_accuracy", "eval_loss")
 # Arguments that the card lists, besides the preset's options and those with a line of their own in the card
 SETTINGS = (
-    *("num_experts", "lora_rank", "lora_alpha", "lora_dropout", "expert_assignment", "balance_rate"),
+    *("num_experts", "lora_rank", "lora_alpha", "expert_assignment", "balance_rate"),
     *("freeze_vision_tower", "freeze_base_tower", "student_image_sizes", "image_aspect_ratio"),
     *("chat_template", "distill_tiles", "whitening_components", "feature_statistics_images", "max_length"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),

@@ -10,6 +10,7 @@ PAPER: dict[str, Any] = {
     "router_gradient": "straight_through",
     "expert_init": "zero",
     "expert_bias": False,
+    "lora_dropout": 0.05,
     "head_side": "teacher",
     "head_form": "mlp",
     "feature_normalization": "none",

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from modeling_movekd.inference import longest_context
+from transformers.utils import CONFIG_NAME
+
+from modeling_movekd.inference import longest_context, read_config
 from train.arguments import DataArguments, ModelArguments
 from train.build import (
     build_collator,
@@ -13,7 +15,7 @@ from train.build import (
     build_teachers,
     fit_feature_statistics,
 )
-from train.build_encoder import build_encoder, heads_to_continue
+from train.build_encoder import build_encoder, heads_to_continue, keep_dropout
 from train.callbacks import PictureCallback, check_pictures
 from train.checkpoints import checkpoint_to_resume, disk_errors_named, prepare_output_folder
 from train.config import MoveKDSFTConfig
@@ -42,6 +44,9 @@ def train(
     is_encoder = args.stage == "encoder"
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     prepare_output_folder(args)
+    # A sharded checkpoint has no configuration
+    if args.resume_from_checkpoint and (Path(args.resume_from_checkpoint) / CONFIG_NAME).is_file():
+        keep_dropout(args, read_config(args.resume_from_checkpoint))
     with whole_weights(args):
         model, processor = (build_encoder if is_encoder else build_student)(args, model_args)
         teachers = build_teachers(args)

@@ -229,3 +229,14 @@ def test_the_command(parts, images: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-6000:]
     assert AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).config.num_experts == 3
     assert AutoImageProcessor.from_pretrained(tmp_path / "out")
+
+
+def test_an_encoder_keeps_its_dropout_unless_another_is_asked_for(out: Path, teachers, tmp_path: Path) -> None:
+    options = {name: value for name, value in SETTINGS.items() if name != "lora_dropout"}
+    options |= {"teachers": teachers, "output_dir": str(tmp_path), "vision_model": str(out)}
+    args = MoveKDSFTConfig(**options)
+    assert args.lora_dropout == 0.05  # the preset's; the encoder was trained without
+    model, _ = build_encoder(args, ModelArguments())
+    assert (model.config.lora_dropout, args.lora_dropout, args.preset_options()["lora_dropout"]) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"'lora_dropout': \(0\.0, 0\.05\)"):
+        build_encoder(MoveKDSFTConfig(**options, lora_dropout=0.05), ModelArguments())

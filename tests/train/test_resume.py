@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from modeling_movekd import MoveKDConfig
 from tests.helpers.bare_process import load_as_stranger
 from tests.helpers.colored_rows import llava_rows
 from tests.helpers.disks import full_disk
@@ -120,9 +121,15 @@ def test_killed_and_resumed_is_the_same_run(straight: Path, resume) -> None:
     assert_same(resume(), straight, processes=1)
 
 
-def test_dropout_takes_part(straight: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path) -> None:
+def test_dropout_takes_part_and_is_kept(
+    straight: Path, parts: dict[str, str], dataset_folder: str, tmp_path: Path
+) -> None:
     run(write_settings(tmp_path / "other", parts, dataset_folder, **SETTINGS | {"lora_dropout": 0.0}))
     assert losses(tmp_path / "other" / "checkpoint-4") != losses(straight / "checkpoint-4")
+    shutil.rmtree(tmp_path / "other" / "checkpoint-4")
+    unsaid = SETTINGS | {"lora_dropout": None, "resume_from_checkpoint": "true"}
+    run(write_settings(tmp_path / "other", parts, dataset_folder, **unsaid))
+    assert MoveKDConfig.from_pretrained(tmp_path / "other").vision_config.lora_dropout == 0.0
 
 
 def test_true_takes_the_newest_whole_checkpoint(

@@ -21,12 +21,15 @@ TABLES = {
     "encoders": ("Encoders side by side", 7),
     "inference": ("Inference", 2),
     "training_step": ("Step of training", 3),
+    "remote_code": ("Loading a checkpoint by its own code", 2),
 }
 # What `benchmarks.on_gpu` runs besides
 GPU_TABLES = {"devices": ("Device against CPU", 9), "small_recipe": ("The small recipe", 3)}
 
 
-@pytest.mark.parametrize("script", TABLES)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.slow) if name == "remote_code" else name for name in TABLES]
+)
 def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     title, number = TABLES[script]
     out = tmp_path / "tables.json"
