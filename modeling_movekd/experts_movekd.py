@@ -33,7 +33,11 @@ class QuickGELUFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (hidden_states,) = ctx.saved_tensors
         # The chain rule multiplies by the slope, which cancels the division.
-        return torch.ops.aten.silu_backward(gradient, hidden_states * QUICK_GELU_SLOPE)
+        scaled = hidden_states * QUICK_GELU_SLOPE
+        if torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(gradient, scaled)
+        # A new wide tensor costs more than the arithmetic
+        return torch.ops.aten.silu_backward(gradient, scaled, grad_input=scaled)
 
 
 class QuickGELU(nn.Module):
@@ -140,9 +144,9 @@ class LoraExperts(nn.Module):
         over experts and no shape depends on the data.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, in_features)`): Input of the layer.
-            base (`torch.Tensor` of shape `(batch_size * sequence_length, out_features)`): Output of the linear layer.
-            gates (`torch.Tensor` of shape `(batch_size, sequence_length, num_experts)`): Weight of each expert.
+            hidden_states (`torch.Tensor` of shape `(num_tokens, in_features)`): Input of the layer.
+            base (`torch.Tensor` of shape `(num_tokens, out_features)`): Output of the linear layer.
+            gates (`torch.Tensor` of shape `(num_tokens, num_experts)`): Weight of each expert.
             in_place (`bool`, *optional*, defaults to `False`): Whether to overwrite `base`.
             detach (`bool`, *optional*, defaults to `False`): Whether to keep the gradient from the experts' weights.
 
@@ -287,8 +291,11 @@ class MixtureOfLoraExpertsMLP(CLIPMLP):
     ) -> torch.Tensor:
         # Adapters, ZeRO-3 and hooks may keep the output of `linear`, so it is not overwritten then.
         in_place = type(linear) is nn.Linear and not (linear._forward_hooks or linear._backward_hooks)
-        base = linear(hidden_states.flatten(0, -2))
-        return experts(hidden_states, base, gates, in_place, detach).unflatten(0, hidden_states.shape[:-1])
+        # Both products take the same flat tensor: autograd sums their wide gradients in place, which it does not for
+        # views of them.
+        tokens = hidden_states.flatten(0, -2)
+        output = experts(tokens, linear(tokens), gates.flatten(0, -2), in_place, detach)
+        return output.unflatten(0, hidden_states.shape[:-1])
 
     def _folded_forward(self, folded: FoldedWeights, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         ranks, scaled_gates = self.fc1_experts.down_project(hidden_states, gates)

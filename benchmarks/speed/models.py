@@ -39,6 +39,7 @@ class TowerCase:
     batch_size: int = 2
     num_experts: int = 3
     lora_rank: int = 32
+    lora_dropout: float = 0.05
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -51,7 +52,8 @@ class TowerCase:
 
     def tower(self, checkpointing: bool = False) -> MoveKDVisionModel:
         """Experts and routers train; CLIP's weights do not."""
-        tower = MoveKDVisionModel.from_clip(self.clip(), num_experts=self.num_experts, lora_rank=self.lora_rank)
+        experts = {"num_experts": self.num_experts, "lora_rank": self.lora_rank, "lora_dropout": self.lora_dropout}
+        tower = MoveKDVisionModel.from_clip(self.clip(), **experts)
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_("expert" in name or "router" in name)
         if checkpointing:

@@ -208,10 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options.add_argument("--batch_size", type=int, default=2)
     options.add_argument("--num_experts", type=int, default=3)
     options.add_argument("--lora_rank", type=int, default=32)
+    options.add_argument("--lora_dropout", type=float, default=0.05, help="dropout on the experts' input")
     options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="parts of the table")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    shapes = {name: getattr(chosen, name) for name in ("batch_size", "num_experts", "lora_rank", "device", "dtype")}
+    names = ("batch_size", "num_experts", "lora_rank", "lora_dropout", "device", "dtype")
+    shapes = {name: getattr(chosen, name) for name in names}
     case = TowerCase(TOY_CLIP if chosen.toy else CLIP_LARGE, **shapes)
     rows = []
     if "times" in chosen.parts:

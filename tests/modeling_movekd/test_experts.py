@@ -189,8 +189,11 @@ def test_dropout_is_active_in_training_only(make_tower, pixels):
     assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     tower.train()
     assert not torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
-    tower = make_tower(lora_dropout=0.0).train()
-    assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+    tower = make_tower(lora_dropout=0.0)
+    expected, state = tower(pixels).last_hidden_state, torch.get_rng_state()
+    tower.train()
+    assert torch.equal(tower(pixels).last_hidden_state, expected) and torch.equal(torch.get_rng_state(), state)
+    assert tower.encoder.layers[0].mlp.fc1_experts.dropout(pixels) is pixels
 
 
 def test_dropout_takes_inputs_of_each_token_by_themselves(make_tower):
@@ -217,6 +220,19 @@ def test_activation_is_the_quick_gelu_of_transformers(dtype):
     torch.testing.assert_close(hidden.grad, expected.grad, **tolerance)
     if dtype == torch.float64:
         assert torch.autograd.gradcheck(QuickGELU(), hidden)
+
+
+def test_gradients_of_a_wide_input_are_summed_in_place(make_tower):
+    """A new wide tensor for each sum or activation is what a step loses over its products."""
+    mlp = make_tower(lora_dropout=0.0).encoder.layers[0].mlp.train()
+    output = mlp(torch.randn(2, 5, 32, requires_grad=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        output.sum().backward()
+    wide = [10, mlp.fc1.out_features]
+    added = [
+        event.name for event in profiler.events() if event.input_shapes[:2] == [wide, wide] and "add" in event.name
+    ]
+    assert added == ["aten::add_"]
 
 
 def test_what_hooks_see_of_a_layer_is_left_as_it_was(make_tower):
