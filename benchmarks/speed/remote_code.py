@@ -1,9 +1,9 @@
 """
 CPU time of loading a checkpoint by the code beside it: `python -m benchmarks.speed.remote_code`.
 
-The checkpoint has the shapes of the demo's student. The rival is transformers' LLaVA-NeXT of the same shapes. Each load
-is that of a fresh process, which has imported torch and transformers: the first copies and compiles the checkpoint's
-code, a later one finds it in the cache of modules.
+The checkpoint has the shapes of the demo's student. The rival is transformers' LLaVA-NeXT of the same shapes. Each
+load is that of a fresh process, which has imported torch and transformers: the first copies and compiles the
+checkpoint's code, a later one finds it in the cache of modules.
 """
 
 import os
