@@ -22,7 +22,6 @@ from modeling_movekd.inference import answer_batch
 from modeling_movekd.prompts import prepare
 from train.arguments import DataArguments, ModelArguments
 from train.build import build_student
-from train.cache_writer import CacheArguments, cache_features
 from train.config import MoveKDSFTConfig
 from train.demo.scenes import FAMILIES, chance_levels, scenes
 from train.distributed import whole_weights
@@ -32,14 +31,12 @@ from train.run import train
 RECIPES = ("train/recipes/demo_pretrain.yaml", "train/recipes/demo_finetune.yaml")
 SIZES = {"pretrain": 2000, "finetune": 2000, "test": 500}
 OUTPUT = Path("outputs/demo")
-FEATURES = OUTPUT / "features"  # of the teachers, for one stage
 NEW_TOKENS = 8  # more than any answer has
 
 
-def parse_recipe(path: str, *flags: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
-    """The arguments of a recipe and flags, as `train/sft.py --config` reads them."""
-    parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
-    return parser.parse_args_and_config(["--config", path, *flags])
+def parse_recipe(path: str) -> tuple[DataArguments, MoveKDSFTConfig, ModelArguments]:
+    """The arguments of a recipe, as `train/sft.py --config` reads them."""
+    return TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments)).parse_args_and_config(["--config", path])
 
 
 @torch.no_grad()
@@ -164,18 +161,11 @@ def run_demo(rebuild_towers: bool = False) -> dict[str, dict[str, float]]:
     histories: dict[str, list[dict[str, Any]]] = {}
     trainer = None
     for recipe in RECIPES:
-        # Each picture is seen two or three times, and a teacher need not
-        data_args, args, model_args = parse_recipe(recipe, "--feature_cache", str(FEATURES))
-        if state.is_main_process:
-            shutil.rmtree(FEATURES, ignore_errors=True)
-        state.wait_for_everyone()
-        cache_features(data_args, args, model_args, CacheArguments())
+        data_args, args, model_args = parse_recipe(recipe)
         trainer = train(data_args, args, model_args, recipe)
         histories[args.stage] = trainer.state.log_history
         trainer.end() if recipe != RECIPES[-1] else None
     state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(FEATURES)
     results: dict[str, dict[str, float]] = {}
     if state.is_main_process:
         rows = scenes("test", SIZES["test"])
