@@ -117,8 +117,10 @@ class _TeacherPixels(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
         row, collator = self.dataset[position], self.collator
         (images,), problems = decode_rows([row], collator.apply_orientation)
-        is_encoder = isinstance(collator, ImageCollator)
-        processor = collator.image_processor if is_encoder else collator.processor.image_processor
+        if isinstance(collator, ImageCollator):
+            processor = collator.image_processor
+        else:
+            processor = collator.processor.image_processor
         # As in the collators, but the student's pixels and text are not needed
         images = images or [black_image(processor)]
         (pixels,) = teacher_pixels(images, self.preprocessors, processor, collator.geometry).values()
