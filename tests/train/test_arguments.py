@@ -7,6 +7,7 @@ from trl import SFTConfig
 
 from train.arguments import DataArguments, ModelArguments, TrainingParser
 from train.config import PRESETS, MoveKDSFTConfig
+from train.options import MethodOptions
 
 
 def test_help_lists_our_options_first_each_with_a_sentence_and_its_values_by_preset():
@@ -15,11 +16,11 @@ def test_help_lists_our_options_first_each_with_a_sentence_and_its_values_by_pre
     ours, trls = text.split("options of TRL's SFTConfig and transformers' TrainingArguments:")
     assert text.startswith("usage: accelerate launch train/sft.py [--config RECIPE.yaml] [options] ")
     helps = {action.dest: action.help for action in parser._actions}
-    for options in (DataArguments, ModelArguments, MoveKDSFTConfig):
+    for options in (DataArguments, ModelArguments, MethodOptions):
         for name in options.__annotations__:
             assert f" --{name} " in ours or f" --{name}, " in ours, name
             assert len(helps[name].split()) > 3, name
-    for name in {field.name for field in fields(SFTConfig) if field.init} - set(MoveKDSFTConfig.__annotations__):
+    for name in {field.name for field in fields(SFTConfig) if field.init} - set(MethodOptions.__annotations__):
         assert f" --{name}" in trls and f" --{name} " not in ours, name
     for preset, options in PRESETS.items():
         assert all(f"{preset} {value}" in helps[name] for name, value in options.items())
