@@ -5,7 +5,7 @@ Nothing here imports torch, so that arguments are checked at once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
@@ -109,6 +109,14 @@ class UnpreparedConfig(MethodOptions, SFTConfig):
         self.check_options()
 
 
+def _guesses(names: Sequence[str], known: Iterable[str]) -> str:
+    """Names that are not known, with those that they may stand for."""
+    guesses = [get_close_matches(name.partition("=")[0], [*known], n=1) for name in names]
+    return " ".join(
+        f"{name} (did you mean {guess[0]}?)" if guess else name for name, guess in zip(names, guesses, strict=True)
+    )
+
+
 class TrainingParser(TrlParser):
     """
     Parser of a recipe and of the flags that override it. `--help` lists this project's options first.
@@ -152,23 +160,21 @@ class TrainingParser(TrlParser):
             recipe.pop("env", None)
         unknown = self.set_defaults_with_config(**{str(key): value for key, value in recipe.items()})
         if unknown:
-            self.error(f"the recipe has unknown keys: {self._guesses(unknown[::2])}")
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
-            self.error(f"unrecognized arguments: {self._guesses(unknown)}")
-        given = vars(namespace)
+            keys = [key.removeprefix("--") for key in unknown[::2]]
+            self.error(f"the recipe has unknown keys: {_guesses(keys, [action.dest for action in self._actions])}")
+        required = [action for action in self._actions if action.required]
+        for action in required:  # a mistyped name is reported before the name that is then missing
+            action.required = False
+        if unknown := self.parse_known_args(arguments)[1]:
+            self.error(f"unrecognized arguments: {_guesses(unknown, self._option_string_actions)}")
+        for action in required:
+            action.required = True
+        given = vars(self.parse_args(arguments))
         try:
             for options in self.dataclass_types:
                 options(**{field.name: given[field.name] for field in fields(options) if field.init})
         except ValueError as error:
             self.error(str(error))
-
-    def _guesses(self, names: Sequence[str]) -> str:
-        """Names that are no options, with those that they may stand for."""
-        guesses = [get_close_matches(name.partition("=")[0], self._option_string_actions, n=1) for name in names]
-        return " ".join(
-            f"{name} (did you mean {guess[0]}?)" if guess else name for name, guess in zip(names, guesses, strict=True)
-        )
 
     def format_help(self) -> str:
         own = {name for options in self.dataclass_types for name in options.__annotations__} | set(

@@ -251,10 +251,12 @@ def test_folders_that_are_not_ours_stay_as_they_are(folder, photos, tmp_path, ca
     assert [path.name for path in (out / "pictures").iterdir()] == ["001-a-wide-one"]
     page = (out / "index.html").read_text()
     # What fails leaves the page that was there, and no part of a new one
-    for wrong in (["--teacher", str(tmp_path / "nowhere")], ["--layer", "9"], ["--batch-size", "0"]):
+    for wrong in (["--teacher", str(tmp_path / "nowhere")], ["--layer", "9"]):
         assert visualize.main([*command, *wrong]) == 1
     assert (out / "index.html").read_text() == page and (out / "pictures" / "001-a-wide-one").is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    with pytest.raises(SystemExit):
+        visualize.main([*command, "--batch-size", "0"])
     file = tmp_path / "file"
     file.write_text("")
     assert visualize.main([*command[:2], "--out", str(file)]) == 1
