@@ -4,31 +4,20 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks.speed.commands import command_line, commands
+from benchmarks.speed.measure import ROOT
 
-ROOT = Path(__file__).parents[1]
-ROOMS = ("modeling_movekd", "hub", "train", "benchmarks", "spaces")
+
 HEAVY = {*"torch transformers trl accelerate datasets gradio pandas numpy matplotlib sklearn".split()}
-
-
-def commands() -> list[str]:
-    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-    return [
-        str(path.relative_to(ROOT))
-        for path in files
-        if path.name == "__main__.py" or '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
-    ]
 
 
 def run(command: str, *arguments: str) -> tuple[int, str, set[str]]:
     """Exit status and output of a command, and the modules that it imported of those that take seconds."""
-    module = command.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    start = [command] if command.startswith("spaces") else ["-m", module]
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *start, *arguments],
+        [sys.executable, "-X", "importtime", *command_line(command), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,

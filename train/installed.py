@@ -98,13 +98,11 @@ class SourceModule:
 
 def _path(name: str) -> Path:
     """File of a module, found without importing its packages."""
-    folders: Any = None
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:end]), folders)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"no source of {name}")
-        folders = spec.submodule_search_locations
+    package, _, _ = name.rpartition(".")
+    folders = [str(_path(package).parent)] if package else None
+    spec = PathFinder.find_spec(name, folders)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no source of {name}")
     return Path(spec.origin)
 
 

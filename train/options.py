@@ -262,22 +262,22 @@ class MethodOptions:
     hub_strategy: str = option(default="end", help="When to publish; only `end` is supported.")
     assistant_only_loss: bool = option(default=True, help="Compute the text loss on the assistant's turns only.")
 
-    def prepare_options(self) -> None:
+    def prepare_options(self: Any) -> None:
         """Bring the options into the form that TRL and transformers take."""
         if self.stage == "encoder" and self.distillation_preset in PRESETS:
             refuse_unused_options(self, PRESETS[self.distillation_preset])
         self.report_to = self.report_to or ["none"]
         # The command line gives text
         words = {"true": True, "false": None, "": None}
-        asked: Any = self.resume_from_checkpoint
-        self.resume_from_checkpoint: Any = words.get(str(asked or "").lower(), asked)
+        asked = self.resume_from_checkpoint
+        self.resume_from_checkpoint = words.get(str(asked or "").lower(), asked)
         # TRL's default is under the former name, for which transformers would warn
         if self.activation_checkpointing is None and self.gradient_checkpointing is True:
-            self.activation_checkpointing: bool | None = True
+            self.activation_checkpointing = True
         # Before TRL and DeepSpeed read `gradient_accumulation_steps`
         self._set_accumulation_steps()
 
-    def check_options(self) -> None:
+    def check_options(self: Any) -> None:
         """
         Fill in the preset's options.
 
@@ -323,18 +323,18 @@ class MethodOptions:
                 "`distillation_loss: cosine_smooth_l1`."
             )
 
-    def _set_accumulation_steps(self) -> None:
+    def _set_accumulation_steps(self: Any) -> None:
         if self.global_batch_size is None:
             return
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # no process group exists yet
         steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
-        given: int = self.gradient_accumulation_steps
+        given = self.gradient_accumulation_steps
         if given not in (1, steps):
             raise ValueError(
                 f"`gradient_accumulation_steps` is {given}, but `global_batch_size` {self.global_batch_size} asks for "
                 f"{steps} on {processes} processes. Give one of the two."
             )
-        self.gradient_accumulation_steps: int = steps
+        self.gradient_accumulation_steps = steps
 
     def _check_choices(self) -> None:
         """Check the values of a YAML file; the parser checks those of the command line only."""
