@@ -13,14 +13,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from .options import add_loading_arguments, add_sampling_arguments, sampling
+from .options import add_loading_arguments, add_sampling_arguments, sampling, source
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_movekd.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     add_sampling_arguments(parser)

@@ -24,7 +24,7 @@ from transformers.utils import (
 
 from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
-from .files import check_config_size, read_json, reading, weight_shapes
+from .files import check_config_size, check_source, read_json, reading, weight_shapes
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .processing import check_image_processor, load_processor
 from .prompts import prepare
@@ -42,6 +42,8 @@ def read_config(checkpoint: str | os.PathLike, revision: str | None = None) -> P
     Raises:
         ValueError: If the configuration or the header of a weight file cannot be read, or they do not fit each other.
     """
+
+    check_source(checkpoint)
 
     def find(name: str) -> str | None:
         # What cannot be found is reported where it is loaded

@@ -1,7 +1,19 @@
 """Options that several commands have. Nothing here imports torch, so that arguments are parsed at once."""
 
 import argparse
+import os
 from typing import Any
+
+
+def source(text: str) -> str:
+    """Type of an argument: a folder, or an id on the Hub, also as `ID@REVISION`."""
+    from .files import check_source  # takes a part of a second, which `--help` does not need
+
+    try:
+        check_source(text if os.path.isdir(text) else text.partition("@")[0])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .options import add_loading_arguments, add_sampling_arguments, sampling
+from .options import add_loading_arguments, add_sampling_arguments, sampling, source
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
     parser.add_argument("questions", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--image-folder", type=Path, default=Path("."))

@@ -14,14 +14,14 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from .options import add_loading_arguments
+from .options import add_loading_arguments, source
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_movekd.serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
     parser.add_argument("--name", help="name of the model in requests; defaults to CHECKPOINT")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")

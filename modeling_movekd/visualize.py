@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .options import source
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -23,16 +25,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="Hub id or folder of a whole model or an encoder alone")
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder of a whole model or an encoder alone")
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and pictures")
     parser.add_argument("--layer", nargs="+", default=["-1"], metavar="N", help="layers from 0, -1 the last, or all")
     parser.add_argument(
         "--clip",
+        type=source,
         metavar="ID",
         help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
     )
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="ID", help="other vision models, as --clip")
+    parser.add_argument(
+        "--teacher", type=source, nargs="+", default=[], metavar="ID", help="other vision models, as --clip"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
     parser.add_argument("--device", help="defaults to the first GPU, else the CPU")
     parser.add_argument("--batch-size", type=int, default=8, help="images that are drawn together and share colors")

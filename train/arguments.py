@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -141,8 +141,13 @@ class TrainingParser(TrlParser):
             if action.type is str and action.default is None and action.nargs is None:
                 action.type = _text_or_none
 
-    def check(self, arguments: Sequence[str]) -> None:
-        """End with a message if the recipe or the arguments are wrong. [`parse_args_and_config`] may refuse more."""
+    def check(self, arguments: Sequence[str]) -> list[Any]:
+        """
+        End with a message if the recipe or the arguments are wrong. [`parse_args_and_config`] may refuse more.
+
+        Returns:
+            The dataclasses of options.
+        """
         arguments, recipe = list(arguments), {}
         if "--config" in arguments:
             place = arguments.index("--config")
@@ -171,8 +176,10 @@ class TrainingParser(TrlParser):
             action.required = True
         given = vars(self.parse_args(arguments))
         try:
-            for options in self.dataclass_types:
+            return [
                 options(**{field.name: given[field.name] for field in fields(options) if field.init})
+                for options in self.dataclass_types
+            ]
         except ValueError as error:
             self.error(str(error))
 
@@ -197,9 +204,23 @@ class TrainingParser(TrlParser):
         return formatter.format_help()
 
 
-def check_arguments(prog: str, arguments: Sequence[str], *more: type) -> None:
+def check_arguments(prog: str, arguments: Sequence[str], *more: type, loads: bool = True) -> None:
     """
     End with a message if arguments of a training command are wrong, or with its help, before the imports that take
-    seconds. The arguments are those of [`TrainingParser`].
+    seconds.
+
+    Args:
+        prog (`str`), *more (`type`): As of [`TrainingParser`].
+        arguments (sequence of `str`): The command line.
+        loads (`bool`, *optional*, defaults to `True`): Whether the command loads the models, so that they must exist.
     """
-    TrainingParser(prog, *more, config=UnpreparedConfig).check(arguments)
+    parser = TrainingParser(prog, *more, config=UnpreparedConfig)
+    _, args, model_args, *_ = parser.check(arguments)
+    from modeling_movekd.files import check_source  # takes a part of a second, which `--help` does not need
+
+    for name in (args.vision_model, args.language_model, model_args.model_name_or_path):
+        if loads and name is not None:
+            try:
+                check_source(name)
+            except ValueError as error:
+                parser.error(str(error))

@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     cases = asked | {alone: ["-c", "import argparse"]}
     rounds = [{name: processor_seconds(*given) for name, given in cases.items()} for _ in range(options.repeats + 1)]
     seconds = {name: statistics.median(measured[name] for measured in rounds[1:]) for name in cases}
-    rows = [Row(name, seconds[name], 1.0, at_most=1.0) for name in sorted(asked, key=seconds.__getitem__, reverse=True)]
+    slowest_first = sorted(asked, key=seconds.__getitem__, reverse=True)
+    rows = [Row(name, seconds[name], 1.0, at_most=1.0) for name in slowest_first]
     context = {alone: f"{seconds[alone]:.3f} s", "repeats": options.repeats}
     return report("Answers of the commands", rows, context, options.out)
 

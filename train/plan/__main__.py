@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} is {value}; it goes from {low:g} to {high:g}.")
     recipe += ["--use_cpu", "true"]
-    check_arguments(PROG, recipe)
+    check_arguments(PROG, recipe, loads=False)
     from train.plan.report import accumulated, format_plan, measure_step  # imports torch, which takes seconds
 
     parsed: tuple[Any, ...] = TrainingParser(PROG).parse_args_and_config(recipe)
