@@ -91,9 +91,9 @@ def lines_of(name: str, result: dict[str, Any]) -> list[str]:
 def main(given: Sequence[str] | None = None) -> None:
     chosen = parse_arguments(given)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(
-            "error: no GPU is visible to torch. Run this on a machine with one, or try it by `--toy --device cpu`."
-        )
+        message = "no GPU is visible to torch. Run this on a machine with one, or try it by `--toy --device cpu`."
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
     flags = ["--device", chosen.device, *(TOY_FLAGS if chosen.toy else [])]
     deadline, results = time.time() + 60 * chosen.minutes, {}
     context = machine() | {"device": chosen.device, "toy": chosen.toy}
