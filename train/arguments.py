@@ -176,12 +176,13 @@ class TrainingParser(TrlParser):
             action.required = True
         given = vars(self.parse_args(arguments))
         try:
-            return [
+            made = [
                 options(**{field.name: given[field.name] for field in fields(options) if field.init})
                 for options in self.dataclass_types
             ]
         except ValueError as error:
             self.error(str(error))
+        return made
 
     def format_help(self) -> str:
         own = {name for options in self.dataclass_types for name in options.__annotations__} | set(
