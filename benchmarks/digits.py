@@ -9,17 +9,18 @@ Each digit is small, 28 of 128 pixels, and somewhere on a plain picture, in a da
 import argparse
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-
 
 SIDE, HEIGHT = 128, 28
 
 
 def write_digits(folder: Path) -> None:
     """Write the 1,797 digits, a fifth of each into `test`; always the same pictures."""
+    # After the arguments are parsed, since these imports take seconds
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     draw = np.random.default_rng(0)
     parts = train_test_split(digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target)

@@ -17,6 +17,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+
+NEIGHBORS = 20
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("encoder", help="Hub id or folder of a whole model or an encoder alone")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labeled images")
+    parser.add_argument(
+        "--clip",
+        metavar="ID",
+        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
+    )
+    parser.add_argument("--image-column")
+    parser.add_argument("--label-column")
+    parser.add_argument("--neighbors", "--neighbours", type=int, default=NEIGHBORS)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--revision", help="branch, tag or commit of the encoder on the Hub")
+    parser.add_argument("--out", type=Path, help="JSON file that takes the numbers")
+    return parser.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
@@ -35,7 +65,6 @@ from modeling_movekd.inference import load_tower
 from modeling_movekd.vision_encoders import OtherEncoder
 
 
-NEIGHBORS = 20
 FOLDS = 3
 # Candidates of the cross-validation within the training split
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -243,26 +272,8 @@ def _interval(share: float, rows: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("encoder", help="Hub id or folder of a whole model or an encoder alone")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labeled images")
-    parser.add_argument(
-        "--clip",
-        metavar="ID",
-        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
-    )
-    parser.add_argument("--image-column")
-    parser.add_argument("--label-column")
-    parser.add_argument("--neighbors", "--neighbours", type=int, default=NEIGHBORS)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--revision", help="branch, tag or commit of the encoder on the Hub")
-    parser.add_argument("--out", type=Path, help="JSON file that takes the numbers")
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     if any(argument.startswith("--neighbou") for argument in arguments):
         warnings.warn("`--neighbours` is now `--neighbors`; the next release drops it.", FutureWarning, stacklevel=2)
     try:

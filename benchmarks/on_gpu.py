@@ -15,11 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.speed.measure import ROOT, Row, machine, write_json
-from modeling_movekd.files import read_json
-
 
 # Script, its flags, and its share of the time
 PARTS: dict[str, tuple[str, list[str], float]] = {
@@ -31,6 +26,28 @@ PARTS: dict[str, tuple[str, list[str], float]] = {
     "inference": ("inference", ["--dtype", "bfloat16", "--compile"], 1.5),
 }
 TOY_FLAGS = ["--toy", "--repeats", "1", "--threads", "1"]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
+    options.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=str(list(PARTS))
+    )
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--toy", action="store_true", help="tiny shapes, to try the command")
+    options.add_argument("--out", type=Path, default=Path("outputs/on_gpu.json"))
+    return options.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
+import torch
+
+from benchmarks.speed.measure import ROOT, Row, machine, write_json
+from modeling_movekd.files import read_json
 
 
 def run_part(name: str, flags: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -72,17 +89,11 @@ def lines_of(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
-    options.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=str(list(PARTS))
-    )
-    options.add_argument("--device", default="cuda")
-    options.add_argument("--toy", action="store_true", help="tiny shapes, to try the command")
-    options.add_argument("--out", type=Path, default=Path("outputs/on_gpu.json"))
-    chosen = options.parse_args(given)
+    chosen = parse_arguments(given)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        options.error("no GPU is visible to torch. Run this on a machine with one, or try it by `--toy --device cpu`.")
+        message = "no GPU is visible to torch. Run this on a machine with one, or try it by `--toy --device cpu`."
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
     flags = ["--device", chosen.device, *(TOY_FLAGS if chosen.toy else [])]
     deadline, results = time.time() + 60 * chosen.minutes, {}
     context = machine() | {"device": chosen.device, "toy": chosen.toy}

@@ -15,8 +15,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hub.card_write import write_card
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a card that was not written here")
     given = parser.parse_args(arguments)
+    from hub.card_write import write_card  # imports what takes a second
+
     try:
         path = write_card(
             given.checkpoint,

@@ -14,14 +14,72 @@ import argparse
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-# Run as a script, Python puts hub/ first on the path, where its file names would shadow other packages
+def check_arguments(
+    to: str,
+    keep_all_layers: bool,
+    image_aspect_ratio: str | None,
+    chat_template: str,
+    pad_vocabulary_to: int,
+    experts: Mapping[str, Any] | None,
+    **_: Any,
+) -> None:
+    """Refuse arguments of [`convert`] that are wrong or have no effect."""
+    if to not in ("movekd", "original", "authors"):
+        raise ValueError(f"`to` is {to!r}; it must be 'movekd' or 'original'.")
+    if pad_vocabulary_to < 1:
+        raise ValueError(f"`pad_vocabulary_to` is {pad_vocabulary_to}; it must be at least 1.")
+    given = {"keep_all_layers": keep_all_layers, "image_aspect_ratio": image_aspect_ratio, "experts": experts}
+    given |= {"pad_vocabulary_to": pad_vocabulary_to > 1, "chat_template": chat_template != "vicuna_v1"}
+    if to != "movekd" and (unused := [name for name, value in given.items() if value]):
+        raise ValueError(f"{unused} do nothing in a conversion to 'original'. Leave them out.")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments of [`convert`] from those of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="Hub id or folder")
+    parser.add_argument("dest", help="a new folder")
+    parser.add_argument("--to", metavar="{movekd,original}", default="movekd", help="layout of the result")
+    parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    parser.add_argument("--vision-model", help="CLIP checkpoint of the tower, if the source does not name it")
+    parser.add_argument("--language-model", help="language model of a stage-1 folder, if it does not name it")
+    parser.add_argument(
+        "--keep-all-layers", action="store_true", help="keep the layers of the tower that are not used"
+    )
+    parser.add_argument(
+        "--image-aspect-ratio", choices=("pad", "square", "anyres"), help="by default as in the source"
+    )
+    parser.add_argument("--chat-template", default="vicuna_v1", help="vicuna_v1, plain, or own (the tokenizer's)")
+    parser.add_argument("--pad-vocabulary-to", type=int, default=1, help="make the vocabulary a multiple of this")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights")
+    experts = parser.add_argument_group("experts", "for a source without experts")
+    experts.add_argument("--num-experts", type=int, help="per MLP; 0 for none")
+    experts.add_argument("--lora-rank", type=int)
+    experts.add_argument("--lora-alpha", type=float)
+    experts.add_argument("--lora-dropout", type=float)
+    experts.add_argument("--expert-bias", action=argparse.BooleanOptionalAction)
+    experts.add_argument("--router-gradient", choices=("straight_through", "none"))
+    experts.add_argument("--expert-init", choices=("zero", "kaiming"))
+    options = vars(parser.parse_args(arguments))
+    names = [action.dest for action in experts._group_actions]
+    options["experts"] = {name: value for name in names if (value := options.pop(name)) is not None}
+    try:
+        check_arguments(**options)
+    except ValueError as error:
+        raise SystemExit(f"convert.py: {error}") from None
+    return options
+
+
+# Run as a script, Python puts hub/ first on the path, where its file names would shadow other packages. The arguments
+# are parsed before the imports below, which take seconds.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    parse_arguments()
 
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -88,9 +146,7 @@ def convert(
     if to == "authors":
         warnings.warn("`to='authors'` is deprecated, use `to='original'`.", FutureWarning, stacklevel=2)
         to = "original"
-    given = {"keep_all_layers": keep_all_layers, "image_aspect_ratio": image_aspect_ratio, "experts": experts}
-    given |= {"pad_vocabulary_to": pad_vocabulary_to > 1, "chat_template": chat_template != "vicuna_v1"}
-    _check_arguments(to, pad_vocabulary_to, given)
+    check_arguments(to, keep_all_layers, image_aspect_ratio, chat_template, pad_vocabulary_to, experts)
     folder = resolve_source(source, revision, extra_patterns=(*STAGE_1_FILES, DISTILLER_NAME))
     if to == "original":
         return convert_to_original(folder, dest, vision_model, language_model, max_shard_size)
@@ -108,15 +164,6 @@ def convert(
     record = write_checkpoint(read, config, processor, num_tokens, origin, Path(dest), max_shard_size)
     print(summary(dest, record))
     return Path(dest)
-
-
-def _check_arguments(to: str, pad_vocabulary_to: int, given: Mapping[str, Any]) -> None:
-    if to not in ("movekd", "original"):
-        raise ValueError(f"`to` is {to!r}; it must be 'movekd' or 'original'.")
-    if pad_vocabulary_to < 1:
-        raise ValueError(f"`pad_vocabulary_to` is {pad_vocabulary_to}; it must be at least 1.")
-    if to == "original" and (unused := [name for name, value in given.items() if value]):
-        raise ValueError(f"{unused} do nothing in a conversion to 'original'. Leave them out.")
 
 
 def make_processor(
@@ -203,39 +250,13 @@ def summary(dest: str | Path, record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="Hub id or folder")
-    parser.add_argument("dest", help="a new folder")
-    parser.add_argument("--to", metavar="{movekd,original}", default="movekd", help="layout of the result")
-    parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
-    parser.add_argument("--vision-model", help="CLIP checkpoint of the tower, if the source does not name it")
-    parser.add_argument("--language-model", help="language model of a stage-1 folder, if it does not name it")
-    parser.add_argument(
-        "--keep-all-layers", action="store_true", help="keep the layers of the tower that are not used"
-    )
-    parser.add_argument(
-        "--image-aspect-ratio", choices=("pad", "square", "anyres"), help="by default as in the source"
-    )
-    parser.add_argument("--chat-template", default="vicuna_v1", help="vicuna_v1, plain, or own (the tokenizer's)")
-    parser.add_argument("--pad-vocabulary-to", type=int, default=1, help="make the vocabulary a multiple of this")
-    parser.add_argument("--seed", type=int, default=0, help="seed of new weights")
-    experts = parser.add_argument_group("experts", "for a source without experts")
-    experts.add_argument("--num-experts", type=int, help="per MLP; 0 for none")
-    experts.add_argument("--lora-rank", type=int)
-    experts.add_argument("--lora-alpha", type=float)
-    experts.add_argument("--lora-dropout", type=float)
-    experts.add_argument("--expert-bias", action=argparse.BooleanOptionalAction)
-    experts.add_argument("--router-gradient", choices=("straight_through", "none"))
-    experts.add_argument("--expert-init", choices=("zero", "kaiming"))
-    options = vars(parser.parse_args(arguments))
-    names = [action.dest for action in experts._group_actions]
-    given = {name: value for name in names if (value := options.pop(name)) is not None}
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     try:
-        convert(**options, experts=given)
+        convert(**options)
     except (ValueError, ImportError, OSError) as error:  # OSError: the Hub's errors among them
         raise SystemExit(f"convert.py: {error}") from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -37,8 +37,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hub.export_forms import FORMS, export
-from hub.weights import DTYPES
+from hub.export_options import DTYPE_NAMES, FORMS, check_options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,13 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model or encoder")
     parser.add_argument("dest", type=Path, help="folder to write, new or empty")
     parser.add_argument("--form", required=True, choices=FORMS)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of the weights; as stored by default")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights; as stored by default")
     parser.add_argument("--images", nargs="+", default=(), help="files or folders of images (merged, dense, onnx)")
     parser.add_argument("--rank", type=int, help="merged: rank of an update at most; that of all experts by default")
     parser.add_argument("--cls-last", action="store_true", help="gguf: for llama.cpp with its issue 25814 (see there)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub id")
     settings = vars(parser.parse_args(arguments))
     try:
+        check_options(**{name: settings[name] for name in ("form", "dtype", "images", "rank", "cls_last")})
+        from hub.export_forms import export  # imports torch, which takes seconds
+
         print(f"Wrote {export(**settings)}.")
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -31,6 +31,7 @@ from hub.export_clip import plain_config, plain_state_dict, refuse_experts, writ
 from hub.export_gguf import check_gguf, convert_language_model, write_language_model, write_projector
 from hub.export_merged import features, merge_experts
 from hub.export_onnx import GRAPHS, check_decoder, check_onnx, write_onnx, write_whole_onnx
+from hub.export_options import check_options
 from hub.files import new_folder, resolve_source
 from hub.weights import DTYPES
 from modeling_movekd import MoveKDConfig, MoveKDForConditionalGeneration, MoveKDVisionModel
@@ -41,7 +42,6 @@ from modeling_movekd.processing import check_image_processor, update_processor
 from modeling_movekd.vision_movekd import save_weight_index
 
 
-MEASURED_FORMS = ("dense", "onnx", "merged")
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -382,7 +382,6 @@ EXPORTS: dict[str, Callable[..., list[str]]] = {
     "onnx": export_onnx,
     "merged": export_merged,
 }
-FORMS = tuple(EXPORTS)
 
 
 def export(
@@ -414,16 +413,7 @@ def export(
     Returns:
         `dest`.
     """
-    if form not in FORMS:
-        raise ValueError(f"`form` is {form!r}; it must be one of {', '.join(FORMS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    if images and form not in MEASURED_FORMS:
-        raise ValueError(f"`images` are for the forms {', '.join(MEASURED_FORMS)}; the form is `{form}`.")
-    if rank is not None and form != "merged":
-        raise ValueError(f"`rank` is for the form `merged`; the form is `{form}`.")
-    if cls_last and form != "gguf":
-        raise ValueError(f"`cls_last` is for the form `gguf`; the form is `{form}`.")
+    check_options(form, dtype, images, rank, cls_last)
     folder = resolve_source(checkpoint, revision)
     config = read_config(folder)
     torch_dtype = DTYPES[dtype] if dtype else None

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_movekd.files import read_json, temporary_folder
+from modeling_movekd.files import check_source, read_json, temporary_folder
 
 
 SAFETENSORS, PICKLES = ("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")
@@ -79,13 +78,10 @@ def resolve_source(
     A download has the configuration and the tokenizer, and with `weights` the safetensors, or `.bin` files where there
     are none.
     """
+    check_source(source)
     if Path(source).is_dir():
         folder = Path(source)
     else:
-        try:
-            validate_repo_id(str(source))
-        except HFValidationError as error:
-            raise ValueError(f"{source} is neither a folder nor the id of a repository on the Hub.") from error
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=TEXT_PATTERNS))
         for patterns in WEIGHT_PATTERNS if weights else ():
             wanted = [*patterns, *extra_patterns]

@@ -22,9 +22,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hub.push_checkpoint import push
-from hub.push_commit import SPACE_FOLDER, SpaceSettings
-
 
 def _from_environment(names: list[str]) -> dict[str, str]:
     if unset := [name for name in names if not os.environ.get(name)]:
@@ -62,12 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
     folder, repo, hardware = given.pop("space_folder"), given.pop("space_repo"), given.pop("space_hardware")
     secrets, variables = given.pop("space_secrets"), given.pop("space_variables")
     try:
-        if given["space"]:
-            given["space"] = SpaceSettings(
-                folder or SPACE_FOLDER, repo, hardware, _from_environment(secrets), _variables(variables)
-            )
-        elif any((folder, repo, hardware, secrets, variables)):
+        if not given["space"] and any((folder, repo, hardware, secrets, variables)):
             raise ValueError("The options of the Space do nothing without `--space`. Add it.")
+        environment = _from_environment(secrets), _variables(variables)
+        from hub.push_checkpoint import push  # imports torch, which takes seconds
+        from hub.push_commit import SPACE_FOLDER, SpaceSettings
+
+        if given["space"]:
+            given["space"] = SpaceSettings(folder or SPACE_FOLDER, repo, hardware, *environment)
         push(**given)
     except (ValueError, ImportError, OSError, RecursionError) as error:
         raise SystemExit(f"error: {error}") from None

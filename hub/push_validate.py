@@ -8,6 +8,7 @@ The last line of the output is one JSON object: `{"model": class, "parameters": 
 shapes without reading the values.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -73,12 +74,16 @@ def check_sides(image_processor: Any, image_size: int) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of the checkpoint")
+    parser.add_argument("--meta", action="store_true", help="compare names and shapes without reading the values")
+    options = parser.parse_args()
     # An editable install of this repository is on the path of every process
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     for name in ("modeling_movekd", "hub", "train"):
         sys.modules[name] = None  # type: ignore[assignment]
     try:
-        print(json.dumps(load(sys.argv[1], "--meta" in sys.argv[2:])))
+        print(json.dumps(load(options.checkpoint, options.meta)))
     except Exception as error:
         print(json.dumps({"problem": f"{type(error).__name__}: {error}"}))
         sys.exit(1)

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from hub.export_options import DTYPE_NAMES
 from modeling_movekd.files import save_json
 from modeling_movekd.inference import check_finite
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 MAX_SHARD_SIZE = 5 * 10**9
 SMALL_SHARD_SIZE = 10**9
 # Float8 and integers come from quantization. Without their scales, which no layout here has, they mean nothing.

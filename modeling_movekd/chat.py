@@ -13,13 +13,32 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from .options import add_loading_arguments, add_sampling_arguments, sampling, source
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    add_sampling_arguments(parser)
+    add_loading_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import torch
 from PIL import Image
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from .images import decode_image
-from .inference import Conversation, add_loading_arguments, add_sampling_arguments, load_checkpoint, sampling
+from .inference import Conversation, load_checkpoint
 
 
 def read_lines(is_terminal: bool) -> Iterator[str]:
@@ -78,16 +97,7 @@ def converse(conversation: Conversation, images: list[Image.Image], lines: Itera
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_movekd.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image for the first question")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    add_sampling_arguments(parser)
-    add_loading_arguments(parser)
-    options = parser.parse_args(arguments)
-
+    options = parse_arguments(arguments)
     is_terminal = sys.stdin.isatty()
     if not is_terminal:
         logging.disable_progress_bar()

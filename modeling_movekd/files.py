@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 
@@ -146,6 +147,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
     return content
+
+
+def check_source(source: str | Path | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: If a checkpoint is neither a folder nor can be on the Hub, such as a folder whose name is mistyped.
+    """
+    if Path(source).is_dir():
+        return
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError as error:
+        raise ValueError(f"{source} is neither a folder nor the id of a repository on the Hub.") from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Load checkpoints and ask them: what the commands of this package share."""
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from transformers.utils import (
 
 from .chat_templates import IMAGE_TOKEN
 from .configuration_movekd import MoveKDConfig, MoveKDVisionConfig
-from .files import check_config_size, read_json, reading, weight_shapes
+from .files import check_config_size, check_source, read_json, reading, weight_shapes
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .processing import check_image_processor, load_processor
 from .prompts import prepare
@@ -43,6 +42,8 @@ def read_config(checkpoint: str | os.PathLike, revision: str | None = None) -> P
     Raises:
         ValueError: If the configuration or the header of a weight file cannot be read, or they do not fit each other.
     """
+
+    check_source(checkpoint)
 
     def find(name: str) -> str | None:
         # What cannot be found is reported where it is loaded
@@ -205,25 +206,6 @@ def answer_batch(
     output = model.generate(**inputs, **generation)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="defaults to the first GPU, else the CPU")
-    parser.add_argument("--dtype", help="such as bfloat16; defaults to that of the weights on a GPU, float32 on a CPU")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
-
-
-def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Turn the options of [`add_sampling_arguments`] into arguments of `generate`."""
-    if options.temperature > 0:
-        return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    return {"do_sample": False}
 
 
 def longest_context(model: MoveKDForConditionalGeneration) -> int | None:

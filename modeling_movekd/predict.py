@@ -18,6 +18,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .options import add_loading_arguments, add_sampling_arguments, sampling, source
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--image-folder", type=Path, default=Path("."))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--prompt-suffix", default="", help="text after each question")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
+    add_sampling_arguments(parser)
+    add_loading_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size is {options.batch_size}, expected a positive number")
+    return options
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import torch
 from huggingface_hub import ResolvedRevision
 from PIL import Image
@@ -28,15 +58,7 @@ from transformers.utils import resolve_revision
 from .chat_templates import IMAGE_TOKEN
 from .files import save_text
 from .images import decode_image, path_in_folder
-from .inference import (
-    add_loading_arguments,
-    add_sampling_arguments,
-    answer_batch,
-    check_length,
-    load_checkpoint,
-    sampling,
-    user_message,
-)
+from .inference import answer_batch, check_length, load_checkpoint, user_message
 from .modeling_movekd import MoveKDForConditionalGeneration
 from .predict_answers import Answers
 from .prompts import prepare
@@ -241,32 +263,8 @@ def write_answers(path: Path, questions: Sequence[Question], answers: Answers, m
     write_lines(path, rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_movekd.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("questions", type=Path)
-    parser.add_argument("answers", type=Path)
-    parser.add_argument("--image-folder", type=Path, default=Path("."))
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--prompt-suffix", default="", help="text after each question")
-    parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of the questions that may be bad")
-    add_sampling_arguments(parser)
-    add_loading_arguments(parser)
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        parser.error(f"--batch-size is {options.batch_size}, expected a positive number")
-
+    options = parse_arguments(arguments)
     set_seed(options.seed)
     try:
         # A branch is resolved to its commit, so that answers of an older commit are not mixed in.

@@ -14,10 +14,38 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from .options import add_loading_arguments, source
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder")
+    parser.add_argument("--name", help="name of the model in requests; defaults to CHECKPOINT")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, and the default of requests")
+    parser.add_argument("--max-prompt-characters", type=int, default=100_000)
+    parser.add_argument("--max-images", type=int, default=8, help="in all messages of a request")
+    parser.add_argument("--max-image-side", type=int, default=4096, help="in pixels")
+    parser.add_argument(
+        "--allow-image-urls",
+        action="store_true",
+        help="download images from http(s) addresses; clients can then\nmake the server connect to any address",
+    )
+    add_loading_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
-from .inference import add_loading_arguments, load_checkpoint
+from .inference import load_checkpoint
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -55,25 +83,7 @@ def serve(options: argparse.Namespace, listener: socket.socket) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_movekd.serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="Hub id or folder")
-    parser.add_argument("--name", help="name of the model in requests; defaults to CHECKPOINT")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, and the default of requests")
-    parser.add_argument("--max-prompt-characters", type=int, default=100_000)
-    parser.add_argument("--max-images", type=int, default=8, help="in all messages of a request")
-    parser.add_argument("--max-image-side", type=int, default=4096, help="in pixels")
-    parser.add_argument(
-        "--allow-image-urls",
-        action="store_true",
-        help="download images from http(s) addresses; clients can then\nmake the server connect to any address",
-    )
-    add_loading_arguments(parser)
-    options = parser.parse_args(arguments)
-
+    options = parse_arguments(arguments)
     if not is_serve_available():
         print('Serving needs fastapi, uvicorn and openai: pip install "movekd[serve]"', file=sys.stderr)
         return 1

@@ -16,6 +16,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .options import source
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_movekd.visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=source, help="Hub id or folder of a whole model or an encoder alone")
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and pictures")
+    parser.add_argument("--layer", nargs="+", default=["-1"], metavar="N", help="layers from 0, -1 the last, or all")
+    parser.add_argument(
+        "--clip",
+        type=source,
+        metavar="ID",
+        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
+    )
+    parser.add_argument(
+        "--teacher", type=source, nargs="+", default=[], metavar="ID", help="other vision models, as --clip"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+    parser.add_argument("--device", help="defaults to the first GPU, else the CPU")
+    parser.add_argument("--batch-size", type=int, default=8, help="images that are drawn together and share colors")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder with other files")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size is {options.batch_size}; give at least 1.")
+    return options
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
@@ -93,30 +129,8 @@ def draw_layers(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_movekd.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="Hub id or folder of a whole model or an encoder alone")
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and pictures")
-    parser.add_argument("--layer", nargs="+", default=["-1"], metavar="N", help="layers from 0, -1 the last, or all")
-    parser.add_argument(
-        "--clip",
-        metavar="ID",
-        help="plain CLIP, or the student's SigLIP, to compare with: Hub id (ID@REVISION) or folder",
-    )
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="ID", help="other vision models, as --clip")
-    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
-    parser.add_argument("--device", help="defaults to the first GPU, else the CPU")
-    parser.add_argument("--batch-size", type=int, default=8, help="images that are drawn together and share colors")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder with other files")
-    options = parser.parse_args(arguments)
-
+    options = parse_arguments(arguments)
     try:
-        if options.batch_size < 1:
-            raise ValueError(f"--batch-size is {options.batch_size}; give at least 1.")
         check_writable(options.out, options.overwrite)
         images = [decode_image(path) for path in options.images]
         tower, processor = load_tower(options.checkpoint, options.revision, options.device)

@@ -16,6 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, help="defaults to the first free port from 7860 on")
+    parser.add_argument("--host", help="address to listen on; defaults to 127.0.0.1")
+    parser.add_argument("--mcp", action="store_true", help="also serve the endpoints as MCP tools, at /gradio_api/mcp")
+    return parser.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 from visitors import FOLDER  # before gradio
 
 
@@ -250,11 +263,7 @@ def whole_number(name: str, default: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, help="defaults to the first free port from 7860 on")
-    parser.add_argument("--host", help="address to listen on; defaults to 127.0.0.1")
-    parser.add_argument("--mcp", action="store_true", help="also serve the endpoints as MCP tools, at /gradio_api/mcp")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         student = find_student()

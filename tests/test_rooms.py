@@ -18,6 +18,8 @@ ROOMS = {
 FLOORS = (
     (
         *(
+            "train.installed",
+            "train.options",
             "train.presets",
             "train.config",
             "train.encoder_options",

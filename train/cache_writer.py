@@ -8,10 +8,9 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,7 +26,7 @@ from hub.checkpoint_parts import tower_config
 from modeling_movekd import MoveKDConfig
 from modeling_movekd.files import TEMPORARY_PREFIX, new_file, save_json
 from modeling_movekd.processing import add_image_token, build_processor, load_processor
-from train.arguments import DataArguments, ModelArguments
+from train.arguments import CacheArguments, DataArguments, ModelArguments
 from train.build import build_collator, build_image_collator, teacher_configs
 from train.build_encoder import load_encoder_processor
 from train.config import MoveKDSFTConfig
@@ -50,26 +49,6 @@ from train.teachers.cached import (
 )
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
-
-
-@dataclass
-class CacheArguments:
-    """
-    How features are stored.
-
-    Args:
-        cache_dtype (`str`, defaults to `"float16"`): `"float16"`, or `"int8"` with a scale per channel and image.
-        rows_per_shard (`int`, defaults to 128): Rows with images in each file of a teacher.
-    """
-
-    cache_dtype: Literal["float16", "int8"] = field(
-        default="float16", metadata={"help": "float16, or int8 with a scale per channel and image."}
-    )
-    rows_per_shard: int = field(default=128, metadata={"help": "Rows with images in each file."})
-
-    def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ValueError(f"`rows_per_shard` is {self.rows_per_shard}. Set it to a positive number.")
 
 
 def processor_of_recipe(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:

@@ -140,22 +140,3 @@ def timeouts_named(args: TrainingArguments) -> Iterator[None]:
 def is_gloo_error(error: Exception) -> bool:
     """Whether processes on CPUs failed to reach each other, which torch raises as a plain `RuntimeError`."""
     return "gloo" in str(error).lower()
-
-
-def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
-    """
-    The number of micro-batches that one optimizer step accumulates to take `global_batch_size` rows.
-
-    Raises:
-        ValueError: if the processes cannot take that many rows.
-    """
-    steps, rest = divmod(global_batch_size, per_device_batch_size * processes)
-    if steps < 1 or rest:
-        share, uneven = divmod(global_batch_size, processes)
-        sizes = [] if uneven else [size for size in range(1, share + 1) if share % size == 0]
-        way_out = f"`per_device_train_batch_size` one of {sizes}" if sizes else "a number of processes that divides it"
-        raise ValueError(
-            f"`global_batch_size` is {global_batch_size}, no multiple of {per_device_batch_size} rows on each of "
-            f"{processes} processes. Give {way_out}."
-        )
-    return steps

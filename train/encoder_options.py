@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from transformers import TrainingArguments
-from trl import SFTConfig
+from train.installed import read_class
 
 
 OF_TEXT = (
@@ -51,11 +50,12 @@ def check_sizes_fit(sizes: Sequence[int], image_size: int, patch_size: int) -> N
 
 def unused_options() -> set[str]:
     """The names of the options that have no effect in stage `encoder`."""
-    names = [{field.name for field in fields(options)} for options in (SFTConfig, TrainingArguments)]
+    trainers = read_class("trl", "SFTConfig"), read_class("transformers", "TrainingArguments")
+    names = [{field.name for field in fields(options)} for options in trainers]
     return (names[0] - names[1] - set(ALSO_OF_IMAGES)) | set(OF_TEXT)
 
 
-def refuse_unused_options(args: SFTConfig, preset: dict[str, Any]) -> None:
+def refuse_unused_options(args: Any, preset: dict[str, Any]) -> None:
     """Refuse options of stage `encoder` that have no effect. Call it before defaults are filled in."""
     unused = unused_options()
     given = {}

@@ -10,14 +10,19 @@ writes the missing files only.
 
 import sys
 
-from accelerate import PartialState
+from train.arguments import CacheArguments, TrainingParser, check_arguments
 
-from train.arguments import TrainingParser
-from train.cache_writer import CacheArguments, cache_features
+
+PROG = "python -m train.feature_cache"
 
 
 def main(arguments: list[str]) -> None:
-    parser = TrainingParser("python -m train.feature_cache", CacheArguments)
+    check_arguments(PROG, arguments, CacheArguments)
+    from accelerate import PartialState  # with the next, imports torch, which takes seconds
+
+    from train.cache_writer import cache_features
+
+    parser = TrainingParser(PROG, CacheArguments)
     cache_features(*parser.parse_args_and_config(arguments))
     PartialState().destroy_process_group()
 

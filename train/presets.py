@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 
 # What the paper's text says
 PAPER: dict[str, Any] = {
@@ -83,9 +81,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Theia (arXiv 2407.20179): patches alone
     "theia": ENCODER | {"feature_normalization": "standardize", "distillation_loss": "cosine_smooth_l1"},
 }
-
-
-def preset_option(name: str, help: str) -> Any:
-    """A field that defaults to the preset's value, which `--help` shows for each preset."""
-    values = ", ".join(f"{preset} {options[name]}" for preset, options in PRESETS.items())
-    return HfArg(default=None, help=f"{help} By preset: {values}.")

@@ -17,8 +17,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.arguments import TrainingParser
-from train.run import train
+from train.arguments import TrainingParser, check_arguments
+
+
+PROG = "accelerate launch train/sft.py"
 
 
 def main(arguments: list[str]) -> None:
@@ -27,7 +29,10 @@ def main(arguments: list[str]) -> None:
 
         run_demo(rebuild_towers=bool(arguments))
         return
-    parser = TrainingParser("accelerate launch train/sft.py")
+    check_arguments(PROG, arguments)
+    from train.run import train  # imports torch and the libraries, which takes seconds
+
+    parser = TrainingParser(PROG)
     recipe = dict(pairwise(arguments)).get("--config")
     data_args, args, model_args = parser.parse_args_and_config(arguments)
     trainer = train(data_args, args, model_args, recipe)

@@ -26,18 +26,46 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.replication.recipes import EXPERIMENTS
+
+
+OUTPUT = Path("outputs/replication")
+QUICK_ARMS = ("frozen", "paper", "heads_unit")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=EXPERIMENTS, default="ablation")
+    parser.add_argument("--arms", nargs="+", default=None, help="all by default")
+    parser.add_argument("--seeds", type=int, default=5, help="test seeds of each arm")
+    parser.add_argument("--more_seeds", type=int, default=0, help="additional test seeds of each headline arm")
+    parser.add_argument("--minutes", type=float, default=45, help="start no run after this time")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with one thread each")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a few arms; results go to --output")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--part", choices=("prepare", "validation", "test"), default=None, help="all by default")
+    chosen = parser.parse_args(arguments)
+    experiment = EXPERIMENTS[chosen.experiment]
+    chosen.arms = chosen.arms or (QUICK_ARMS if chosen.quick else tuple(experiment.arms))
+    if unknown := [arm for arm in chosen.arms if arm not in experiment.arms]:
+        parser.error(f"{chosen.experiment} has no arms {unknown}. Choose of {list(experiment.arms)}.")
+    return chosen
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 from tqdm import tqdm
 
 from benchmarks.replication.design import Experiment, Schedule
-from benchmarks.replication.recipes import EXPERIMENTS
 from benchmarks.replication.runs import QUICK, Job, Scale, prepare, run
 from benchmarks.replication.towers import build_towers
 from modeling_movekd.files import save_json
 
 
-OUTPUT = Path("outputs/replication")
 VALIDATION_SEEDS = (100, 101)
-QUICK_ARMS = ("frozen", "paper", "heads_unit")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -167,27 +195,14 @@ def prepare_networks(experiment: Experiment, folder: Path, scale: Scale, workers
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=EXPERIMENTS, default="ablation")
-    parser.add_argument("--arms", nargs="+", default=None, help="all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="test seeds of each arm")
-    parser.add_argument("--more_seeds", type=int, default=0, help="additional test seeds of each headline arm")
-    parser.add_argument("--minutes", type=float, default=45, help="start no run after this time")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with one thread each")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a few arms; results go to --output")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--results", type=Path, default=None)
-    parser.add_argument("--part", choices=("prepare", "validation", "test"), default=None, help="all by default")
-    chosen = parser.parse_args(given)
+    chosen = parse_arguments(given)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     deadline = time.time() + 60 * chosen.minutes
     scale = QUICK if chosen.quick else Scale()
     folder = chosen.output / "quick" if chosen.quick else chosen.output
     experiment = EXPERIMENTS[chosen.experiment]
     results = chosen.results or (folder if chosen.quick else experiment.folder) / "results.jsonl"
-    arms = chosen.arms or (QUICK_ARMS if chosen.quick else tuple(experiment.arms))
-    if unknown := [arm for arm in arms if arm not in experiment.arms]:
-        parser.error(f"{chosen.experiment} has no arms {unknown}. Choose of {list(experiment.arms)}.")
+    arms = chosen.arms
     seeds = {arm: chosen.seeds + (chosen.more_seeds if arm in experiment.headline else 0) for arm in arms}
     if chosen.quick:
         seeds = dict.fromkeys(arms, 2)

@@ -12,11 +12,26 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.replication.recipes import EXPERIMENTS
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--experiment", choices=EXPERIMENTS, default="ablation")
+    options.add_argument("--results", type=Path, default=None, help="JSON lines, one for each run")
+    options.add_argument("--out", type=Path, default=None, help="folder that takes report.md and plots/")
+    options.add_argument("--page", type=Path, default=None, help="HTML file to write")
+    return options.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import numpy as np
 
 from benchmarks.replication import analysis, plots
 from benchmarks.replication.analysis import Results, Run
-from benchmarks.replication.recipes import EXPERIMENTS
 from benchmarks.replication.wording import NONE, points, probability, ranges, sentence, spanned, table
 from modeling_movekd.files import new_file
 
@@ -280,12 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.replication.runs import Scale, pictures_seed
     from benchmarks.replication.world import blind_levels
 
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--experiment", choices=EXPERIMENTS, default="ablation")
-    options.add_argument("--results", type=Path, default=None, help="JSON lines, one for each run")
-    options.add_argument("--out", type=Path, default=None, help="folder that takes report.md and plots/")
-    options.add_argument("--page", type=Path, default=None, help="HTML file to write")
-    chosen = options.parse_args(arguments)
+    chosen = parse_arguments(arguments)
     design = EXPERIMENTS[chosen.experiment]
     lines, out = chosen.results or design.folder / "results.jsonl", chosen.out or design.folder
     page = chosen.page or PAGES / f"{chosen.experiment}.html"
@@ -294,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         networks = json.loads(lines.with_name("networks.json").read_text())
         write_report(Results(analysis.read_runs(lines), design, networks, blind), out, page)
     except (ValueError, FileNotFoundError) as error:
-        options.exit(1, f"{error}\n")
+        raise SystemExit(str(error)) from None
     print(out / "report.md", page, sep="\n")
 
 

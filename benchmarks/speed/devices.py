@@ -9,17 +9,31 @@ Whether a device computes what the CPU computes: `python -m benchmarks.speed.dev
 CLIP-L/14-336 with four layers and experts, the paper's four teachers, random weights.
 """
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=5)
+    flags.add_argument("--batch_size", type=int, default=4)
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.speed import teachers
-from benchmarks.speed.measure import Row, paired_row, paired_times, parser, report
+from benchmarks.speed.measure import Row, paired_row, paired_times, report, start
 from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP
 from modeling_movekd import MoveKDVisionConfig, MoveKDVisionModel
 from train.distillation.losses import balance_loss
@@ -137,10 +151,8 @@ def compile_rows(step: Step, pixels: torch.Tensor, features: dict[str, Any], rep
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    flags = parser(__doc__, repeats=5)
-    flags.add_argument("--batch_size", type=int, default=4)
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    options = parse_arguments(arguments)
+    start(options)
     torch.backends.cuda.matmul.allow_tf32 = False  # the default, which another script may have changed
     step, pixels, features = build(options.toy, options.batch_size)
     rows = equality_rows(step, pixels, features, options.device)

@@ -5,17 +5,33 @@ Parameters, FLOPs of one image, latency and memory, as a table and as a picture.
 checkpoint's `training_facts.json` names, or those of `--teachers`.
 """
 
+import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
+    flags.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
+    flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import cached_file
 
-from benchmarks.speed.measure import in_words, machine, paired_times, parser, peak_memory, write_json
+from benchmarks.speed.measure import in_words, machine, paired_times, peak_memory, start, write_json
 from benchmarks.speed.teachers import flops, runner
 from modeling_movekd import MoveKDConfig, MoveKDVisionModel
 from modeling_movekd.files import TRAINING_FACTS_NAME, read_json
@@ -131,13 +147,9 @@ def markdown(table: dict[str, dict[str, float]], context: dict[str, Any]) -> str
     return "\n".join([*lines, "", in_words(context)])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("checkpoint", help="folder or Hub id of a MoVE-KD model")
-    flags.add_argument("--teachers", nargs="+", help="names, Hub ids or folders; by default the checkpoint's own")
-    flags.add_argument("--picture", type=Path, default=Path("outputs/efficiency.png"), help="PNG to write")
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     cases = {kind: {"checkpoint": options.checkpoint, "kind": kind} for kind in ("student", "plain CLIP")}
     for spec in options.teachers or teacher_specs(options.checkpoint):
         teacher = {"checkpoint": options.checkpoint, "kind": "teacher", "spec": spec}

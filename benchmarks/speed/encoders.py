@@ -5,14 +5,26 @@ All have random weights of full size, and one image at the size that each takes.
 student's tower and dropped before the next one is built; their times are added up.
 """
 
+import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    return parser(__doc__, repeats=1).parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from torch import nn
 
-from benchmarks.speed.measure import Row, paired_times, parser, report
+from benchmarks.speed.measure import Row, paired_times, report, start
 from benchmarks.speed.teachers import ENCODERS, clip, flops, image_size, runner
 from modeling_movekd import MoveKDVisionModel
 
@@ -32,9 +44,9 @@ def counts(build: Callable[[bool], nn.Module], size: int, toy: bool) -> tuple[in
     return sum(value.numel() for value in model.parameters()), flops(runner(model, pixels))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=1).parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     dtype, toy = getattr(torch, options.dtype), options.toy
 
     def timed(build: Callable[[bool], nn.Module], name: str) -> Callable[[], Any]:

@@ -9,15 +9,30 @@ Time until an answer: `python -m benchmarks.speed.inference`.
 CLIP-L/14-336 and a language model of SmolLM2-135M's size, with random weights, and one picture.
 """
 
+import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--new_tokens", type=int, default=32)
+    flags.add_argument("--compile", action="store_true", help="also compile; takes a minute and a C++ compiler")
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from PIL import Image
 from transformers import CompileConfig
 
-from benchmarks.speed.measure import paired_row, paired_times, parser, report
+from benchmarks.speed.measure import paired_row, paired_times, report, start
 from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP, vision_language_model
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.inference import Conversation, user_message
@@ -73,12 +88,9 @@ def generation(
     return {name: runner(settings) for name, settings in variants.items()}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("--new_tokens", type=int, default=32)
-    flags.add_argument("--compile", action="store_true", help="also compile; takes a minute and a C++ compiler")
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     model, processor = build(options.toy, options.device, options.dtype)
     turns = paired_times(second_turn(model, processor), options.repeats)
     new_tokens = 4 if options.toy else options.new_tokens

@@ -6,14 +6,28 @@ loss step by step as the method describes it: the adapted features of all teache
 them the squared errors, as tensors of the same shape.
 """
 
-from collections.abc import Callable, Mapping
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--batch_size", type=int, default=16)
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from torch import nn
 
 from benchmarks.speed import teachers
-from benchmarks.speed.measure import Row, paired_row, paired_times, parser, peak_memory, report
+from benchmarks.speed.measure import Row, paired_row, paired_times, peak_memory, report, start
 from train.distillation.distiller import Distiller
 from train.distillation.losses import teacher_weights, token_weights
 from train.teachers.features import TeacherFeatures
@@ -42,11 +56,9 @@ def measured(variant: str, shapes: dict[str, Any], batch_size: int, device: str,
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("--batch_size", type=int, default=16)
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     shapes, batch_size = (teachers.TOY_SHAPES, 2) if options.toy else (teachers.SHAPES, options.batch_size)
     common = {"shapes": shapes, "batch_size": batch_size, "device": options.device, "dtype": options.dtype}
     memory = {

@@ -183,16 +183,10 @@ def write_json(content: dict[str, Any], path: str | Path) -> None:
     save_json(content, path)
 
 
-def parser(description: str, repeats: int = 7) -> argparse.ArgumentParser:
-    """The options of every script: `--device --dtype --threads --repeats --toy --out`."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    options.add_argument("--threads", type=int, default=2, help="threads of the CPU")
-    options.add_argument("--repeats", type=int, default=repeats, help="rounds; each runs every variant once")
-    options.add_argument("--toy", action="store_true", help="tiny shapes, to try the script")
-    options.add_argument("--out", help="JSON file that takes the table")
-    return options
+def start(options: argparse.Namespace) -> None:
+    """Set the device, by default the first GPU or else the CPU, and the threads."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
 
 
 def machine() -> dict[str, Any]:

@@ -1,11 +1,24 @@
 """The fresh process of [`~benchmarks.speed.measure.peak_memory`]: calls a function and prints its peak memory."""
 
+import argparse
 import gc
 import importlib
 import json
 import os
-import sys
 from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("function", help="package.module:name")
+    parser.add_argument("arguments", help="its keyword arguments as JSON")
+    parser.add_argument("beyond", choices=("0", "1"), help="whether to subtract the memory in use before")
+    return parser.parse_args()
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 
@@ -30,4 +43,4 @@ def main(function: str, arguments: str, beyond: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(**vars(parse_arguments()))

@@ -4,14 +4,29 @@ Accuracy and size with int8 and 4-bit weights: `python -m benchmarks.speed.quant
 The checkpoint answers the demo's questions as it is, and with its linear layers in 8 and 4 bits.
 """
 
+import argparse
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("checkpoint", help="the demo's, or another that answers questions about its scenes")
+    options.add_argument("--questions", type=int, default=500)
+    return options.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import torch
 from transformers import BitsAndBytesConfig
 
-from benchmarks.speed.measure import Row, parser, report
+from benchmarks.speed.measure import Row, report, start
 from modeling_movekd import MoveKDForConditionalGeneration
 from modeling_movekd.processing import load_processor
 from train.demo.run import accuracy_by_family, answer_questions
@@ -27,11 +42,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    options = parser(__doc__)
-    options.add_argument("checkpoint", help="the demo's, or another that answers questions about its scenes")
-    options.add_argument("--questions", type=int, default=500)
-    chosen = options.parse_args(arguments)
-    torch.set_num_threads(chosen.threads)
+    chosen = parse_arguments(arguments)
+    start(chosen)
     rows = scenes("test", 10 if chosen.toy else chosen.questions)
     processor = load_processor(chosen.checkpoint)
     found: dict[str, tuple[float, float]] = {}

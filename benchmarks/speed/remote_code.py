@@ -6,14 +6,27 @@ load is that of a fresh process, which has imported torch and transformers: the 
 checkpoint's code, a later one finds it in the cache of modules.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed.measure import ROOT, Row, paired_row, parser, report
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    return parser(__doc__, repeats=5).parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
+from benchmarks.speed.measure import ROOT, Row, paired_row, report
 
 
 WEIGHTS = ROOT / "train" / "demo" / "weights"
@@ -79,8 +92,8 @@ def measure(folder: Path, repeats: int) -> list[Row]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, repeats=5).parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(Path(folder))

@@ -6,15 +6,28 @@ experts and their rank; for the distillation losses and heads, seconds over the 
 the curves.
 """
 
+import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--picture", type=Path, default=Path("outputs/scaling.png"), help="PNG to write")
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 
 from benchmarks.speed import teachers
-from benchmarks.speed.measure import in_words, machine, paired_times, parser, write_json
+from benchmarks.speed.measure import in_words, machine, paired_times, start, write_json
 from benchmarks.speed.models import TOY_CLIP, TowerCase, forward, training_step
 from train.demo.run import save_figure
 
@@ -94,11 +107,9 @@ def draw(path: Path, curves: dict[str, dict[str, Any]]) -> None:
     save_figure(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("--picture", type=Path, default=Path("outputs/scaling.png"), help="PNG to write")
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     curves: dict[str, dict[str, Any]] = {}
     for name, values in (TOY_CURVES if options.toy else CURVES).items():
         curves[name] = {"at": values, "seconds": measure_tower(name, values, options)}

@@ -7,6 +7,7 @@ A model of some 100 M parameters with random weights. Every client asks about a 
 the other, with answers that are streamed. vLLM is installed in an environment of its own (docs/serving.md).
 """
 
+import argparse
 import base64
 import io
 import os
@@ -22,13 +23,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=2)
+    flags.add_argument("--vllm-python", help="interpreter of an environment with vLLM; our server alone without it")
+    flags.add_argument("--new_tokens", type=int, default=64)
+    flags.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
+
 import numpy as np
 import openai
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from benchmarks.speed.measure import ROOT, Row, parser, report
+from benchmarks.speed.measure import ROOT, Row, report, start
 from benchmarks.speed.models import TOKENIZER, TOY_CLIP, vision_language_model
 
 
@@ -116,13 +132,9 @@ def load(client: openai.OpenAI, model: str, clients: int, requests: int, new_tok
     return requests / (time.perf_counter() - start), statistics.median(firsts)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=2)
-    flags.add_argument("--vllm-python", help="interpreter of an environment with vLLM; our server alone without it")
-    flags.add_argument("--new_tokens", type=int, default=64)
-    flags.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     new_tokens = 4 if options.toy else options.new_tokens
     with tempfile.TemporaryDirectory() as folder:
         parameters = save(folder, options.toy, options.dtype)

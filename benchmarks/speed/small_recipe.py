@@ -9,6 +9,7 @@ It also prints the steps a second. Checkpoints of the sizes of CLIP-B/16, DINOv2
 written to a temporary folder of some 3 GB. With `--toy` the demo's networks take their place.
 """
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -16,6 +17,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=5)
+    flags.add_argument("--batch_size", type=int, default=None, help="32, or 2 with --toy")
+    flags.add_argument("--steps", type=int, default=None, help="20, or 4 with --toy")
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import numpy as np
 import torch
@@ -33,7 +48,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from benchmarks.speed.measure import ROOT, Row, paired_row, paired_times, parser, report
+from benchmarks.speed.measure import ROOT, Row, paired_row, paired_times, report, start
 from benchmarks.speed.models import BASE, LANGUAGE, TOKENIZER
 from train.arguments import DataArguments, ModelArguments
 from train.build import teacher_configs
@@ -204,13 +219,10 @@ def stream_row(args: MoveKDSFTConfig, repeats: int) -> Row | None:
 
 
 def main(given: Sequence[str] | None = None) -> str:
-    flags = parser(__doc__, repeats=5)
-    flags.add_argument("--batch_size", type=int, default=None, help="32, or 2 with --toy")
-    flags.add_argument("--steps", type=int, default=None, help="20, or 4 with --toy")
-    chosen = flags.parse_args(given)
+    chosen = parse_arguments(given)
     chosen.batch_size = chosen.batch_size or (2 if chosen.toy else 32)
     chosen.steps = chosen.steps or (4 if chosen.toy else 20)
-    torch.set_num_threads(chosen.threads)
+    start(chosen)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         names = ("clip", "detector", "reader", "language_model")

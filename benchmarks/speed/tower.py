@@ -5,10 +5,31 @@ The rivals are transformers' CLIP (all layers, sdpa), and a tower as the origina
 tokens in a loop, all layers, and the attention maps and hidden states of every layer kept.
 """
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+PARTS = ["times", "loop", "memory", "building"]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    options = parser(__doc__, repeats=5)
+    options.add_argument("--batch_size", type=int, default=2)
+    options.add_argument("--num_experts", type=int, default=3)
+    options.add_argument("--lora_rank", type=int, default=32)
+    options.add_argument("--lora_dropout", type=float, default=0.05, help="dropout on the experts' input")
+    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="parts of the table")
+    return options.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import torch
 from torch import nn
@@ -16,12 +37,9 @@ from transformers import CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPMLP
 
-from benchmarks.speed.measure import Row, paired_row, paired_times, parser, peak_memory, report
+from benchmarks.speed.measure import Row, paired_row, paired_times, peak_memory, report, start
 from benchmarks.speed.models import CLIP_LARGE, TOY_CLIP, TowerCase, features, forward, training_step
 from modeling_movekd import MoveKDVisionModel
-
-
-PARTS = ["times", "loop", "memory", "building"]
 
 
 class LoopOfExpertsMLP(nn.Module):
@@ -204,14 +222,8 @@ def building_rows(case: TowerCase) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    options = parser(__doc__, repeats=5)
-    options.add_argument("--batch_size", type=int, default=2)
-    options.add_argument("--num_experts", type=int, default=3)
-    options.add_argument("--lora_rank", type=int, default=32)
-    options.add_argument("--lora_dropout", type=float, default=0.05, help="dropout on the experts' input")
-    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="parts of the table")
-    chosen = options.parse_args(arguments)
-    torch.set_num_threads(chosen.threads)
+    chosen = parse_arguments(arguments)
+    start(chosen)
     names = ("batch_size", "num_experts", "lora_rank", "lora_dropout", "device", "dtype")
     shapes = {name: getattr(chosen, name) for name in names}
     case = TowerCase(TOY_CLIP if chosen.toy else CLIP_LARGE, **shapes)

@@ -10,10 +10,24 @@ losses of the small recipe's first stage, random weights and a smaller batch.
   time.
 """
 
+import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+from benchmarks.speed.options import parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--batch_size", type=int, default=2)
+    return flags.parse_args(arguments)
+
+
+# Before the imports below, which take seconds
+if __name__ == "__main__":
+    parse_arguments()
 
 import numpy as np
 import torch
@@ -28,7 +42,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from benchmarks.speed.measure import paired_row, paired_times, parser, report
+from benchmarks.speed.measure import paired_row, paired_times, report, start
 from benchmarks.speed.models import BASE, LANGUAGE, vision_language_model
 from modeling_movekd import MoveKDVisionModel
 from train.build import build_collator, build_distiller
@@ -136,11 +150,9 @@ def step(trainer: MoveKDTrainer, teachers: Mapping[str, Any], batch: dict[str, A
     return run
 
 
-def main(arguments: list[str] | None = None) -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("--batch_size", type=int, default=2)
-    options = flags.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    start(options)
     with tempfile.TemporaryDirectory() as folder:
         table(options, Case(options.toy, options.batch_size, folder))
 

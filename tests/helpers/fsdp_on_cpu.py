@@ -17,13 +17,13 @@ ROOT = SCRIPT.parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from tests.helpers import launched  # noqa: E402
-from tests.helpers.launched import RecordingTrainer  # noqa: E402
+from tests.helpers import launched
+from tests.helpers.launched import RecordingTrainer
 
 
 class CpuAcceleratorState(AcceleratorState):

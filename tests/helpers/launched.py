@@ -33,13 +33,13 @@ DDP_CPU = ("--config_file", ROOT / "train" / "accelerate" / "ddp_cpu.yaml")
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from trl import TrlParser  # noqa: E402
+from trl import TrlParser
 
-from train import run as stage_run  # noqa: E402
-from train.arguments import DataArguments, ModelArguments  # noqa: E402
-from train.config import MoveKDSFTConfig  # noqa: E402
-from train.encoder_trainer import MoveKDEncoderTrainer  # noqa: E402
-from train.trainer import MoveKDTrainer  # noqa: E402
+from train import run as stage_run
+from train.arguments import DataArguments, ModelArguments
+from train.config import MoveKDSFTConfig
+from train.encoder_trainer import MoveKDEncoderTrainer
+from train.trainer import MoveKDTrainer
 
 
 class RecordingMixin:

@@ -1,12 +1,25 @@
 """`--help` of the training commands."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from trl import SFTConfig
 
-from train.arguments import DataArguments, ModelArguments, TrainingParser
+from train.arguments import (
+    CacheArguments,
+    DataArguments,
+    ModelArguments,
+    TrainingParser,
+    UnpreparedConfig,
+    check_arguments,
+)
 from train.config import PRESETS, MoveKDSFTConfig
+from train.installed import read_class
+from train.options import MethodOptions
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_lists_our_options_first_each_with_a_sentence_and_its_values_by_preset():
@@ -15,11 +28,11 @@ def test_help_lists_our_options_first_each_with_a_sentence_and_its_values_by_pre
     ours, trls = text.split("options of TRL's SFTConfig and transformers' TrainingArguments:")
     assert text.startswith("usage: accelerate launch train/sft.py [--config RECIPE.yaml] [options] ")
     helps = {action.dest: action.help for action in parser._actions}
-    for options in (DataArguments, ModelArguments, MoveKDSFTConfig):
+    for options in (DataArguments, ModelArguments, MethodOptions):
         for name in options.__annotations__:
             assert f" --{name} " in ours or f" --{name}, " in ours, name
             assert len(helps[name].split()) > 3, name
-    for name in {field.name for field in fields(SFTConfig) if field.init} - set(MoveKDSFTConfig.__annotations__):
+    for name in {field.name for field in fields(SFTConfig) if field.init} - set(MethodOptions.__annotations__):
         assert f" --{name}" in trls and f" --{name} " not in ours, name
     for preset, options in PRESETS.items():
         assert all(f"{preset} {value}" in helps[name] for name, value in options.items())
@@ -89,3 +102,49 @@ def test_defaults_warn_of_nothing(tmp_path, recwarn):
         str(tmp_path), distill=False, bf16=False, activation_checkpointing=False
     ).gradient_checkpointing
     assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_the_parser_without_torch_has_the_real_one_s_options():
+    """The fields that are read from the libraries' source are those of the imported classes."""
+    assert SFTConfig not in UnpreparedConfig.__mro__
+    parsers = TrainingParser("x", CacheArguments, config=UnpreparedConfig), TrainingParser("x", CacheArguments)
+    names = ("option_strings", "dest", "nargs", "const", "default", "required", "help", "metavar")
+    read, real = (
+        [
+            {name: getattr(action, name) for name in names}
+            | {"choices": action.choices and [*action.choices], "type": getattr(action.type, "__name__", None)}
+            for action in parser._actions
+        ]
+        for parser in parsers
+    )
+    assert read == real
+
+
+def test_a_class_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "odd_library.py").write_text("globals()['Odd'] = type('Odd', (), {'size': 3})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_class("odd_library", "Odd").size == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("stage: both", "`stage` is 'both'; choose one of"),
+        ("num_expert: 1", "unknown keys: num_expert (did you mean num_experts?)"),
+        ("num_experts: many", "argument --num_experts/--num-experts: invalid int value: 'many'"),
+        ("- a list", "is no mapping of options"),
+        ("a: [", "cannot be read"),
+        ("global_batch_size: 9", "`global_batch_size` is 9, no multiple of 8 rows"),
+        ("{stage: encoder, teachers: [clip], max_length: 7}", "where {'max_length': 7} do nothing"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path, capsys, recipe: str, message: str):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(SystemExit) as stop:
+        check_arguments("x", ["--config", str(tmp_path / "recipe.yaml"), "--dataset_name", "x", "--output_dir", "y"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_pass(recipe):
+    check_arguments("x", ["--config", str(recipe)], loads=False)

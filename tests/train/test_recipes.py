@@ -13,7 +13,7 @@ from trl import TrlParser
 from train.arguments import DataArguments, ModelArguments
 from train.build_encoder import STUDENT_FIELDS
 from train.config import MoveKDSFTConfig
-from train.distributed import accumulation_steps
+from train.options import accumulation_steps
 from train.teachers.config import resolve_teacher
 
 

@@ -16,6 +16,7 @@ from train.demo.run import RECIPES, parse_recipe
 
 
 TABLES = {
+    "commands": ("Answers of the commands", 2),
     "losses": ("Losses and heads", 2),
     "loading": ("Loading and import", 3),
     "encoders": ("Encoders side by side", 7),

@@ -23,6 +23,7 @@ from train.cache_writer import CacheArguments, cache_features
 from train.config import MoveKDSFTConfig
 from train.plan import __main__ as plan
 from train.plan import memory as plan_memory
+from train.plan import report as plan_report
 from train.plan.models import build_planned_run, build_planned_student
 from train.plan.step import teacher_inputs
 from train.teachers.eva02 import Eva02DetectionConfig
@@ -33,7 +34,7 @@ RECIPES = Path(__file__).parents[3] / "train" / "recipes"
 
 def test_days_and_sizes() -> None:
     # 8 GPUs at half of 100 TFLOP/s do 400 TFLOP in a second
-    assert plan.training_days(400e12, 86_400, 8, 100, 0.5) == pytest.approx(1.0)
+    assert plan_report.training_days(400e12, 86_400, 8, 100, 0.5) == pytest.approx(1.0)
     assert plan.parse_memory("80GB") == 80 * 10**9
     assert plan.parse_memory("1.5 GiB") == 3 * 2**29
     for text in ("80", "80MB", "GB"):
@@ -110,8 +111,8 @@ def test_a_feature_cache_is_planned_as_it_is(arguments, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"has the teachers \['clip', 'vit'\], this run needs eye"):
         build_planned_run(*other[1:])
-    step = plan.measure_step(*settings[1:], tokens=64)
-    report = plan.format_plan(step, 1, 10**9, None, 312, 0.4)
+    step = plan_report.measure_step(*settings[1:], tokens=64)
+    report = plan_report.format_plan(step, 1, 10**9, None, 312, 0.4)
     assert f"read from {tmp_path / 'cache'}." in report
     lines = [line.split() for line in report.splitlines()]
     assert ["teacher", "vit", "0.00", "0.00"] in lines and ["teacher", "vit,", "forward", "0.000"] in lines
@@ -124,7 +125,7 @@ def test_a_stage_whose_student_is_not_there_yet(arguments, parts, tmp_path) -> N
     missing = str(tmp_path / "pretrain")
     _, args, model_args = arguments(model_name_or_path=missing, bf16=True)
     with pytest.raises(ValueError, match=r"no student in .*pretrain yet.*--vision_model"):
-        plan.measure_step(args, model_args)
+        plan_report.measure_step(args, model_args)
     args.vision_model, args.language_model = parts["clip"], parts["language"]
     model = build_planned_student(args, model_args)
     assert model.device.type == "meta"
@@ -145,7 +146,7 @@ def test_a_stage_whose_student_is_not_there_yet(arguments, parts, tmp_path) -> N
 def test_what_cannot_be_planned_is_refused(arguments, settings: dict[str, Any], message: str) -> None:
     _, args, model_args = arguments(**{"bf16": True, **settings})
     with pytest.raises(ValueError, match=message):
-        plan.measure_step(args, model_args)
+        plan_report.measure_step(args, model_args)
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +210,14 @@ def test_every_recipe_can_be_planned(name: str, configurations, tmp_path: Path) 
     parser = TrlParser((DataArguments, MoveKDSFTConfig, ModelArguments))
     _, args, model_args = parser.parse_args_and_config(tiny_recipe(name, configurations, tmp_path))
     # Enough for the image of every recipe; longer rows only take longer to trace
-    step = plan.measure_step(args, model_args, tokens=None if args.stage == "encoder" else 128)
-    single, several = (plan.backend_memory(step, gpus) for gpus in (1, 8))
+    step = plan_report.measure_step(args, model_args, tokens=None if args.stage == "encoder" else 128)
+    single, several = (plan_report.backend_memory(step, gpus) for gpus in (1, 8))
     assert set(single) == set(plan_memory.usable_backends(args))
     assert len(step.row_flops) == 1 + (len(args.teachers) if args.distill else 0)
     assert all(value > 0 for value in step.row_flops.values())
     if args.global_batch_size is not None:
-        assert plan.accumulated(args, 1) == 8 * plan.accumulated(args, 8)
-        assert plan.accumulated(args, 8) * 8 * args.per_device_train_batch_size == args.global_batch_size
+        assert plan_report.accumulated(args, 1) == 8 * plan_report.accumulated(args, 8)
+        assert plan_report.accumulated(args, 8) * 8 * args.per_device_train_batch_size == args.global_batch_size
     assert several["DDP"]["buffers"] > single["DDP"]["buffers"] == 0
     if "ZeRO-3" in several:
         assert several["ZeRO-3"]["optimizer"] < single["ZeRO-3"]["optimizer"]

@@ -9,7 +9,7 @@ from tests.helpers.colored_rows import llava_rows
 from train.build import build_distiller, build_image_collator, build_teachers, parameter_groups
 from train.build_encoder import build_encoder
 from train.encoder_trainer import MoveKDEncoderTrainer
-from train.plan.__main__ import measure_step
+from train.plan.report import measure_step
 from train.plan.step import FLOP_FORMULAS, LiveBytes, input_bytes
 
 

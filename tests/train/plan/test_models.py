@@ -31,8 +31,8 @@ from train.cache_writer import CacheArguments, cache_features
 from train.data.datasets import load_conversations
 from train.language_lora import language_lora_layers
 from train.plan import memory as plan_memory
-from train.plan.__main__ import measure_step
 from train.plan.models import build_planned_run
+from train.plan.report import measure_step
 from train.plan.step import FLOP_FORMULAS, LiveBytes, input_bytes, measure_activations, measure_flops
 from train.teachers.config import TEACHERS
 from train.trainer import MoveKDTrainer
