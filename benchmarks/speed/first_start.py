@@ -1,9 +1,9 @@
 """
 How long training waits for the rows of a large LLaVA-like JSON file: `python -m benchmarks.speed.first_start`.
 
-The first start converts the file to Arrow, every later one maps the result. The rival is `json.load` of the same file.
-Each measurement is of a fresh process, beyond its imports. With `--rows 665298`, the file has about the size of LLaVA's
-mixture. Images are not opened.
+The first start converts the file to Arrow, every later one maps the result. The rival is `json.load` of the same
+file. Each measurement is of a fresh process, beyond its imports. With `--rows 665298`, the file has about the size of
+LLaVA's mixture. Images are not opened.
 """
 
 import argparse
@@ -112,10 +112,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return statistics.median(each[quantity] for each in found[kind])
 
     rows = [
-        Row("first start, CPU time", median("first", "cpu"), median("json", "cpu"), at_most=3.0, note="rival: json.load"),
+        Row(
+            "first start, CPU time",
+            median("first", "cpu"),
+            median("json", "cpu"),
+            at_most=3.0,
+            note="rival: json.load",
+        ),
         Row("first start, peak memory", median("first", "peak") / 2**20, median("json", "peak") / 2**20, "MB"),
         Row("later start", median("later", "wall"), 3.0, at_most=1.0, note="rival: 3 s"),
-        Row("later start, peak memory", median("later", "peak") / 2**20, 512.0, "MB", at_most=1.0, note="rival: 0.5 GB"),
+        Row(
+            "later start, peak memory", median("later", "peak") / 2**20, 512.0, "MB", at_most=1.0, note="rival: 0.5 GB"
+        ),
         Row("Arrow files", cached / 2**20, size / 2**20, "MB", note="rival: the JSON file"),
     ]
     settings = {"rows": count, "repeats": options.repeats}

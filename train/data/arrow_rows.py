@@ -14,15 +14,17 @@ from datasets.fingerprint import Hasher
 from train.data.json_rows import read_rows
 
 
+# Opening a file touches each batch of rows in it, and the system maps much around that
+ROWS_WRITTEN = 10_000
 Convert = Callable[[list[Any], int], pa.Table]
 
 
 class _JsonBuilder(ArrowBasedBuilder):
     """Converts a file. `datasets` lets one process write, in a temporary folder, and the others wait."""
 
-    def __init__(
-        self, path: Path, convert: Callable[[list[Any], int], pa.Table], features: Features, key: str
-    ) -> None:
+    DEFAULT_WRITER_BATCH_SIZE = ROWS_WRITTEN
+
+    def __init__(self, path: Path, convert: Convert, features: Features, key: str) -> None:
         self.path, self.convert, self.features = path, convert, features
         super().__init__(dataset_name="movekd_rows", hash=key)
 
@@ -33,10 +35,15 @@ class _JsonBuilder(ArrowBasedBuilder):
         return [SplitGenerator(name="train")]
 
     def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
-        count = 0
-        for number, rows in enumerate(read_rows(self.path)):
-            yield Key(0, number), self.convert(rows, count)
+        count, tables = 0, list[pa.Table]()
+        for rows in read_rows(self.path):
+            tables.append(self.convert(rows, count))
             count += len(rows)
+            if sum(map(len, tables)) >= ROWS_WRITTEN:
+                yield Key(0, count), pa.concat_tables(tables)
+                tables = []
+        if tables:
+            yield Key(0, count), pa.concat_tables(tables)
         self.info.description = str(count)  # the only place for it that `datasets` keeps
 
 
