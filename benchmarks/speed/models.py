@@ -52,7 +52,11 @@ class TowerCase:
 
     def tower(self, checkpointing: bool = False) -> MoveKDVisionModel:
         """Experts and routers train; CLIP's weights do not."""
-        experts = {"num_experts": self.num_experts, "lora_rank": self.lora_rank, "lora_dropout": self.lora_dropout}
+        experts: dict[str, Any] = {
+            "num_experts": self.num_experts,
+            "lora_rank": self.lora_rank,
+            "lora_dropout": self.lora_dropout,
+        }
         tower = MoveKDVisionModel.from_clip(self.clip(), **experts)
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_("expert" in name or "router" in name)
