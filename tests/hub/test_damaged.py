@@ -21,7 +21,7 @@ from tests.helpers.conversions import BAD_WEIGHTS, change_weight
 from tests.helpers.disks import full_disk
 from tests.helpers.exported import make_model, make_tower, save_model
 from tests.helpers.trainers import continue_student
-from train.data.sources import parse_line
+from train.data.json_rows import parse_line
 
 
 DEEP = "[" * 100_000
