@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import concatenate, gather_object, send_to_device
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
@@ -49,6 +49,7 @@ from train.teachers.cached import (
 )
 from train.teachers.features import FrozenTeacher
 from train.teachers.loaders import load_teacher
+from train.teachers.preprocessing import ResizedImages
 
 
 def processor_of_recipe(args: MoveKDSFTConfig, model_args: ModelArguments) -> ProcessorMixin:
@@ -93,7 +94,7 @@ class _TeacherPixels(torch.utils.data.Dataset):
         self.dataset, self.collator = dataset, collator
         self.preprocessors = {teacher.name: teacher.preprocessor}
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
+    def __getitem__(self, position: int) -> tuple[ResizedImages, list[int], list[tuple[str, str]]]:
         row, collator = self.dataset[position], self.collator
         (images,), problems = decode_rows([row], collator.apply_orientation)
         if isinstance(collator, ImageCollator):
@@ -101,19 +102,18 @@ class _TeacherPixels(torch.utils.data.Dataset):
         else:
             processor = collator.processor.image_processor
         # As in the collators, but the student's pixels and text are not needed
-        images = images or [black_image(processor)]
+        images = images or [black_image(processor)] * len(row["images"])
         (pixels,) = teacher_pixels(images, self.preprocessors, processor, collator.geometry).values()
         if problems:
-            count = len(row["images"])
-            return pixels.expand(count, -1, -1, -1), [UNREADABLE] * count, named_problems([row], problems)
+            return pixels, [UNREADABLE] * len(images), named_problems([row], problems)
         return pixels, [zlib.crc32(image_bytes(image)) for image in row["images"]], []
 
 
 def _concatenate(
-    rows: list[tuple[torch.Tensor, list[int], list[tuple[str, str]]]],
-) -> tuple[torch.Tensor, list[int], list[tuple[str, str]]]:
+    rows: list[tuple[ResizedImages, list[int], list[tuple[str, str]]]],
+) -> tuple[ResizedImages, list[int], list[tuple[str, str]]]:
     pixels, checksums, bad = zip(*rows, strict=True)
-    return torch.cat(pixels), [*chain(*checksums)], [*chain(*bad)]
+    return concatenate(list(pixels)), [*chain(*checksums)], [*chain(*bad)]
 
 
 def cache_features(
@@ -232,6 +232,7 @@ def _write_shards(
             batch_sampler=list(chain(*batches.values())),
             collate_fn=_concatenate,
             num_workers=args.dataloader_num_workers,
+            pin_memory=args.device.type == "cuda",
             timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
         )
     )
@@ -242,7 +243,9 @@ def _write_shards(
         for _ in batches[shard]:
             values, of_batch, bad = next(loader)
             bad_rows.add(bad)
-            encoded, measured = _encode(teacher, values.to(args.device), layout.index["dtype"])
+            encoded, measured = _encode(
+                teacher, send_to_device(values, args.device, non_blocking=True), layout.index["dtype"]
+            )
             parts.append(encoded)
             measures.append(measured)
             checksums += of_batch
@@ -355,7 +358,7 @@ def _check_disk_space(layout: ShardLayout, missing: Mapping[str, Sequence[str]],
 
 
 def _encode(
-    teacher: FrozenTeacher, pixels: torch.Tensor, dtype: str
+    teacher: FrozenTeacher, pixels: ResizedImages, dtype: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Encoded features on the CPU, and the errors of the encoding."""
     features = teacher(pixels)

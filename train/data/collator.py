@@ -103,8 +103,9 @@ class MoveKDCollator:
         `pixel_values`: float32 `(num_images, 3, size, size)`; for anyres `(num_images, num_crops, 3, size, size)`,
             with `image_sizes`, int64 `(num_images, 2)`. The images of the text come first, then `num_blank_images`
             black images. Every batch has an image, so that all processes run the vision path.
-        `teacher_pixel_values`: By teacher, float32 `(num_images, 3, size, size)`. With all tiles the first dimension
-            counts crops: of each image the whole image, then its tiles row by row.
+        `teacher_pixel_values`: By teacher, uint8 `(num_images, 3, size, size)`, see
+            [`~train.data.image_collator.teacher_pixels`]. With all tiles the first dimension counts crops: of each
+            image the whole image, then its tiles row by row.
         `cached_features`: With a feature cache instead, by teacher the result of `FeatureCache.read`.
         `image_weights`: float32 `(num_images,)`, 0 for the black image of a batch without any other image, else 1.
         `bad_rows`: List of (row, reason) for the rows that cannot be used: an image cannot be decoded, the image

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
-from modeling_movekd.images import color, decode_image, pad_to_square, shared_crop
+from modeling_movekd.images import color, decode_image, shared_crop
 from train.teachers.cached import FeatureCache
-from train.teachers.preprocessing import TeacherPreprocessor
+from train.teachers.preprocessing import ResizedImages, TeacherPreprocessor
 
 
 GEOMETRIES = ("shared", "per_teacher")
@@ -35,7 +35,7 @@ class ImageCollator:
     Returns (of a call):
         `pixel_values`: float32 `(num_images, 3, size, size)`. A row that cannot be used has a black image in its
             place, so that all batches have the same shape.
-        `teacher_pixel_values`: By teacher, float32 `(num_images, 3, size, size)`.
+        `teacher_pixel_values`: By teacher, uint8 `(num_images, 3, size, size)`, see [`teacher_pixels`].
         `cached_features`: With a feature cache instead, by teacher the result of `FeatureCache.read`.
         `image_weights`: float32 `(num_images,)`, 0 for the black image of a row that cannot be used, else 1.
         `num_blank_images`: 0.
@@ -165,9 +165,9 @@ def teacher_pixels(
     image_processor: Any,
     geometry: str,
     tiles: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, ResizedImages]:
     """
-    The pixels of each teacher.
+    The pixels of each teacher, as bytes: the teacher normalizes them on its device.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): RGB images.
@@ -177,22 +177,23 @@ def teacher_pixels(
         tiles (`bool`, defaults to `False`): Cut each image for anyres: the whole image, then its tiles row by row.
 
     Returns:
-        By teacher, float32 `(num_images, 3, size, size)`.
+        By teacher, as [`TeacherPreprocessor.resize`]. Teachers of the same pixels have the same object.
     """
-    images, shared = list(images), geometry == "shared"
-    if shared and preprocessors:
+    images, shared, padded = list(images), geometry == "shared", pads(image_processor)
+    if shared and preprocessors and not padded:
         images = [shared_crop(image, image_processor) for image in images]
     if tiles:
         grids, size = image_processor.image_grid_pinpoints, image_processor.crop_size["height"]
         images = [crop for image in images for crop in (image, *cut_tiles(image, grids, size))]
+    resized: dict[tuple[Any, ...], ResizedImages] = {}
     pixels = {}
     for name, preprocessor in preprocessors.items():
-        padded = images
-        if not shared and pads(image_processor):
-            padded = [pad_to_square(image, color(preprocessor.mean)) for image in images]
-        pixels[name] = preprocessor(padded) if shared else preprocessor(padded, False)
-        if len(pixels[name]) != len(images):
-            raise ValueError(f"Teacher {name!r}: {len(pixels[name])} preprocessed for {len(images)} images.")
+        background = color(image_processor.image_mean if shared else preprocessor.mean) if padded else None
+        fit = None if shared or padded else preprocessor.fit
+        key = (preprocessor.image_size, preprocessor.interpolation, background, fit)
+        if key not in resized:
+            resized[key] = preprocessor.resize(images, stretch=fit is None, background=background)
+        pixels[name] = resized[key]
     return pixels
 
 

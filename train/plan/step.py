@@ -127,7 +127,7 @@ def teacher_inputs(teacher: Teacher, num_images: int) -> torch.Tensor | dict[str
             for name, (dtype, shape) in tensors.items()
         }
     size = teacher.preprocessor.image_size
-    return torch.empty(num_images, 3, size, size)
+    return torch.empty(num_images, 3, size, size, dtype=torch.uint8)
 
 
 def input_bytes(run: PlannedRun, tokens: int) -> int:

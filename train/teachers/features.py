@@ -1,11 +1,12 @@
 """Teachers' features: a frozen model whose outputs, of any layout, become patch tokens with their grid."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Pix2StructImageProcessor
 from transformers.image_utils import SizeDict
@@ -18,7 +19,7 @@ from modeling_movekd.vision_encoders import (
     select_output,
 )
 from train.teachers.config import TeacherConfig
-from train.teachers.preprocessing import TeacherPreprocessor
+from train.teachers.preprocessing import ResizedImages, TeacherPreprocessor
 
 
 # Pix2Struct's features are resized to this grid, whatever the size of the image
@@ -136,23 +137,28 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor) -> TeacherFeatures:
+    def forward(self, pixel_values: ResizedImages) -> TeacherFeatures:
         """
         Args:
-            pixel_values: `(batch_size, 3, image_size, image_size)` from this teacher's preprocessor, any float dtype.
+            pixel_values: What this teacher's preprocessor makes of images: the bytes of `resize`, which are normalized
+                here, or normalized pixels of any float dtype; `(batch_size, 3, image_size, image_size)`.
 
         Raises:
             ValueError: for pixels of another shape.
         """
         size = self.preprocessor.image_size
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+        weight = next(self.model.parameters())
+        inputs = send_to_device(pixel_values, weight.device)
+        pixels = inputs["pixels"] if isinstance(inputs, Mapping) else inputs
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(
                 f"Teacher {self.name} takes pixels of shape (batch_size, 3, {size}, {size}) from its preprocessor, "
-                f"got {tuple(pixel_values.shape)}."
+                f"got {tuple(pixels.shape)}."
             )
-        weight = next(self.model.parameters())
+        if not pixels.is_floating_point():
+            pixels = self.preprocessor.normalize(inputs)
         with torch.autocast(weight.device.type, enabled=False):
-            return self._features(self.model, pixel_values.to(device=weight.device, dtype=weight.dtype))
+            return self._features(self.model, pixels.to(weight.dtype))
 
 
 def clip_features(interpolate: bool, model: nn.Module, pixel_values: torch.Tensor) -> TeacherFeatures:

@@ -126,23 +126,16 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("size", [(30, 20), (20, 33), (25, 25), (40, 7)])
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_teachers_see_the_crop_the_student_sees(size: tuple[int, int], aspect: str) -> None:
-    """Handing the student's own processor the crop changes nothing, so the crop is what the student sees."""
+    """A teacher with the student's own preprocessing gets the student's pixels."""
     processor = build_processor(aspect)
     # Smooth, since cutting before a resize instead of after it moves the sampling points by a fraction of a pixel.
     image = picture(3, 3).resize(size, Image.Resampling.BICUBIC)
-    handed = []
-
-    def keep(images: list[Image.Image]) -> torch.Tensor:
-        handed.extend(images)
-        return torch.zeros(len(images), 3, 2, 2)
-
-    batch = MoveKDCollator(processor, {"keep": keep})([row(image)])
-    (crop,) = handed
-    assert crop.width == crop.height == (max(size) if aspect == "pad" else min(size))
-    again = processor.image_processor(crop, return_tensors="pt")["pixel_values"]
-    difference = (again - batch["pixel_values"]).abs()
+    images = processor.image_processor
+    same = TeacherPreprocessor(SIZE, tuple(images.image_mean), tuple(images.image_std))
+    batch = MoveKDCollator(processor, {"same": same})([row(image)])
+    difference = (same.normalize(batch["teacher_pixel_values"]["same"]) - batch["pixel_values"]).abs()
     if aspect == "pad":
-        assert difference.max() == 0
+        assert difference.max() < 1e-6
     else:
         assert difference.mean() < 0.1 < batch["pixel_values"].std() / 4
 
@@ -164,14 +157,14 @@ def test_per_teacher_geometry() -> None:
     assert torch.equal(shared["pixel_values"], own["pixel_values"])
     colours = {"first": (127, 127, 127), "second": (25, 51, 76)}
     for name, preprocessor in TEACHERS.items():
-        padded = preprocessor([pad_to_square(image, (122, 116, 104))])
+        padded = preprocessor.resize([pad_to_square(image, (122, 116, 104))])
         assert torch.equal(shared["teacher_pixel_values"][name], padded)
-        padded = preprocessor([pad_to_square(image, colours[name])])
+        padded = preprocessor.resize([pad_to_square(image, colours[name])])
         assert torch.equal(own["teacher_pixel_values"][name], padded)
-        cut = preprocessor([image], stretch=False)
+        cut = preprocessor.resize([image], stretch=False)
         assert torch.equal(whole["teacher_pixel_values"][name], cut)
         assert torch.equal(tiles["teacher_pixel_values"][name], cut)
-        assert not torch.equal(cut, preprocessor([image]))
+        assert not torch.equal(cut, preprocessor.resize([image]))
 
 
 def test_anyres() -> None:
@@ -182,7 +175,7 @@ def test_anyres() -> None:
     assert batch["pixel_values"].shape[0] == 3 and batch["pixel_values"].dim() == 5
     counts = (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
     assert counts[1] == 0 and counts[0] > IMAGE_TOKENS and counts[2] > 2 * IMAGE_TOKENS
-    assert torch.equal(batch["teacher_pixel_values"]["first"], TEACHERS["first"](images))
+    assert torch.equal(batch["teacher_pixel_values"]["first"], TEACHERS["first"].resize(images))
 
 
 @pytest.mark.parametrize("aspect", ["pad", "anyres"])
@@ -198,7 +191,9 @@ def test_text_only_batch_gets_a_black_image(aspect: str, distill: bool) -> None:
     image_processor = processor.image_processor
     black = -torch.tensor(image_processor.image_mean) / torch.tensor(image_processor.image_std)
     torch.testing.assert_close(batch["pixel_values"].flatten(0, -4)[0, :, 3, 3], black)
-    assert torch.equal(batch["teacher_pixel_values"]["first"], TEACHERS["first"]([Image.new("RGB", (4, 4))] * blanks))
+    assert torch.equal(
+        batch["teacher_pixel_values"]["first"], TEACHERS["first"].resize([Image.new("RGB", (4, 4))] * blanks)
+    )
 
 
 def test_black_images_come_after_those_of_the_text() -> None:
@@ -418,6 +413,33 @@ def test_works_in_loader_workers() -> None:
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         assert torch.equal(batch["pixel_values"], expected["pixel_values"])
         assert torch.equal(batch["teacher_pixel_values"]["second"], expected["teacher_pixel_values"]["second"])
+
+
+def test_teachers_share_what_is_resized_alike_and_get_bytes() -> None:
+    pixels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    other = {"mean": (0.1, 0.2, 0.3), "std": (0.2,) * 3}
+    teachers = {
+        "first": TeacherPreprocessor(20, **pixels),
+        "other_mean": TeacherPreprocessor(20, **other),
+        "bilinear": TeacherPreprocessor(20, **pixels, interpolation="bilinear"),
+        "zero_pad": TeacherPreprocessor(20, **other, fit="zero_pad"),
+    }
+    dataset = load_conversations([{"image": picture(seed=seed), **conversation(seed)} for seed in range(3)])
+    shared = MoveKDCollator(build_processor(), teachers)
+    (batch,) = DataLoader(dataset, batch_size=3, collate_fn=shared, num_workers=1)
+    handed = batch["teacher_pixel_values"]
+    places = {name: pixels.data_ptr() for name, pixels in handed.items()}
+    assert places["first"] == places["other_mean"] == places["zero_pad"] != places["bilinear"]
+    assert {name: pixels.nbytes for name, pixels in handed.items()} == dict.fromkeys(teachers, 3 * 3 * 20 * 20)
+
+    rows = [row(picture(40, 10)), row(picture(20, 30))]
+    own = MoveKDCollator(build_processor(), teachers, geometry="per_teacher")(rows)["teacher_pixel_values"]
+    assert own["other_mean"] is own["zero_pad"] and not torch.equal(own["first"], own["other_mean"])
+    whole = MoveKDCollator(build_processor("square"), teachers, geometry="per_teacher")(rows)["teacher_pixel_values"]
+    assert whole["first"] is whole["other_mean"] and not torch.equal(whole["first"], whole["bilinear"])
+    assert whole["zero_pad"]["sizes"].tolist() == [[5, 20], [20, 13]]
+    zero_padded = teachers["zero_pad"].normalize(whole["zero_pad"])
+    assert not zero_padded[0, :, 5:].any() and not zero_padded[1, :, :, 13:].any()
 
 
 def conversation(number: int) -> dict:

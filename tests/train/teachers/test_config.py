@@ -35,10 +35,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from modeling_movekd.images import pad_to_square
 from train.teachers.config import RELEASED_TEACHERS, TEACHERS, TeacherConfig, hub_revision, resolve_teacher
 from train.teachers.eva02 import Eva02DetectionBackbone, Eva02DetectionConfig
 from train.teachers.features import pix2struct_features, timm_features, transformers_features
-from train.teachers.preprocessing import TeacherPreprocessor
+from train.teachers.preprocessing import CLIP_MEAN, CLIP_STD, TeacherPreprocessor
 
 
 SIZE = 32
@@ -85,6 +86,17 @@ def test_own_geometry_is_that_of_the_library(shape: tuple[int, int]) -> None:
         assert sliver.shape == (1, 3, SIZE, SIZE) and sliver[..., 0, :].abs().min() > 0
         whole = image.resize((SIZE, SIZE))
         assert torch.equal(preprocessor([whole], stretch=False), preprocessor([whole]))
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (480, 640), (333, 500), (97, 9), (300, 299), (1, 700), (20, 20)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_padding_is_not_resized_and_pixels_stay_the_same(shape: tuple[int, int], interpolation: str) -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    for size, background in ((512, (122, 116, 104)), (336, (0, 1, 255)), (225, (9, 9, 9)), (28, (255, 255, 255))):
+        preprocessor = TeacherPreprocessor(size, CLIP_MEAN, CLIP_STD, interpolation)
+        expected = preprocessor.resize([pad_to_square(image, background)])
+        assert torch.equal(preprocessor.resize([image], background=background), expected)
 
 
 def test_specs_of_built_in_rows() -> None:

@@ -124,6 +124,10 @@ def test_checkpoints_in_any_nesting(nesting: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(pixels()).last_hidden_state
     assert torch.equal(teacher(pixels()).tokens, expected)
+    image = torch.arange(3 * 40 * 40).view(1, 3, 40, 40).byte()
+    normalized = teacher.preprocessor.normalize(image)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(image).tokens, model(normalized).last_hidden_state, rtol=1e-5, atol=1e-5)
     assert (teacher.grid, teacher.width) == ((5, 5), 24)
     assert teacher.preprocessor == TeacherPreprocessor(40, IMAGENET_MEAN, IMAGENET_STD)
     assert load_teacher(resolve_teacher(spec, released=True)).preprocessor.mean == CLIP_MEAN

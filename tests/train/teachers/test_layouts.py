@@ -50,6 +50,7 @@ def test_pix2struct_is_that_of_the_library(tmp_path: Path) -> None:
     with torch.no_grad():
         hidden = model.encoder(**inputs).last_hidden_state[:, : 45 * 45]
     tokens = teacher((values / 255 - mean) / std).tokens.view(2, 32, 32, 16)
+    torch.testing.assert_close(teacher(values.byte()).tokens.view_as(tokens), tokens, rtol=1e-4, atol=1e-4)
     # corners lie on corners
     corners = hidden.view(2, 45, 45, 16)[:, [0, 0, 44, 44], [0, 44, 0, 44]]
     torch.testing.assert_close(tokens[0, [0, 0, 31, 31], [0, 31, 0, 31]], corners[0], rtol=1e-4, atol=1e-4)

@@ -156,6 +156,18 @@ def assert_frozen(teacher: nn.Module) -> None:
     assert not any(weight.requires_grad for weight in teacher.parameters())
 
 
+def assert_takes_bytes(teacher: FrozenTeacher) -> None:
+    """As normalized by hand."""
+    size = teacher.preprocessor.image_size
+    image = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (teacher.preprocessor.mean, teacher.preprocessor.std)
+    )
+    expected = teacher((image / 255 - mean) / std).tokens
+    torch.testing.assert_close(teacher(image).tokens, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(teacher(image).tokens, teacher(image.float()).tokens)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_transformers_teacher_gives_the_patch_features_of_the_library(family, tmp_path: Path) -> None:
     model, processor, grid, width, expected = family()
@@ -178,6 +190,7 @@ def test_transformers_teacher_gives_the_patch_features_of_the_library(family, tm
     assert teacher.summary_width == (None if family is sam else width)
     assert (features.summary is None) == (family is sam)
     assert_frozen(teacher)
+    assert_takes_bytes(teacher)
     torch.testing.assert_close(teacher(x).tokens, features.tokens, rtol=0, atol=0)
 
     assert teacher.preprocessor.fit == ("zero_pad" if family is sam else "center_crop")

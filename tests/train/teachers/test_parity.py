@@ -225,7 +225,8 @@ def test_pixels_of_every_tower(aspect: str, parity_dir: Path) -> None:
     )
     batch = collator(rows_of(images))
     pixels = {"student_clip": batch["pixel_values"]}
-    pixels |= {key: batch["teacher_pixel_values"][name] for key, name in TEACHERS.items()}
+    resized = batch["teacher_pixel_values"]
+    pixels |= {key: preprocessors[name].normalize(resized[name]) for key, name in TEACHERS.items()}
     assert f"student_clip.{aspect}" in tensors
     for key, value in pixels.items():
         # Resized by PIL as theirs; only the last bit of the arithmetic on floats may differ
