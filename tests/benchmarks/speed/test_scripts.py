@@ -23,13 +23,18 @@ TABLES = {
     "inference": ("Inference", 2),
     "training_step": ("Step of training", 3),
     "remote_code": ("Loading a checkpoint by its own code", 2),
+    "first_start": ("Start on a large JSON file", 5),
 }
 # What `benchmarks.on_gpu` runs besides
 GPU_TABLES = {"devices": ("Device against CPU", 9), "small_recipe": ("The small recipe", 3)}
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=pytest.mark.slow) if name == "remote_code" else name for name in TABLES]
+    "script",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("remote_code", "first_start") else name
+        for name in TABLES
+    ],
 )
 def test_a_table_as_markdown_and_json(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     title, number = TABLES[script]
